@@ -1,0 +1,162 @@
+"""The error tree: what can go wrong, as it is called on the wire and as it ends a process.
+
+Rules of this room:
+
+- Every error that we raise on purpose is a MossnanoError. Anything else that escapes is a bug of ours: the
+  programs print its traceback on stderr and exit with `ExitStatus.BUG`.
+- An error knows two things beside its message: `code`, the word that an ERROR message carries on the wire, and
+  `exit_status`, how a process ends that could not go on because of it.
+- A message says what was found, what is allowed, and what to change. It fits on one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """How a process of ours ends. The numbers follow sysexits.h where it has one that fits."""
+
+    DONE = 0
+    CHECK_FAILED = 1  # a comparison or a check said no
+    USAGE = 2  # the command line was wrong
+    BAD_INPUT = 65  # the input was cut or malformed
+    NO_WEIGHTS = 66  # weights or an input file are missing or wrong
+    NO_DEVICE = 69  # a device or the network is not to be had
+    BUG = 70  # a defect of ours
+    NO_MEMORY = 71
+    OUTPUT_FAILED = 74  # output cannot be written, a full disk for instance
+    FRAMING_LOST = 76  # the input is no sequence of messages (any more)
+    INTERRUPTED = 130  # SIGINT
+    READER_GONE = 141  # whoever read our output has closed it
+    TERMINATED = 143  # SIGTERM
+
+
+class MossnanoError(Exception):
+    """The root of all errors that are not bugs."""
+
+    code = "error"
+    exit_status = ExitStatus.BUG
+
+
+class UsageError(MossnanoError):
+    """What was asked for makes no sense: a flag, or an argument of the library."""
+
+    code = "usage"
+    exit_status = ExitStatus.USAGE
+
+
+class CheckFailedError(MossnanoError):
+    """A comparison or a check ran to its end and said no."""
+
+    code = "check_failed"
+    exit_status = ExitStatus.CHECK_FAILED
+
+
+class InputError(MossnanoError):
+    """The bytes that came in are not what they should be."""
+
+    code = "bad_input"
+    exit_status = ExitStatus.BAD_INPUT
+
+
+class ProtocolError(InputError):
+    """Framing is lost: nothing after this point can be read. Always fatal."""
+
+    code = "framing_lost"
+    exit_status = ExitStatus.FRAMING_LOST
+
+
+class PayloadError(InputError):
+    """One message or stream is wrong; the next one may be right."""
+
+    code = "bad_payload"
+
+
+class ArtifactError(PayloadError):
+    """These bytes are not a `.mossnano` artifact, or not one for these weights."""
+
+    code = "bad_artifact"
+
+
+class TokenError(PayloadError):
+    """These bytes are not whole frames of codes in range."""
+
+    code = "bad_tokens"
+
+
+class BundleError(MossnanoError):
+    """Weights, or an input file, are missing, damaged, or of another make than their metadata says."""
+
+    code = "bad_weights"
+    exit_status = ExitStatus.NO_WEIGHTS
+
+
+class DecodeError(MossnanoError):
+    """The graph failed on valid input. The decoder's state is as it was before the step."""
+
+    code = "decode_failed"
+
+
+class NonFiniteError(DecodeError):
+    """The graph answered NaN or infinity, which no PCM can hold."""
+
+    code = "not_finite"
+
+
+class DeviceError(MossnanoError):
+    """A sound device, or the network, is not to be had."""
+
+    code = "no_device"
+    exit_status = ExitStatus.NO_DEVICE
+
+
+class OutputError(MossnanoError):
+    """Output could not be written; the message names the errno."""
+
+    code = "output_failed"
+    exit_status = ExitStatus.OUTPUT_FAILED
+
+
+def exit_status_of(error: BaseException, program: str) -> int:
+    """Say on stderr what ended `program`, and with which status it should end.
+
+    One line for whatever is no bug of ours, nothing at all for a reader that went away, a traceback for the rest.
+    """
+    if isinstance(error, BrokenPipeError):
+        _silence_stdout()
+        return ExitStatus.READER_GONE
+    status, line = _verdict(error)
+    if status == ExitStatus.BUG:
+        traceback.print_exception(error)
+    print(f"{program}: {line}", file=sys.stderr)
+    return status
+
+
+def _verdict(error: BaseException) -> tuple[ExitStatus, str]:
+    match error:
+        case MossnanoError():
+            return error.exit_status, f"error: {error}"
+        case KeyboardInterrupt():
+            return ExitStatus.INTERRUPTED, "interrupted"
+        case MemoryError():
+            return ExitStatus.NO_MEMORY, f"error: out of memory ({str(error) or 'no more to be had'})"
+        case FileNotFoundError() | IsADirectoryError() | NotADirectoryError() | PermissionError():
+            return ExitStatus.NO_WEIGHTS, f"error: {error.strerror}: {error.filename}"
+        case OSError():
+            name = errno.errorcode.get(error.errno or 0, "unknown errno")
+            where = f": {error.filename}" if error.filename else ""
+            return ExitStatus.OUTPUT_FAILED, f"error: {error.strerror or error} ({name}){where}"
+        case _:
+            return ExitStatus.BUG, f"a bug of ours: {type(error).__name__}: {error}"
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from complaining, at exit, that it could not flush into a closed pipe."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
