@@ -129,6 +129,18 @@ class EncoderWeights:
         _check_encoder_chain(self.modules, features, frame_values(self.format))
 
 
+@dataclass(frozen=True, eq=False)
+class CodecWeights:
+    """All that a checkpoint holds, or that could be taken out of a bundle."""
+
+    decoder: DecoderWeights
+    maybe_encoder: EncoderWeights | None
+
+    @property
+    def format(self) -> CodecFormat:
+        return self.decoder.format
+
+
 def frame_values(codec: CodecFormat) -> int:
     """Values in one frame of interleaved samples: the model works on a single channel."""
     return codec.frame_samples * codec.channels
