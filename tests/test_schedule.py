@@ -52,19 +52,31 @@ def test_a_length_that_is_none(seconds: float) -> None:
 )
 def test_the_ramp_doubles_up_to_its_limit(max_frames: int, sizes: list[int]) -> None:
     ramp = Ramp(max_frames)
-    assert [ramp.next_frames(1000, final=False) for _ in sizes] == sizes
+    assert ramp.max_frames == max_frames
+    assert ramp.maybe_chunk_frames is None
+    assert [take(ramp, 1000) for _ in sizes] == sizes
     ramp.reset()
-    assert ramp.next_frames(1000, final=False) == 1
+    assert take(ramp, 1000) == 1
 
 
-def test_the_ramp_never_waits_and_is_not_moved_by_nothing() -> None:
+def take(schedule: Schedule, waiting: int, final: bool = False) -> int:
+    """Ask for a chunk, and take it where there is one."""
+    frames = schedule.next_frames(waiting, final)
+    if frames:
+        schedule.advance()
+    return frames
+
+
+def test_the_ramp_never_waits_and_is_not_moved_by_questions() -> None:
     ramp = Ramp()
     assert ramp.next_frames(0, final=False) == 0
     assert ramp.next_frames(0, final=True) == 0
-    assert ramp.next_frames(5, final=False) == 1
-    assert ramp.next_frames(1, final=False) == 1
-    assert ramp.next_frames(3, final=False) == 3
-    assert ramp.next_frames(100, final=False) == 8
+    assert [ramp.next_frames(5, final=False) for _ in range(3)] == [1, 1, 1]
+    assert take(ramp, 5) == 1
+    assert ramp.wanted_frames == 2
+    assert take(ramp, 1) == 1
+    assert take(ramp, 3) == 3
+    assert take(ramp, 100) == 8
 
 
 def test_fixed_waits_for_its_size_or_the_end() -> None:
@@ -74,6 +86,8 @@ def test_fixed_waits_for_its_size_or_the_end() -> None:
     assert fixed.next_frames(40, final=True) == 17
     assert fixed.next_frames(6, final=True) == 6
     assert fixed.next_frames(0, final=True) == 0
+    fixed.advance()
+    assert fixed.maybe_chunk_frames == fixed.wanted_frames == fixed.max_frames == 17
 
 
 @pytest.mark.parametrize("frames", [0, -1])
@@ -93,11 +107,11 @@ def test_a_schedule_takes_no_more_than_waits_and_leaves_nothing_at_the_end(
     waiting = taken = 0
     for frames in came:
         waiting += frames
-        while chunk_frames := schedule.next_frames(waiting, final=False):
+        while chunk_frames := take(schedule, waiting):
             assert 0 < chunk_frames <= waiting
             waiting -= chunk_frames
             taken += chunk_frames
-    while chunk_frames := schedule.next_frames(waiting, final=True):
+    while chunk_frames := take(schedule, waiting, final=True):
         assert 0 < chunk_frames <= waiting
         waiting -= chunk_frames
         taken += chunk_frames
@@ -107,13 +121,13 @@ def test_a_schedule_takes_no_more_than_waits_and_leaves_nothing_at_the_end(
 
 @given(schedules, st.integers(0, 500))
 def test_a_plan_covers_every_frame_once_and_is_what_a_stream_would_get(schedule: Schedule, frames: int) -> None:
-    schedule.next_frames(3, final=True)  # somewhere in a stream, where a plan must neither start nor leave it
+    take(schedule, 3, final=True)  # somewhere in a stream, where a plan must neither start nor leave it
     chunks = plan(frames, schedule)
     assert plan(frames, schedule) == chunks
     assert [start for start, _ in chunks] == [sum(size for _, size in chunks[:index]) for index in range(len(chunks))]
     assert sum(size for _, size in chunks) == frames
     schedule.reset()
-    assert all(schedule.next_frames(frames - start, final=True) == size for start, size in chunks)
+    assert all(take(schedule, frames - start, final=True) == size for start, size in chunks)
 
 
 def test_plans_by_hand() -> None:
