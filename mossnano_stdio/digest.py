@@ -1,0 +1,105 @@
+"""The SHA-256 of a file, computed once and remembered for as long as the file stays as it is.
+
+Rules of this room:
+
+- Hashing 44 MB takes longer than everything else at start. So what was hashed is remembered in the user's cache
+  folder, under the file's size, inode and both its times; when any of them moved, it is hashed again.
+- A file that changed within the last seconds is not remembered: clocks are coarse, and a second change within the
+  same tick would go unseen.
+- The memory is a convenience. Where it cannot be read or written, files are hashed each time, and nobody is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MEMORY_NAME = "verified.json"
+MEMORY_VERSION = 1
+REMEMBERED_FILES = 64  # the oldest are forgotten first
+SETTLED_NS = 2_000_000_000  # no clock of a file system is coarser
+
+Marks = list[int]  # size, mtime_ns, ctime_ns, inode
+
+
+def cache_folder() -> Path:
+    """Where we keep what could be made again: $MOSSNANO_CACHE, or the platform's place for such things."""
+    if chosen := os.environ.get("MOSSNANO_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        parent = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        parent = "~/Library/Caches"
+    else:
+        parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(parent).expanduser() / "mossnano-stdio"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of the file's content, in hexadecimal."""
+    target = path.resolve()  # the hub's cache has several links to one file
+    marks = _marks_of(target.stat())
+    remembered = _load_memory().get(str(target))
+    if remembered is not None and remembered[:-1] == marks:
+        return str(remembered[-1])
+    with target.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        marks_after = _marks_of(os.fstat(file.fileno()))
+    if marks_after == marks and _is_settled(marks):
+        _remember(str(target), [*marks, sha256])
+    return sha256
+
+
+def _marks_of(status: os.stat_result) -> Marks:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _is_settled(marks: Marks) -> bool:
+    _, modified_ns, changed_ns, _ = marks
+    return max(modified_ns, changed_ns) + SETTLED_NS < time.time_ns()
+
+
+def _load_memory() -> dict[str, list[int | str]]:
+    """File name -> marks and SHA-256; whatever does not look like that is as good as forgotten."""
+    try:
+        document = json.loads((cache_folder() / MEMORY_NAME).read_bytes())
+        if document["version"] != MEMORY_VERSION:
+            return {}
+        return {
+            str(key): entry
+            for key, entry in document["files"].items()
+            if isinstance(entry, list) and len(entry) == 5 and isinstance(entry[-1], str)
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+        return {}
+
+
+def _remember(key: str, entry: list[int | str]) -> None:
+    """Replace the memory as a whole: a reader sees the old one or the new one, never half of one."""
+    memory = _load_memory()  # again: another process may have written while this one was hashing
+    memory.pop(key, None)
+    memory[key] = entry
+    newest = dict(list(memory.items())[-REMEMBERED_FILES:])
+    document = json.dumps({"version": MEMORY_VERSION, "files": newest}, indent=1)
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / MEMORY_NAME, document)
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink()
+        raise
