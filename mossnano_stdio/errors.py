@@ -123,6 +123,19 @@ class OutputError(MossnanoError):
     exit_status = ExitStatus.OUTPUT_FAILED
 
 
+class OutOfMemoryError(MossnanoError):
+    """The system gave no more memory."""
+
+    code = "out_of_memory"
+    exit_status = ExitStatus.NO_MEMORY
+
+
+class BugError(MossnanoError):
+    """Something of ours broke; what a peer is told of it."""
+
+    code = "bug"
+
+
 def exit_status_of(error: BaseException, program: str) -> int:
     """Say on stderr what ended `program`, and with which status it should end.
 

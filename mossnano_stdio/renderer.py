@@ -12,7 +12,6 @@ Rules of this room:
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,7 +48,6 @@ class Chunk:
 
     pcm: bytes
     frames: int
-    step_seconds: float
     error: NonFiniteError | None = None
 
 
@@ -92,9 +90,7 @@ class Renderer:
             return None
         codes = self._take(frames)
         self.schedule.advance()
-        started = time.perf_counter()
         audio = self.decoder.step(codes)
-        step_seconds = time.perf_counter() - started
         error = None
         try:
             pcm = to_pcm16(audio)
@@ -102,7 +98,7 @@ class Renderer:
             error = not_finite
             pcm = bytes(frames * self.decoder.format.frame_pcm_bytes)
             self.decoder.reset()
-        return Chunk(self._trim(pcm), frames, step_seconds, error)
+        return Chunk(self._trim(pcm), frames, error)
 
     def reset(self) -> None:
         """Drop what is pending and begin a new stream."""

@@ -138,12 +138,20 @@ class Session:
         self.state = State.IDLE
         self.error_count = 0
 
-    # --- what the process asks -------------------------------------------------------------------------------------
+    # --- what the process asks -------------------------------------------------------------------
 
     @property
     def stream(self) -> int | None:
         """The number of the stream that is open."""
         return None if self._maybe_open is None else self._maybe_open.stream
+
+    @property
+    def format(self) -> CodecFormat:
+        return self._weights
+
+    @property
+    def streams_opened(self) -> int:
+        return self._next_stream
 
     @property
     def is_due(self) -> bool:
@@ -211,7 +219,7 @@ class Session:
         if self.state is not State.IDLE:
             yield from self._finish(Message(Kind.END))
 
-    # --- actions ---------------------------------------------------------------------------------------------------
+    # --- actions ---------------------------------------------------------------------------------
 
     def _compare_formats(self, message: Message) -> Answers:
         ours = {
@@ -329,7 +337,7 @@ class Session:
             )
         )
 
-    # --- streams ---------------------------------------------------------------------------------------------------
+    # --- streams ---------------------------------------------------------------------------------
 
     def _drops(self) -> bool:
         """Does a CANCEL wait further back? Then what stands before it is counted and not done."""
@@ -397,7 +405,7 @@ class Session:
             f"the artifact ended {self._artifact.missing_bytes} bytes before its end: send all of it, then no END"
         )
 
-    # --- settings --------------------------------------------------------------------------------------------------
+    # --- settings --------------------------------------------------------------------------------
 
     @property
     def _sample_bytes(self) -> int:

@@ -1,0 +1,391 @@
+"""`mossnano-stdio`: messages in on stdin, PCM out on stdout, until the input ends.
+
+Rules of this room:
+
+- It puts the pieces together (weights, decoder, renderer, session, file descriptors) and decides how the process ends.
+  What a message means is session.py's, what a descriptor does is stdio.py's.
+- Every end has one of the statuses in errors.py. Whatever is said to people goes to stderr, whatever is said to the
+  peer is a message.
+- The loop renders only when no more input would change the next chunk, or none waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, Protocol
+
+import numpy as np
+
+from mossnano_stdio import __version__
+from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
+from mossnano_stdio.inbox import Arrival, Ending, Inbox
+from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.logs import LEVELS, log, start_logging, write_stderr
+from mossnano_stdio.metrics import Durations, TimedDecoder, peak_resident_bytes
+from mossnano_stdio.pcm import wav_header
+from mossnano_stdio.protocol import (
+    MAX_MESSAGE_BYTES,
+    VERSION,
+    Kind,
+    Message,
+    MessageReader,
+    encode_message,
+    parse_json,
+)
+from mossnano_stdio.renderer import Decoder, Renderer
+from mossnano_stdio.schedule import RAMP_MAX_FRAMES, Fixed, Ramp, Schedule, frames_for_seconds
+from mossnano_stdio.session import MAX_CHUNK_FRAMES, Session, State, error_message
+from mossnano_stdio.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
+
+PROGRAM: Final = "mossnano-stdio"
+MAX_CHUNK_SECONDS: Final = 80
+
+
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """A decoder, warmed up or not, and what the HANDSHAKE says of where it came from."""
+
+    decoder: Decoder
+    identity: Mapping[str, Any]
+
+
+Loader = Callable[[argparse.Namespace], LoadedDecoder]
+
+
+def run() -> NoReturn:
+    """The console script. Native libraries get no chance to spoil the exit status on their way out."""
+    status = main()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def main(arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
+    """Run the process; `load` stands in for the weights in tests."""
+    options = _parse(arguments)
+    start_logging(PROGRAM, options.log_level, as_json=options.log_json)
+    process = _Process(options)
+    try:
+        return process.serve(load or load_codec)
+    except Stopped as stopped:
+        return stopped.exit_status
+    except BrokenPipeError:
+        return ExitStatus.READER_GONE
+    except Exception as error:  # noqa: BLE001 - every end has its status, a bug's too
+        return process.die(error)
+    finally:
+        if options.stats:
+            process.report()
+
+
+def load_codec(options: argparse.Namespace) -> LoadedDecoder:
+    """The weights that the command line asks for, as a decoder."""
+    from mossnano_stdio.bundle import find_weights, load_bundle
+    from mossnano_stdio.codec import load_decoder
+
+    bundle = load_bundle(find_weights(options.weights))
+    decoder = load_decoder(bundle, provider=options.provider, threads=options.threads, graph=options.graph)
+    if bundle.demo:
+        log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
+    return LoadedDecoder(
+        decoder,
+        {
+            "codec": bundle.name,
+            "weights": str(bundle.folder),
+            "demo": bundle.demo,
+            "graph": decoder.graph,
+            "precision": decoder.precision,
+            "provider": decoder.provider,
+            "threads": decoder.threads,
+        },
+    )
+
+
+class _StopOnErrorError(Exception):
+    """`--on-error stop`, and an ERROR was sent."""
+
+
+class _Process:
+    """The life of one process."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._signals = StopSignals()
+        self._fd = OutputFd(take_stdout(), self._signals)
+        self._output = OUTPUTS[options.output](self._fd)
+        self._inbox = Inbox()
+        self._stops_on_error = options.on_error == "stop"
+        self._maybe_session: Session | None = None
+        self._maybe_decoder: TimedDecoder | None = None
+        self._first_audio = Durations()
+        self._maybe_opened_seconds: float | None = None  # when the stream that has no audio yet was opened
+
+    def serve(self, load: Loader) -> int:
+        """From start to end; the exit status."""
+        self._signals.install(self.report)
+        with self._signals.raising():
+            messages = MessageReader(self._options.max_message_bytes)
+            InputThread(self._inbox, messages, self._fd.fd).start()
+            session = self._maybe_session = self._start_session(load(self._options))
+        self._output.start(session.format)
+        self._put(session.handshake())
+        try:
+            while isinstance(event := self._next_event(session), Arrival):
+                self._note_opening(session, event)
+                self._put_all(session.handle(event.message))
+        except _StopOnErrorError:
+            return ExitStatus.BAD_INPUT
+        return self._close(session, event)
+
+    def report(self) -> None:
+        """One JSON line on stderr: what was done so far."""
+        stats = {
+            "streams": self._maybe_session.streams_opened if self._maybe_session else 0,
+            **(self._maybe_decoder.snapshot() if self._maybe_decoder else {}),
+            "first_audio_p50_ms": self._first_audio.percentile_ms(50),
+            "first_audio_p95_ms": self._first_audio.percentile_ms(95),
+            "peak_resident_bytes": peak_resident_bytes(),
+            "errors": self._maybe_session.error_count if self._maybe_session else 0,
+        }
+        write_stderr(json.dumps(stats))
+
+    def die(self, error: Exception) -> int:
+        """Say why we cannot go on, to the peer and on stderr; the status with which we end."""
+        fault = _as_fault(error)
+        if fault.exit_status is ExitStatus.BUG:
+            traceback.print_exception(error)
+        self._stops_on_error = False
+        if isinstance(fault, OutputError):
+            log.error("%s", fault)
+        else:
+            with contextlib.suppress(MossnanoError, OSError, Stopped):
+                self._put(error_message(fault, fatal=True))
+        return fault.exit_status
+
+    def _start_session(self, loaded: LoadedDecoder) -> Session:
+        decoder = loaded.decoder
+        decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))  # the first step of all takes longer
+        decoder.reset()
+        self._maybe_decoder = TimedDecoder(decoder)
+        return Session(
+            Renderer(self._maybe_decoder, _schedule(self._options, decoder.format)),
+            {
+                "protocol": VERSION,
+                "name": PROGRAM,
+                "version": __version__,
+                "direction": "decode",
+                **loaded.identity,
+                "max_message_bytes": self._options.max_message_bytes,
+            },
+            ramp_max_frames=self._options.max_chunk_frames,
+            cancel_waiting=self._inbox.cancel_waits,
+        )
+
+    def _next_event(self, session: Session) -> Arrival | Ending:
+        """The next message, once every chunk is out that no waiting message could make larger."""
+        while session.is_due and (session.is_sated or self._inbox.is_empty):
+            self._put_all(session.advance())
+        with self._signals.raising():
+            return self._inbox.get()
+
+    def _note_opening(self, session: Session, arrival: Arrival) -> None:
+        if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in (Kind.TOKENS, Kind.ARTIFACT):
+            self._maybe_opened_seconds = arrival.seconds
+
+    def _put_all(self, answers: Iterable[Message]) -> None:
+        for answer in answers:
+            self._put(answer)
+
+    def _put(self, answer: Message) -> None:
+        self._output.put(answer)
+        if answer.kind == Kind.AUDIO and self._maybe_opened_seconds is not None:
+            self._first_audio.add(time.monotonic() - self._maybe_opened_seconds)
+            self._maybe_opened_seconds = None
+        if answer.kind == Kind.ERROR:
+            log.error("%s", parse_json(answer)["message"])
+            if self._stops_on_error:
+                raise _StopOnErrorError
+        self._signals.check()
+
+    def _close(self, session: Session, ending: Ending) -> int:
+        """Drain, and judge what came in."""
+        if ending.is_reader_gone:
+            raise BrokenPipeError
+        fault = ending.maybe_fault
+        if fault is not None and not isinstance(fault, MossnanoError):
+            raise fault
+        self._stops_on_error = False
+        is_cut = session.state is State.ARTIFACT
+        self._put_all(session.close(fault))
+        self._output.finish()
+        if fault is not None:
+            return fault.exit_status
+        is_bad = is_cut or (session.error_count > 0 and not self._output.carries_errors)
+        return ExitStatus.BAD_INPUT if is_bad else ExitStatus.DONE
+
+
+class Output(Protocol):
+    """What becomes of messages on their way to stdout."""
+
+    carries_errors: bool  # does the peer learn of errors from what it reads?
+
+    def start(self, codec_format: CodecFormat) -> None: ...
+
+    def put(self, message: Message) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class FramedOutput:
+    """Every message, as protocol.md has it."""
+
+    carries_errors = True
+
+    def __init__(self, fd: OutputFd) -> None:
+        self._fd = fd
+
+    def start(self, codec_format: CodecFormat) -> None:
+        pass
+
+    def put(self, message: Message) -> None:
+        self._fd.write(encode_message(*message))
+
+    def finish(self) -> None:
+        pass
+
+
+class RawOutput:
+    """The PCM of all streams, one after the other, and nothing else."""
+
+    carries_errors = False
+
+    def __init__(self, fd: OutputFd) -> None:
+        self._fd = fd
+
+    def start(self, codec_format: CodecFormat) -> None:
+        pass
+
+    def put(self, message: Message) -> None:
+        if message.kind == Kind.AUDIO:
+            self._fd.write(message.payload)
+
+    def finish(self) -> None:
+        pass
+
+
+class WavOutput(RawOutput):
+    """The same with a WAV header before it, which gets its true sizes at the end where stdout is a file."""
+
+    def __init__(self, fd: OutputFd) -> None:
+        super().__init__(fd)
+        self._maybe_format: CodecFormat | None = None
+        self._data_bytes = 0
+
+    def start(self, codec_format: CodecFormat) -> None:
+        self._maybe_format = codec_format
+        self._fd.write(wav_header(codec_format.sample_rate, codec_format.channels, None))
+
+    def put(self, message: Message) -> None:
+        super().put(message)
+        if message.kind == Kind.AUDIO:
+            self._data_bytes += len(message.payload)
+
+    def finish(self) -> None:
+        if self._maybe_format is not None:
+            header = wav_header(self._maybe_format.sample_rate, self._maybe_format.channels, self._data_bytes)
+            self._fd.rewrite_start(header)
+
+
+OUTPUTS: Final[Mapping[str, Callable[[OutputFd], Output]]] = {
+    "framed": FramedOutput,
+    "raw": RawOutput,
+    "wav": WavOutput,
+}
+
+
+def _as_fault(error: Exception) -> MossnanoError:
+    match error:
+        case MossnanoError():
+            return error
+        case MemoryError():
+            return OutOfMemoryError(f"out of memory: {error or 'no more is to be had'}")
+        case _:
+            return BugError(f"a bug of ours: {type(error).__name__}: {error}")
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def _schedule(options: argparse.Namespace, codec_format: CodecFormat) -> Schedule:
+    if options.chunk_seconds is not None:
+        return Fixed(frames_for_seconds(options.chunk_seconds, codec_format.frames_per_second))
+    if options.chunk_frames is not None:
+        return Fixed(options.chunk_frames)
+    return Ramp(options.max_chunk_frames)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Decode framed codec tokens from stdin to PCM on stdout. protocol.md says how to talk to it.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
+    parser.add_argument("--output", choices=OUTPUTS, default="framed", help="messages, bare PCM, or WAV (framed)")
+    chunk = parser.add_mutually_exclusive_group()
+    chunk.add_argument("--chunk-frames", type=_whole(1, MAX_CHUNK_FRAMES), metavar="N", help="wait for N frames or END")
+    chunk.add_argument("--chunk-seconds", type=_seconds, metavar="S", help="the same in seconds, to whole frames")
+    parser.add_argument(
+        "--max-chunk-frames",
+        type=_whole(1, MAX_CHUNK_FRAMES),
+        default=RAMP_MAX_FRAMES,
+        metavar="N",
+        help=f"without a fixed size, chunks take what waits: 1, 2, 4, ... and at most N frames ({RAMP_MAX_FRAMES})",
+    )
+    parser.add_argument(
+        "--threads", type=_whole(1, 1024), metavar="N", help="of one decode step (4, or the CPUs we may use)"
+    )
+    parser.add_argument(
+        "--provider", default="cpu", metavar="P", help="cpu, cuda, tensorrt, coreml, directml, openvino"
+    )
+    parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
+    parser.add_argument("--max-message-bytes", type=_whole(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
+    parser.add_argument(
+        "--on-error", choices=("skip", "stop"), default="skip", help="stop: the first ERROR ends us with 65"
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="warning")
+    parser.add_argument("--log-json", action="store_true", help="log lines as JSON")
+    parser.add_argument(
+        "--stats", action="store_true", help="one line of JSON on stderr at the end (always on SIGUSR1)"
+    )
+    return parser.parse_args(arguments)
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """An argument that is a whole number in a range."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} to {most} is allowed")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    """A chunk's length: anything above 0 that is a chunk's length on any weights."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_CHUNK_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 and up to {MAX_CHUNK_SECONDS} is allowed")
+    return seconds
