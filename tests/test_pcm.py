@@ -1,0 +1,275 @@
+"""The room pcm: exact samples, and WAVs that others read."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mossnano_stdio import pcm
+from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
+from mossnano_stdio.pcm import BLOCK_SAMPLES, WavWriter, from_pcm16, pcm16_samples, read_audio, to_pcm16, wav_header
+
+RATE = 48000
+EVERY_INT16 = np.arange(-32768, 32768, dtype=np.int16)
+
+
+def nearest_even(value: float) -> int:
+    """The oracle: exact rational arithmetic. Python rounds a Fraction half to even."""
+    return round(Fraction(min(1.0, max(-1.0, value))) * 32767)
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=40))
+def test_every_float_becomes_the_nearest_step(values: list[float]) -> None:
+    audio = np.array(values, dtype=np.float32)[:, np.newaxis]
+    assert pcm16_samples(to_pcm16(audio), 1)[:, 0].tolist() == [nearest_even(value) for value in values]
+
+
+def test_floats_next_to_a_tie_fall_on_their_own_side() -> None:
+    """Where float32 rounds the product to n + 0.5 although it is less or more, the exact one decides."""
+    ties = ((np.arange(-32767, 32767) + 0.5) / 32767).astype(np.float32)
+    around = np.concatenate([np.nextafter(ties, np.float32(-2)), ties, np.nextafter(ties, np.float32(2))])
+    got = pcm16_samples(to_pcm16(around[:, np.newaxis]), 1)[:, 0]
+    assert got.tolist() == [nearest_even(value) for value in around.tolist()]
+    in_float32 = np.rint(around * np.float32(32767))
+    assert np.any(in_float32 != got), "these values no longer tell exact arithmetic from float32"
+
+
+def test_the_only_exact_ties_go_to_even() -> None:
+    """32767 is odd, so that no float but one half lies exactly between two steps: at 16383.5."""
+    assert pcm16_samples(to_pcm16(np.array([[0.5], [-0.5]], dtype=np.float32)), 1).tolist() == [[16384], [-16384]]
+
+
+def test_every_integer_comes_back_but_the_lowest() -> None:
+    data = EVERY_INT16.astype("<i2").tobytes()
+    audio = from_pcm16(data, 1)
+    assert audio.dtype == np.float32
+    assert audio.min() == -1.0
+    assert audio.max() == 1.0
+    back = pcm16_samples(to_pcm16(audio), 1)[:, 0]
+    assert back[0] == -32767
+    assert np.array_equal(back[1:], EVERY_INT16[1:])
+
+
+def test_clipping_and_byte_order() -> None:
+    audio = np.array([[0, 1], [-1, 1.5], [-3e38, 3e38], [1 / 32767, -0.0]], dtype=np.float32)
+    assert to_pcm16(audio).hex(" ", 2) == "0000 ff7f 0180 ff7f 0180 ff7f 0100 0000"
+
+
+def test_any_strides_and_any_length() -> None:
+    planar = np.random.default_rng(0).uniform(-1, 1, (2, 2 * BLOCK_SAMPLES + 7)).astype(np.float32)
+    interleaved = np.ascontiguousarray(planar.T)
+    expected = np.rint(interleaved.astype(np.float64) * 32767).astype("<i2").tobytes()
+    assert to_pcm16(planar.T) == expected
+    assert to_pcm16(interleaved) == expected
+    assert to_pcm16(interleaved[::-1])[-4:] == expected[:4]
+    assert to_pcm16(np.empty((0, 2), dtype=np.float32)) == b""
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("sample", [0, 5, BLOCK_SAMPLES, BLOCK_SAMPLES + 9])
+def test_what_is_not_finite_is_named_by_its_place(value: float, sample: int) -> None:
+    audio = np.zeros((BLOCK_SAMPLES + 10, 2), dtype=np.float32)
+    audio[sample, 1] = value
+    with pytest.raises(NonFiniteError, match=f"sample {sample} of channel 1 is {value}"):
+        to_pcm16(audio)
+
+
+def test_shapes_that_are_no_audio() -> None:
+    with pytest.raises(UsageError, match="1 axes"):
+        to_pcm16(np.zeros(4, dtype=np.float32))
+    with pytest.raises(InputError, match="6 bytes of PCM"):
+        from_pcm16(bytes(6), 2)
+
+
+# --- WAV ---------------------------------------------------------------------------------------------------------
+
+
+def noise(samples: int, channels: int = 2) -> NDArray[np.int16]:
+    return np.random.default_rng(7).integers(-32767, 32768, (samples, channels)).astype(np.int16)
+
+
+def written(samples: NDArray[np.int16], *, to_pipe: bool, announced: int | None = None) -> bytes:
+    """The WAV that a writer makes of `samples`, given to it in uneven pieces."""
+    file = Pipe() if to_pipe else io.BytesIO()
+    writer = WavWriter(file, RATE, samples.shape[1], announced)
+    data = samples.astype("<i2").tobytes()
+    third = len(data) // 3 // 4 * 4
+    for piece in (data[:third], b"", data[third:]):
+        writer.write(piece)
+    writer.finish()
+    return file.getvalue()
+
+
+class Pipe(io.BytesIO):
+    """A file that cannot seek."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: object) -> int:
+        raise AssertionError("a pipe was asked to seek")
+
+    tell = seek
+
+
+def test_a_seekable_wav_is_what_the_standard_library_writes() -> None:
+    samples = noise(100)
+    expected = io.BytesIO()
+    with wave.open(expected, "wb") as writer:
+        writer.setnchannels(2)
+        writer.setsampwidth(2)
+        writer.setframerate(RATE)
+        writer.writeframes(samples.astype("<i2").tobytes())
+    assert written(samples, to_pipe=False) == expected.getvalue()
+    assert written(samples, to_pipe=True, announced=100) == expected.getvalue()
+    assert written(samples, to_pipe=False, announced=100) == expected.getvalue()
+    assert written(samples, to_pipe=False, announced=99) == expected.getvalue()
+
+
+def test_a_wav_may_begin_anywhere_in_its_file() -> None:
+    file = io.BytesIO(b"before")
+    file.seek(6)
+    writer = WavWriter(file, RATE, 2)
+    writer.write(bytes(4))
+    writer.finish()
+    file.write(b"behind")
+    assert file.getvalue() == b"before" + wav_header(RATE, 2, 4) + bytes(4) + b"behind"
+
+
+def test_a_pipe_gets_the_size_that_means_to_the_end() -> None:
+    data = written(noise(10), to_pipe=True)
+    assert data[4:8] == data[40:44] == b"\xff\xff\xff\xff"
+    assert len(data) == 44 + 40
+
+
+@pytest.mark.parametrize("pcm_bytes", [0xFFFFFFFF - 36 + 1, 1 << 33])
+def test_more_than_a_wav_can_count_is_to_the_end(pcm_bytes: int) -> None:
+    assert wav_header(RATE, 2, pcm_bytes) == wav_header(RATE, 2)
+    assert wav_header(RATE, 2, 0xFFFFFFFF - 36) != wav_header(RATE, 2)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(0, 2), (RATE, 0), (RATE, 32768), (1 << 30, 2), (1 << 32, 1)])
+def test_what_no_wav_can_hold(rate: int, channels: int) -> None:
+    with pytest.raises(InputError, match=f"{channels} channels at {rate} Hz"):
+        wav_header(rate, channels)
+
+
+@pytest.mark.parametrize("to_pipe", [False, True])
+def test_all_readers_here_read_what_we_write(to_pipe: bool, tmp_path: Path) -> None:
+    samples = noise(1000)
+    path = tmp_path / "x.wav"
+    path.write_bytes(written(samples, to_pipe=to_pipe))
+    read, rate = soundfile.read(path, dtype="int16")
+    assert rate == RATE
+    assert np.array_equal(read, samples)
+    with wave.open(str(path)) as by_wave:
+        assert by_wave.readframes(by_wave.getnframes()) == samples.astype("<i2").tobytes()
+    for command in (
+        ["ffmpeg", "-v", "error", "-i", str(path), "-f", "s16le", "-"],
+        ["sox", str(path), "-t", "raw", "-"],
+    ):
+        if shutil.which(command[0]):
+            run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+            assert run.stdout == samples.astype("<i2").tobytes(), command
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["soundfile", "wave"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test once with the extra, and once as if it were not installed."""
+    if request.param == "wave":
+        monkeypatch.setitem(sys.modules, "soundfile", None)
+        assert pcm._import_soundfile() is None
+    return str(request.param)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("to_pipe", [False, True])
+def test_sixteen_bits_are_read_exactly(reader: str, channels: int, to_pipe: bool) -> None:
+    samples = noise(500, channels)
+    recording = read_audio(io.BytesIO(written(samples, to_pipe=to_pipe)), "x.wav")
+    assert recording.sample_rate == RATE
+    assert np.array_equal(recording.samples, samples)
+    assert np.array_equal(recording.steps, samples)
+    assert recording.audio.dtype == np.float32
+    assert to_pcm16(recording.audio) == samples.astype("<i2").tobytes()
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24", "PCM_32"])
+def test_other_widths_read_alike_with_and_without_the_extra(subtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = np.random.default_rng(1).uniform(-1, 1, (300, 2))
+    file = io.BytesIO()
+    soundfile.write(file, audio, RATE, subtype=subtype, format="WAV")
+    file.seek(0)
+    with_extra = read_audio(file, "x.wav")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    file.seek(0)
+    if sys.version_info < (3, 12) and file.getvalue()[20:22] == b"\xfe\xff":
+        pytest.skip("wave reads WAVE_FORMAT_EXTENSIBLE from 3.12 on")
+    without = read_audio(file, "x.wav")
+    assert np.array_equal(with_extra.samples, without.samples)
+    assert with_extra.steps.dtype == np.float64
+    assert np.abs(with_extra.steps / 32767 - audio).max() < {"PCM_U8": 1e-2}.get(subtype, 1e-6)
+
+
+def test_floats_and_flac_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = np.random.default_rng(1).uniform(-1, 1, (300, 2)).astype(np.float32)
+    as_float, as_flac = io.BytesIO(), io.BytesIO()
+    soundfile.write(as_float, audio, RATE, subtype="FLOAT", format="WAV")
+    soundfile.write(as_flac, noise(300), RATE, format="FLAC")
+    as_float.seek(0)
+    as_flac.seek(0)
+    assert np.array_equal(read_audio(as_float, "x.wav").audio, audio)
+    assert np.array_equal(read_audio(as_flac, "x.flac").samples, noise(300))
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    for file in (as_float, as_flac):
+        file.seek(0)
+        with pytest.raises(InputError, match=r"mossnano-stdio\[audio\]"):
+            read_audio(file, "x")
+
+
+def test_a_float_wav_with_nan_is_refused() -> None:
+    audio = np.zeros((10, 2), dtype=np.float32)
+    audio[3, 1] = np.nan
+    file = io.BytesIO()
+    soundfile.write(file, audio, RATE, subtype="FLOAT", format="WAV")
+    file.seek(0)
+    with pytest.raises(InputError, match=r"x\.wav: sample 3 of channel 1 is nan"):
+        read_audio(file, "x.wav")
+
+
+@pytest.mark.parametrize("data", [b"", b"RIFF", b"no audio at all" * 10, wav_header(RATE, 2)[:30]])
+def test_what_is_no_audio_is_one_error(reader: str, data: bytes) -> None:
+    with pytest.raises(InputError, match=r"^x\.wav is no "):
+        read_audio(io.BytesIO(data), "x.wav")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])
+def test_a_cut_wav_gives_its_whole_samples(reader: str, cut: int) -> None:
+    samples = noise(10)
+    recording = read_audio(io.BytesIO(written(samples, to_pipe=False)[:-cut]), "x.wav")
+    assert np.array_equal(recording.samples, samples[: 10 - (cut + 3) // 4])
+
+
+def test_a_wav_is_read_from_a_pipe(reader: str) -> None:
+    samples = noise(50)
+    reading_end, writing_end = os.pipe()
+    with os.fdopen(writing_end, "wb") as pipe:
+        pipe.write(written(samples, to_pipe=True))
+    with os.fdopen(reading_end, "rb") as pipe:
+        assert np.array_equal(read_audio(pipe, "-").samples, samples)
