@@ -86,6 +86,7 @@ class CacheSpec:
 
     decoder_index: int
     layer_index: int
+    heads: int
     context_tokens: int
     offset_input_name: str
 
@@ -490,6 +491,7 @@ def _caches(metadata: Entry) -> Iterator[CacheSpec]:
         yield CacheSpec(
             decoder_index=entry.at("decoder_index").whole(),
             layer_index=entry.at("layer_index").whole(),
+            heads=entry.at("num_heads").whole(least=1),
             context_tokens=entry.at("context").whole(least=1),
             offset_input_name=entry.at("offset_input_name").text(),
         )

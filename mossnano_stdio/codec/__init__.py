@@ -1,0 +1,106 @@
+"""The only room that speaks onnxruntime: from a bundle to decoders and encoders that run.
+
+Rules of this room:
+
+- `load_runtime` loads a graph once; `runtime.new_decoder()` gives as many streams over it as are needed.
+- A bundle's fast graph is taken where there is one, else the official `decode_step`; both give the same sound.
+- Modules in here import each other, nobody else imports them: what others need is named here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mossnano_stdio.bundle import Bundle
+from mossnano_stdio.codec.runtime import PROVIDERS, Engine, default_threads
+from mossnano_stdio.errors import BundleError
+from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.renderer import Decoder
+
+if TYPE_CHECKING:
+    from mossnano_stdio.codec.official import FullDecoder
+
+__all__ = [
+    "PROVIDERS",
+    "Engine",
+    "GraphName",
+    "Runtime",
+    "StreamDecoder",
+    "default_threads",
+    "load_decoder",
+    "load_full_decoder",
+    "load_runtime",
+]
+
+GraphName = Literal["official", "fast"]
+
+
+class StreamDecoder(Decoder, Protocol):
+    """A Decoder that can also begin in the middle, and go back to where it was."""
+
+    @property
+    def next_frame(self) -> int:
+        """Where in its stream the next frame stands."""
+
+    def reset(self, start_frame: int = 0) -> None:
+        """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
+
+    def snapshot(self) -> Any:
+        """What the stream has left behind. It stays as it is while the decoder goes on."""
+
+    def restore(self, state: Any) -> None:
+        """Go back to a snapshot, taken from any decoder of the same runtime."""
+
+
+class Runtime(Protocol):
+    """A loaded graph, shared by all decoders over it."""
+
+    bundle: Bundle
+    engine: Engine
+    format: CodecFormat
+    precision: str
+
+    @property
+    def graph_name(self) -> GraphName: ...
+
+    @property
+    def decodes_prefix(self) -> bool: ...
+
+    def new_decoder(self) -> StreamDecoder:
+        """A stream of its own, at its start."""
+
+
+def load_runtime(
+    bundle: Bundle,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    graph: GraphName | None = None,
+    spin: bool = False,
+) -> Runtime:
+    """Load what decodes: by default the fast graph where the bundle has it, else the official one."""
+    engine = Engine.of(provider, threads, spin)
+    if graph == "fast":
+        raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
+    from mossnano_stdio.codec.official import OfficialRuntime
+
+    return OfficialRuntime(bundle, engine)
+
+
+def load_decoder(
+    bundle: Bundle,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    graph: GraphName | None = None,
+    spin: bool = False,
+) -> StreamDecoder:
+    """A decoder with a runtime of its own, for whoever needs only one."""
+    return load_runtime(bundle, provider=provider, threads=threads, graph=graph, spin=spin).new_decoder()
+
+
+def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:
+    """The reference: whole streams at once, through `decode_full`."""
+    from mossnano_stdio.codec.official import FullDecoder
+
+    return FullDecoder(bundle, Engine.of(provider, threads))
