@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.graph.config import CodecConfig, ModuleConfig, TransformerConfig, load_config
@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[st
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": dict.fromkeys(sorted(tensors), SHARD_NAME),
     }
-    save_file(dict(tensors), folder / SHARD_NAME, metadata={"format": "pt"})
+    (folder / SHARD_NAME).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

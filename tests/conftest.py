@@ -1,0 +1,31 @@
+"""What several rooms' tests share: weights folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REFERENCE = Path(__file__).parent / "reference" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_reference() -> Path:
+    """A checkpoint with contexts of 4 to 10 frames, and what float32 torch makes of its codes and its wave."""
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> Path:
+    """The same weights in the official contract, as torch exports them."""
+    return REFERENCE / "bundle"
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in with the published model's dimensions, built once."""
+    from mossnano_stdio.graph.assemble import save_standin_bundle
+
+    folder = tmp_path_factory.mktemp("nano")
+    save_standin_bundle(folder, "nano", seed=0)
+    return folder
