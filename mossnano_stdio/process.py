@@ -89,24 +89,22 @@ def main(arguments: Sequence[str] | None = None, load: Loader | None = None) -> 
 def load_codec(options: argparse.Namespace) -> LoadedDecoder:
     """The weights that the command line asks for, as a decoder."""
     from mossnano_stdio.bundle import find_weights, load_bundle
-    from mossnano_stdio.codec import load_decoder
+    from mossnano_stdio.codec import load_runtime
 
     bundle = load_bundle(find_weights(options.weights))
-    decoder = load_decoder(bundle, provider=options.provider, threads=options.threads, graph=options.graph)
+    runtime = load_runtime(bundle, provider=options.provider, threads=options.threads, graph=options.graph)
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
-    return LoadedDecoder(
-        decoder,
-        {
-            "codec": bundle.name,
-            "weights": str(bundle.folder),
-            "demo": bundle.demo,
-            "graph": decoder.graph,
-            "precision": decoder.precision,
-            "provider": decoder.provider,
-            "threads": decoder.threads,
-        },
-    )
+    identity = {
+        "codec": bundle.name,
+        "weights": str(bundle.folder),
+        "demo": bundle.demo,
+        "graph": runtime.graph_name,
+        "precision": runtime.precision,
+        "provider": runtime.engine.provider,
+        "threads": runtime.engine.threads,
+    }
+    return LoadedDecoder(runtime.new_decoder(), identity)
 
 
 class _StopOnErrorError(Exception):
@@ -126,6 +124,7 @@ class _Process:
         self._maybe_session: Session | None = None
         self._maybe_decoder: TimedDecoder | None = None
         self._first_audio = Durations()
+        self._ready_seconds = 0.0
         self._maybe_opened_seconds: float | None = None  # when the stream that has no audio yet was opened
 
     def serve(self, load: Loader) -> int:
@@ -137,6 +136,7 @@ class _Process:
             session = self._maybe_session = self._start_session(load(self._options))
         self._output.start(session.format)
         self._put(session.handshake())
+        self._ready_seconds = time.monotonic()
         try:
             while isinstance(event := self._next_event(session), Arrival):
                 self._note_opening(session, event)
@@ -198,7 +198,7 @@ class _Process:
 
     def _note_opening(self, session: Session, arrival: Arrival) -> None:
         if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in (Kind.TOKENS, Kind.ARTIFACT):
-            self._maybe_opened_seconds = arrival.seconds
+            self._maybe_opened_seconds = max(arrival.seconds, self._ready_seconds)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
         for answer in answers:
