@@ -1,0 +1,371 @@
+"""`mossnano fetch` as a process of its own, against a stand-in of the hub on the loopback interface."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mossnano_stdio import pinned
+from mossnano_stdio.errors import OutputError
+from mossnano_stdio.fetch import Selection, fetch, selections
+from tests.hub import CDN_HOST, HUB_HOST, Hub, serving
+
+huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `fetch` is not installed")
+
+BUNDLE, BUNDLE_REVISION = "somebody/bundle", "b" * 40
+CHECKPOINT, CHECKPOINT_REVISION = "somebody/checkpoint", "c" * 40
+SHARED = "moss_audio_tokenizer_decode_shared.data"
+STEP = "moss_audio_tokenizer_decode_step.onnx"
+SHARED_BYTES = 300_000
+
+# The tool itself, with other pinned facts, without waiting between attempts, and with files written in small pieces.
+DRIVER = """
+import json, sys, time
+import huggingface_hub.constants
+from mossnano_stdio import pinned
+from mossnano_stdio.cli import main
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
+time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
+for name, facts in json.loads(sys.argv[1]).items():
+    files = {file: pinned.FileRecord(*record) for file, record in facts["files"].items()}
+    setattr(pinned, name, pinned.PinnedRepository(facts["repository"], facts["revision"], files))
+sys.exit(main(["fetch", *sys.argv[2:]]))
+"""
+
+
+def contents(names: list[str]) -> dict[str, bytes]:
+    generator = np.random.default_rng(0)
+    return {name: generator.bytes(SHARED_BYTES if name.endswith((".data", ".safetensors")) else 500) for name in names}
+
+
+BUNDLE_FILES = contents(list(pinned.BUNDLE.files))
+CHECKPOINT_FILES = contents(list(pinned.CHECKPOINT.files))
+DECODE_NAMES = selections()["decode"].file_names
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    files = {(BUNDLE, name): content for name, content in BUNDLE_FILES.items()}
+    files |= {(CHECKPOINT, name): content for name, content in CHECKPOINT_FILES.items()}
+    with serving(Hub({BUNDLE: BUNDLE_REVISION, CHECKPOINT: CHECKPOINT_REVISION}, files)) as running:
+        yield running
+
+
+@dataclass
+class Place:
+    """A machine's worth of folders for one test."""
+
+    root: Path
+    endpoint: str
+
+    @property
+    def hub_cache(self) -> Path:
+        return self.root / "hub"
+
+    @property
+    def snapshot(self) -> Path:
+        return self.hub_cache / "models--somebody--bundle" / "snapshots" / BUNDLE_REVISION
+
+    def environment(self, **more: str) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
+        return kept | {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(self.root / "hf"),
+            "HF_HUB_CACHE": str(self.hub_cache),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "MOSSNANO_CACHE": str(self.root / "cache"),
+            **more,
+        }
+
+    def fetch(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return self.run(self.command(*arguments), **more)
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", DRIVER, json.dumps(facts()), *arguments]
+
+    def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, cwd=self.root, env=self.environment(**more)
+        )
+
+
+def facts() -> dict[str, object]:
+    def records(files: dict[str, bytes]) -> dict[str, tuple[int, str]]:
+        return {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+
+    return {
+        "BUNDLE": {"repository": BUNDLE, "revision": BUNDLE_REVISION, "files": records(BUNDLE_FILES)},
+        "CHECKPOINT": {
+            "repository": CHECKPOINT,
+            "revision": CHECKPOINT_REVISION,
+            "files": records(CHECKPOINT_FILES),
+        },
+    }
+
+
+@pytest.fixture
+def place(tmp_path: Path, hub: Hub) -> Place:
+    return Place(tmp_path, hub.endpoint)
+
+
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+def found_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- what comes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("decode", {name: BUNDLE_FILES[name] for name in DECODE_NAMES}),
+        ("encode", {name: BUNDLE_FILES[name] for name in BUNDLE_FILES if "_encode" in name or name.endswith(".json")}),
+        ("checkpoint", CHECKPOINT_FILES),
+    ],
+)
+def test_each_selection_arrives_whole(place: Place, what: str, expected: dict[str, bytes]) -> None:
+    result = place.fetch("--what", what, "--to", "there")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "there\n"
+    assert found_in(place.root / "there") == expected
+    for name, content in expected.items():
+        assert f"{name}: {len(content):,} bytes, verified" in result.stderr
+
+
+def test_the_metadata_comes_last(place: Place, hub: Hub) -> None:
+    """A folder that has it is taken for whole."""
+    hub.status[STEP] = 404
+    assert place.fetch("--to", "there").returncode == 66
+    assert pinned.METADATA_NAME not in found_in(place.root / "there")
+
+
+def test_files_outlive_the_hub_cache(place: Place) -> None:
+    assert place.fetch("--to", "there").returncode == 0
+    assert (place.root / "there" / SHARED).stat().st_nlink == 2  # no second copy on the disk
+    shutil.rmtree(place.hub_cache)
+    assert found_in(place.root / "there") == {name: BUNDLE_FILES[name] for name in DECODE_NAMES}
+
+
+def test_where_they_go_by_default(place: Place) -> None:
+    in_cache = place.root / "cache" / "MOSS-Audio-Tokenizer-Nano-ONNX"
+    assert place.fetch().stdout == f"{in_cache}\n"
+    (place.root / "weights").mkdir()
+    assert place.fetch().stdout == f"{Path('weights') / 'MOSS-Audio-Tokenizer-Nano-ONNX'}\n"
+    assert place.fetch("--what", "checkpoint").stdout == f"{Path('weights') / 'MOSS-Audio-Tokenizer-Nano'}\n"
+    assert found_in(place.root / "weights" / "MOSS-Audio-Tokenizer-Nano") == CHECKPOINT_FILES
+
+
+def test_a_second_run_asks_nobody(place: Place, hub: Hub) -> None:
+    assert place.fetch("--to", "there").returncode == 0
+    hub.requests.clear()
+    result = place.fetch("--to", "there")
+    assert result.returncode == 0
+    assert result.stderr.count("already there and right") == len(DECODE_NAMES)
+    assert not hub.requests
+
+
+def test_offline_takes_what_the_hub_cache_holds(place: Place, hub: Hub) -> None:
+    assert place.fetch("--to", "here").returncode == 0
+    hub.requests.clear()
+    result = place.fetch("--to", "there", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert found_in(place.root / "there") == found_in(place.root / "here")
+    assert not hub.requests
+
+
+def test_the_token_goes_to_the_hub_and_no_further(place: Place, hub: Hub) -> None:
+    assert place.fetch("--to", "there", HF_TOKEN="hf_secret").returncode == 0
+    tokens = {(request.host, request.token) for request in hub.requests if "/resolve/" in request.path}
+    assert tokens == {(HUB_HOST, "Bearer hf_secret"), (CDN_HOST, None)}
+
+
+# --- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+def test_a_cut_download_is_resumed(place: Place, hub: Hub) -> None:
+    hub.cut_after[SHARED] = [100_000, 50_000]
+    result = place.fetch("--to", "there")
+    assert result.returncode == 0, result.stderr
+    assert found_in(place.root / "there")[SHARED] == BUNDLE_FILES[SHARED]
+    ranges = [request.range for request in hub.asked("GET", SHARED)]
+    assert ranges == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_a_connection_that_is_always_cut_is_given_up(place: Place, hub: Hub) -> None:
+    hub.cut_after[SHARED] = [0] * 50
+    result = place.fetch("--to", "there")
+    assert result.returncode == 69
+    assert SHARED in last_line(result)
+    assert hub.endpoint in last_line(result)
+    assert SHARED not in found_in(place.root / "there")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [(STEP, "flipped"), (STEP, "empty"), (SHARED, "short"), (SHARED, "long"), (SHARED, "flipped")]
+)
+def test_wrong_bytes_are_refused_and_a_retry_works(place: Place, hub: Hub, name: str, fault: str) -> None:
+    right = BUNDLE_FILES[name]
+    hub.sent[name] = {
+        "flipped": right[:-1] + bytes([right[-1] ^ 1]),
+        "short": right[:-1],
+        "long": right + b"\0",
+        "empty": b"",
+    }[fault]
+    result = place.fetch("--to", "there")
+    assert result.returncode == 66
+    assert str(place.snapshot / name) in last_line(result)
+    assert "SHA-256" in last_line(result) or "bytes" in last_line(result)
+    assert not any(name in path.name for path in (place.root / "there").iterdir())
+    del hub.sent[name]
+    assert place.fetch("--to", "there").returncode == 0
+    assert found_in(place.root / "there")[name] == right
+
+
+def test_what_rotted_in_the_hub_cache_is_fetched_anew(place: Place) -> None:
+    assert place.fetch("--to", "here").returncode == 0
+    cached = place.snapshot / STEP
+    cached.resolve().unlink()
+    cached.unlink()
+    cached.write_bytes(b"\0" * 500)
+    result = place.fetch("--to", "there")
+    assert result.returncode == 0, result.stderr
+    assert found_in(place.root / "there")[STEP] == BUNDLE_FILES[STEP]
+
+
+def test_what_rotted_in_the_folder_is_replaced(place: Place) -> None:
+    assert place.fetch("--to", "there").returncode == 0
+    rotten = place.root / "there" / STEP
+    rotten.unlink()
+    rotten.write_bytes(b"\0" * 500)
+    result = place.fetch("--to", "there")
+    assert result.returncode == 0
+    assert found_in(place.root / "there")[STEP] == BUNDLE_FILES[STEP]
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_status", "said"),
+    [
+        (404, 66, "has no such file at the pinned revision (404); is HF_ENDPOINT right?"),
+        (401, 69, "refuses access (401); HF_TOKEN can name a token that has it"),
+        (403, 69, "refuses access (403); HF_TOKEN can name a token that has it"),
+        (500, 69, "HF_ENDPOINT can name a mirror"),
+    ],
+)
+def test_what_the_hub_refuses(place: Place, hub: Hub, status: int, exit_status: int, said: str) -> None:
+    hub.status[STEP] = status
+    result = place.fetch("--to", "there")
+    assert result.returncode == exit_status, result.stderr
+    assert f"{BUNDLE}/{STEP}: {hub.endpoint} " in last_line(result) or "cannot be fetched" in last_line(result)
+    assert said in last_line(result)
+
+
+def test_no_network(tmp_path: Path) -> None:
+    nobody = Place(tmp_path, f"http://{HUB_HOST}:1")  # nothing listens on port 1
+    result = nobody.fetch("--to", "there")
+    assert result.returncode == 69
+    assert "HF_ENDPOINT can name a mirror" in last_line(result)
+    assert not found_in(tmp_path / "there")
+
+
+def test_offline_without_a_cache(place: Place, hub: Hub) -> None:
+    result = place.fetch("--to", "there", HF_HUB_OFFLINE="1")
+    assert result.returncode == 69
+    assert "HF_HUB_OFFLINE forbids to fetch it" in last_line(result)
+    assert not hub.requests
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_grow(place: Place) -> None:
+    resource = pytest.importorskip("resource")
+    limit = (SHARED_BYTES // 2, SHARED_BYTES // 2)
+    result = subprocess.run(
+        place.command("--to", "there"),
+        capture_output=True,
+        text=True,
+        cwd=place.root,
+        env=place.environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert result.returncode == 74
+    assert "(EFBIG); HF_HUB_CACHE can name another place" in last_line(result)
+
+
+@pytest.mark.parametrize("full", ["hub", "there"])
+def test_a_full_disk(place: Place, full: str) -> None:
+    """A disk of 100 kB, in a mount namespace of the process's own."""
+    (place.root / full).mkdir()
+    mount = 'mount -t tmpfs -o size=100k none "$0" && exec "$@"'
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(place.root / full)]
+    if shutil.which("unshare") is None or place.run([*inside, "true"]).returncode:
+        pytest.skip("needs a kernel that lets us mount a small disk in a namespace of our own")
+    result = place.run([*inside, *place.command("--to", "there")])
+    assert result.returncode == 74
+    assert "No space left on device (ENOSPC)" in last_line(result)
+    assert "Warning" not in result.stderr
+    assert place.fetch("--to", "there").returncode == 0  # once the disk has room
+
+
+def test_a_folder_that_cannot_be_made(place: Place) -> None:
+    (place.root / "file").touch()
+    result = place.fetch("--to", "file/there")
+    assert result.returncode == 74
+    assert last_line(result).endswith("file/there: cannot be written: Not a directory (ENOTDIR)")
+
+
+def test_hf_xet_says_its_errno_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise RuntimeError(f"IO Error: No space left on device (os error {errno.ENOSPC})")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(OutputError, match=r"\(ENOSPC\)"):
+        fetch(Selection(pinned.BUNDLE, "any", (pinned.METADATA_NAME,)), tmp_path, report=lambda line: None)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['huggingface_hub'] = None\n"
+        "from mossnano_stdio.cli import main\n"
+        "sys.exit(main(['fetch', '--to', sys.argv[1]]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "pip install 'mossnano-stdio[fetch]'" in last_line(result)
+
+
+def test_help_needs_no_network_and_no_extra() -> None:
+    program = (
+        "import sys; sys.modules['huggingface_hub'] = None\n"
+        "from mossnano_stdio.cli import main\n"
+        "main(['fetch', '--help'])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "HF_ENDPOINT" in result.stdout
+
+
+def test_selections_cover_every_pinned_file() -> None:
+    chosen = selections()
+    assert {*chosen["decode"].file_names, *chosen["encode"].file_names} == set(pinned.BUNDLE.files)
+    assert set(chosen["checkpoint"].file_names) == set(pinned.CHECKPOINT.files)
+    assert len(DECODE_NAMES) == 4
