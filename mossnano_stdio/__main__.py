@@ -1,6 +1,38 @@
-"""`python -m mossnano_stdio` is the process."""
+"""Where the process begins and ends; `python -m mossnano_stdio` and `mossnano-stdio` both come here.
 
-from mossnano_stdio.process import run
+Rules of this room:
+
+- Signals are caught before anything heavy is imported: imports take longer than a user takes to press Ctrl-C.
+- Native libraries get no chance to spoil the exit status on their way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import NoReturn
+
+from mossnano_stdio.stdio import Stopped, StopSignals
+
+
+def run() -> NoReturn:
+    """The console script."""
+    signals = StopSignals()
+    signals.install()
+    try:
+        with signals.raising():
+            from mossnano_stdio.process import main
+        status = main(signals)
+    except Stopped as stopped:
+        status = stopped.exit_status
+    except SystemExit as exiting:  # --help, or a wrong command line
+        status = exiting.code if isinstance(exiting.code, int) else 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
 
 if __name__ == "__main__":
     run()

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -60,19 +58,11 @@ class LoadedDecoder:
 Loader = Callable[[argparse.Namespace], LoadedDecoder]
 
 
-def run() -> NoReturn:
-    """The console script. Native libraries get no chance to spoil the exit status on their way out."""
-    status = main()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-    os._exit(status)
-
-
-def main(arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
-    """Run the process; `load` stands in for the weights in tests."""
+def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
+    """Run the process; the exit status. Tests bring a decoder double's `load`."""
     options = _parse(arguments)
     start_logging(PROGRAM, options.log_level, as_json=options.log_json)
-    process = _Process(options)
+    process = _Process(options, signals)
     try:
         return process.serve(load or load_codec)
     except Stopped as stopped:
@@ -114,9 +104,9 @@ class _StopOnErrorError(Exception):
 class _Process:
     """The life of one process."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, signals: StopSignals) -> None:
         self._options = options
-        self._signals = StopSignals()
+        self._signals = signals
         self._fd = OutputFd(take_stdout(), self._signals)
         self._output = OUTPUTS[options.output](self._fd)
         self._inbox = Inbox()
@@ -129,7 +119,7 @@ class _Process:
 
     def serve(self, load: Loader) -> int:
         """From start to end; the exit status."""
-        self._signals.install(self.report)
+        self._signals.report_with(self.report)
         with self._signals.raising():
             messages = MessageReader(self._options.max_message_bytes)
             InputThread(self._inbox, messages, self._fd.fd).start()

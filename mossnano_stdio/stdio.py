@@ -100,12 +100,14 @@ class StopSignals:
         self._received_seconds = 0.0
         self._may_raise = False
 
-    def install(self, maybe_on_report: Callable[[], None] | None = None) -> None:
-        """From now on. `maybe_on_report` is called on SIGUSR1, where there is such a signal."""
+    def install(self) -> None:
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
+
+    def report_with(self, report: Callable[[], None]) -> None:
+        """From now on SIGUSR1, where there is such a signal, asks for a report."""
         if sys.platform != "win32":
-            signal.signal(signal.SIGUSR1, lambda *_: maybe_on_report() if maybe_on_report else None)
+            signal.signal(signal.SIGUSR1, lambda *_: report())
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:

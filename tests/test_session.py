@@ -45,7 +45,7 @@ class Conversation:
 
     def say(self, *messages: Message) -> list[Message]:
         """Each message dealt with before the next one comes, as if the peer were slow."""
-        answers = []
+        answers: list[Message] = []
         for message in messages:
             if message.kind == Kind.CANCEL:
                 self.cancels_waiting -= 1

@@ -1,0 +1,108 @@
+"""A real `mossnano-stdio` as a child process, and the messages that go there and come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message
+
+ROOT = Path(__file__).parent.parent
+PROCESS = [sys.executable, "-m", "mossnano_stdio"]
+DEMO = [*PROCESS, "--weights", "demo"]
+TIMEOUT_SECONDS = 60
+
+
+def double(plan: Mapping[str, Any] | None = None, *arguments: str) -> list[str]:
+    """The command line of the process around the decoder double; see double_process.py."""
+    return [sys.executable, "-m", "tests.double_process", json.dumps(plan or {}), *arguments]
+
+
+def run(command: Sequence[str], wire: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:
+    """All of the input at once, all of the output at the end."""
+    return subprocess.run(
+        command, input=wire, capture_output=True, cwd=ROOT, timeout=TIMEOUT_SECONDS, check=False, **more
+    )
+
+
+def encoded(*messages: Message) -> bytes:
+    return b"".join(encode_message(*message) for message in messages)
+
+
+def decoded(wire: bytes) -> list[Message]:
+    """Messages, of which the last must be whole."""
+    reader = MessageReader(1 << 24)
+    messages = list(reader.feed(wire))
+    assert reader.incomplete_bytes == 0, f"torn message: {reader.incomplete_bytes} bytes of it"
+    return messages
+
+
+def pcm_of(messages: Sequence[Message]) -> bytes:
+    return b"".join(message.payload for message in messages if message.kind == Kind.AUDIO)
+
+
+def fields(message: Message) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(message.payload)
+    return parsed
+
+
+class Child:
+    """A process that is talked to, message by message."""
+
+    def __init__(self, command: Sequence[str], **more: Any) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, bufsize=0, **more
+        )
+        self._reader = MessageReader(1 << 24)
+        self._read: list[Message] = []
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    @property
+    def stdin_fd(self) -> int:
+        assert self.process.stdin is not None
+        return self.process.stdin.fileno()
+
+    @property
+    def stdout_fd(self) -> int:
+        assert self.process.stdout is not None
+        return self.process.stdout.fileno()
+
+    def write(self, wire: bytes) -> None:
+        left = memoryview(wire)
+        while left:
+            left = left[os.write(self.stdin_fd, left) :]
+
+    def say(self, *messages: Message) -> None:
+        self.write(encoded(*messages))
+
+    def next(self) -> Message:
+        """The next message; an AssertionError at the end of the output."""
+        while not self._read:
+            data = os.read(self.stdout_fd, 1 << 16)
+            assert data, f"the output ended: {self.finish()}"
+            self._read.extend(self._reader.feed(data))
+        return self._read.pop(0)
+
+    def until(self, kind: Kind) -> list[Message]:
+        """All messages up to the next one of this kind, which is the last."""
+        messages = [self.next()]
+        while messages[-1].kind != kind:
+            messages.append(self.next())
+        return messages
+
+    def finish(self) -> tuple[int, list[Message], str]:
+        """Close stdin: the exit status, the messages that were left, and stderr."""
+        out, err = self.process.communicate(timeout=TIMEOUT_SECONDS)
+        rest = [*self._read, *self._reader.feed(out)]
+        return self.process.returncode, rest, err.decode()

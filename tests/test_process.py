@@ -1,0 +1,418 @@
+"""The process as a whole: started for real, fed through a pipe, judged by what comes out and by how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import wave
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mossnano_stdio.protocol import INBOX_BYTES, Kind, Message, encode_message
+from mossnano_stdio.session import TRANSITIONS, State
+from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, run
+from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
+
+END = Message(Kind.END)
+FRAMES = some_frames(20)
+TOKENS = Message(Kind.TOKENS, tokens_payload(FRAMES))
+STREAM = encoded(TOKENS, END)
+PCM = expected_pcm(FRAMES, SMALL)
+MELODY = ROOT / "mossnano_stdio" / "demo" / "melody.bin"
+
+
+def outline(messages: list[Message]) -> list[str]:
+    """Kinds, with runs of AUDIO as one word, and ERRORs by their code."""
+    words: list[str] = []
+    for message in messages:
+        word = fields(message)["code"] if message.kind == Kind.ERROR else Kind(message.kind).name
+        if word != "AUDIO" or words[-1:] != ["AUDIO"]:
+            words.append(word)
+    return words
+
+
+# --- what goes in comes out ------------------------------------------------------------------------
+
+
+def test_a_stream_in_framed_messages() -> None:
+    done = run(double(), STREAM)
+    messages = decoded(done.stdout)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert outline(messages) == ["HANDSHAKE", "AUDIO", "END"]
+    assert pcm_of(messages) == PCM
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--chunk-frames", "3"], ["--chunk-seconds", "1"], ["--max-chunk-frames", "2"]]
+)
+def test_chunking_changes_nothing_for_a_decoder_that_counts(arguments: list[str]) -> None:
+    done = run(double({}, "--output", "raw", *arguments), STREAM + encoded(TOKENS))
+    assert (done.returncode, done.stdout) == (0, PCM + PCM)
+
+
+def test_wav_to_a_pipe_is_read_to_its_end() -> None:
+    done = run(double({}, "--output", "wav"), STREAM)
+    assert done.stdout[:4] == b"RIFF"
+    assert done.stdout[44:] == PCM
+
+
+def test_wav_to_a_file_has_its_true_size(tmp_path: Path) -> None:
+    path = tmp_path / "out.wav"
+    with path.open("wb") as file:
+        subprocess.run(double({}, "--output", "wav"), input=STREAM, stdout=file, cwd=ROOT, check=True)
+    with wave.open(BytesIO(path.read_bytes())) as wav:
+        assert (wav.getframerate(), wav.getnchannels(), wav.getnframes()) == (48000, 2, len(PCM) // 4)
+        assert wav.readframes(wav.getnframes()) == PCM
+
+
+def test_a_lone_frame_is_answered_while_the_input_stays_open() -> None:
+    with Child(double()) as child:
+        assert child.next().kind == Kind.HANDSHAKE
+        child.say(Message(Kind.TOKENS, tokens_payload(FRAMES[:1])))
+        assert child.next() == Message(Kind.AUDIO, expected_pcm(FRAMES[:1], SMALL))
+        assert child.finish()[0] == 0
+
+
+def test_input_byte_by_byte() -> None:
+    with Child(double()) as child:
+        for byte in STREAM:
+            child.write(bytes([byte]))
+        assert pcm_of(child.until(Kind.END)) == PCM
+
+
+def test_frames_that_come_while_a_chunk_is_decoded_go_into_one_chunk() -> None:
+    with Child(double({"step_seconds": 0.3})) as child:
+        child.next()
+        for frame in FRAMES[:7]:
+            child.say(Message(Kind.TOKENS, tokens_payload([frame])))
+        child.say(END)
+        chunks = [len(message.payload) // SMALL.frame_pcm_bytes for message in child.until(Kind.END)[:-1]]
+    assert chunks == [1, 2, 4]
+
+
+def test_nothing_in_is_a_handshake_out() -> None:
+    done = run(double())
+    assert (done.returncode, outline(decoded(done.stdout))) == (0, ["HANDSHAKE"])
+
+
+def test_the_demo_stream_gives_what_the_python_module_and_the_console_script_both_promise(tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    with MELODY.open("rb") as stdin:
+        raw = subprocess.run([scripts / "mossnano-stdio", "--weights", "demo", "--output", "raw"], stdin=stdin,
+                             capture_output=True, check=True)  # fmt: skip
+    framed = run(DEMO, MELODY.read_bytes())
+    assert pcm_of(decoded(framed.stdout)) == raw.stdout
+    assert len(raw.stdout) > 5 * 48000 * 4
+    assert fields(decoded(framed.stdout)[0])["demo"] is True
+    assert b"demo" in raw.stderr
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wire", "status", "words"),
+    [
+        (STREAM + b"\x05", 65, ["HANDSHAKE", "AUDIO", "END", "input_cut"]),
+        (encoded(TOKENS) + STREAM[:-1], 65, ["HANDSHAKE", "AUDIO", "input_cut", "END"]),
+        (encoded(TOKENS) + bytes(4), 76, ["HANDSHAKE", "AUDIO", "framing_lost", "END"]),
+        (STREAM + b"\xff\xff\xff\xff", 76, ["HANDSHAKE", "AUDIO", "END", "framing_lost"]),
+        (artifact_bytes(FRAMES, SMALL), 76, ["HANDSHAKE", "framing_lost"]),
+        (encoded(Message(Kind.ARTIFACT, artifact_bytes(FRAMES, SMALL)[:-1])), 65, ["HANDSHAKE", "bad_artifact", "END"]),
+        (encoded(Message(Kind.TOKENS, b"\xff"), END) + STREAM, 0,
+         ["HANDSHAKE", "bad_tokens", "END", "AUDIO", "END"]),
+    ],
+)  # fmt: skip
+def test_bad_input_drains_what_is_whole_and_ends_as_documented(wire: bytes, status: int, words: list[str]) -> None:
+    done = run(double({}, "--chunk-frames", "20"), wire)
+    assert outline(decoded(done.stdout)) == words
+    assert done.returncode == status
+    assert (len(done.stderr.splitlines()) > 0) == any("_" in word for word in words)
+
+
+def test_a_bare_artifact_is_told_how_to_be_framed() -> None:
+    done = run(double(), artifact_bytes(FRAMES, SMALL))
+    assert b"mossnano frame FILE | mossnano-stdio" in done.stderr
+
+
+@pytest.mark.parametrize("output", ["raw", "wav"])
+def test_without_messages_an_error_shows_in_the_status(output: str) -> None:
+    done = run(double({}, "--output", output), encoded(Message(Kind.TOKENS, b"\xff"), END) + STREAM)
+    assert done.returncode == 65
+    assert done.stdout.endswith(PCM)
+    assert b"mossnano-stdio: error: " in done.stderr
+
+
+@pytest.mark.parametrize("output", ["framed", "raw"])
+def test_on_error_stop_ends_at_the_first_error(output: str) -> None:
+    done = run(double({}, "--on-error", "stop", "--output", output), STREAM + encoded(Message(0x77)) + STREAM)
+    assert done.returncode == 65
+    if output == "framed":
+        assert outline(decoded(done.stdout)) == ["HANDSHAKE", "AUDIO", "END", "unknown_kind"]
+    else:
+        assert done.stdout == PCM
+
+
+def test_a_silenced_chunk_counts_as_an_error_where_only_pcm_goes_out() -> None:
+    done = run(double({"not_finite_steps": [2]}, "--output", "raw", "--chunk-frames", "10"), STREAM)
+    assert done.returncode == 65
+    assert done.stdout == expected_pcm(FRAMES[:10], SMALL) + bytes(10 * SMALL.frame_pcm_bytes)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "code"), [("MemoryError", 71, "out_of_memory"), ("ZeroDivisionError", 70, "bug")]
+)
+@pytest.mark.parametrize("step", ["0", "2"])
+def test_what_cannot_go_on_says_so_and_ends(raised: str, status: int, code: str, step: str) -> None:
+    done = run(double({"raising": {step: raised}}), STREAM)
+    messages = decoded(done.stdout)
+    assert done.returncode == status
+    assert fields(messages[-1])["code"] == code
+    assert fields(messages[-1])["fatal"] is True
+    assert (b"Traceback" in done.stderr) == (status == 70)
+
+
+def test_missing_weights_are_an_error_in_place_of_the_handshake(tmp_path: Path) -> None:
+    done = run([*PROCESS, "--weights", str(tmp_path / "none")])
+    assert done.returncode == 66
+    (message,) = decoded(done.stdout)
+    assert fields(message) | {"message": ""} == {"code": "bad_weights", "message": "", "stream": None, "fatal": True}
+    assert str(tmp_path / "none") in fields(message)["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--chunk-frames", "0"],
+        ["--chunk-frames", "1001"],
+        ["--chunk-frames", "+5"],
+        ["--chunk-seconds", "nan"],
+        ["--chunk-seconds", "0"],
+        ["--chunk-frames", "1", "--chunk-seconds", "1"],
+        ["--max-message-bytes", "4294967296"],
+        ["--threads", "0"],
+        ["--output", "mp3"],
+        ["--no-such-flag"],
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_nothing_on_stdout(arguments: list[str]) -> None:
+    done = run([*PROCESS, *arguments])
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_messages_longer_than_max_message_bytes_are_refused() -> None:
+    assert run(double({}, "--max-message-bytes", str(len(TOKENS.payload))), STREAM).returncode == 76
+    assert run(double({}, "--max-message-bytes", str(len(TOKENS.payload) + 1)), STREAM).returncode == 0
+
+
+# --- descriptors -----------------------------------------------------------------------------------
+
+
+def test_nothing_but_messages_reaches_stdout() -> None:
+    done = run(double({"noise": True}), STREAM)
+    assert pcm_of(decoded(done.stdout)) == PCM
+    for stray in (b"a stray print", b"a stray write", b"a stray puts", b"a stray warning"):
+        assert stray in done.stderr
+
+
+@pytest.mark.parametrize("fd", [0, 1, 2])
+def test_a_standard_descriptor_that_the_parent_closed(fd: int) -> None:
+    done = run(["sh", "-c", f'exec "$@" {fd}{"<" if fd == 0 else ">"}&-', "sh", *double()], STREAM)
+    if fd == 0:
+        assert (done.returncode, outline(decoded(done.stdout))) == (0, ["HANDSHAKE"])
+    if fd == 1:
+        assert (done.returncode, done.stdout) == (74, b"")
+        assert b"EBADF" in done.stderr
+    if fd == 2:
+        assert pcm_of(decoded(done.stdout)) == PCM
+
+
+def test_a_full_disk_is_named() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(double(), input=STREAM, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    assert done.returncode == 74
+    assert b"ENOSPC" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_a_reader_who_leaves_ends_us_quietly(is_idle: bool) -> None:
+    with Child(double({"nano": True, "step_seconds": 0.01})) as child:
+        child.next()
+        if not is_idle:
+            child.say(Message(Kind.TOKENS, tokens_payload(some_frames(500, NANO))))
+            child.next()
+        os.close(os.dup(child.stdout_fd))
+        assert child.process.stdout is not None
+        child.process.stdout.close()
+        assert child.process.wait(5) == 141
+        assert child.process.stderr is not None
+        assert child.process.stderr.read() == b""
+
+
+def test_a_full_inbox_stops_reading_and_nothing_is_lost() -> None:
+    frames = some_frames(3000, NANO)
+    with Child(double({"nano": True})) as child:
+        child.next()
+        os.set_blocking(child.stdin_fd, False)
+        wire = encoded(*(Message(Kind.TOKENS, tokens_payload(frames[at : at + 1000])) for at in (0, 1000, 2000)))
+        wire += encoded(*[Message(Kind.PING, bytes(10_000))] * 1000)
+        taken_bytes, deadline = 0, time.monotonic() + 2
+        while time.monotonic() < deadline:
+            try:
+                taken_bytes += os.write(child.stdin_fd, wire[taken_bytes:])
+            except BlockingIOError:
+                time.sleep(0.05)
+        assert INBOX_BYTES <= taken_bytes <= INBOX_BYTES + 400_000
+        os.set_blocking(child.stdin_fd, True)
+        pid = os.fork()
+        if pid == 0:
+            child.write(wire[taken_bytes:])
+            os._exit(0)
+        heard = b"".join(pcm_of(child.until(Kind.PING)) for _ in range(1000))
+        os.waitpid(pid, 0)
+    assert heard == expected_pcm(frames, NANO)
+
+
+# --- signals and statistics ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("plan", [{"load_seconds": 30}, {}, {"nano": True}], ids=["loading", "idle", "blocked write"])
+def test_signals_end_us_soon_and_with_their_status(number: int, status: int, plan: dict[str, Any]) -> None:
+    with Child(double(plan)) as child:
+        if "load_seconds" in plan:
+            assert child.process.stderr is not None
+            child.process.stderr.readline()
+        else:
+            child.next()
+        if "nano" in plan:
+            child.say(Message(Kind.TOKENS, tokens_payload(some_frames(100, NANO))))
+            time.sleep(0.3)
+        sent = time.monotonic()
+        child.process.send_signal(number)
+        assert child.process.wait(5) == status
+        assert time.monotonic() - sent < 0.2 + 0.3  # the grace, and what a busy machine adds
+
+
+def test_a_signal_tears_no_message_while_the_reader_reads() -> None:
+    with Child(double({"nano": True, "step_seconds": 0.002})) as child:
+        child.next()
+        child.say(Message(Kind.TOKENS, tokens_payload(some_frames(1000, NANO))))
+        child.next()
+        child.process.terminate()
+        status, rest, _ = child.finish()
+    assert status == 143
+    assert pcm_of(rest)  # `finish` has asserted that the last one is whole
+
+
+def test_statistics_at_the_end_and_on_request() -> None:
+    with Child(double({}, "--stats")) as child:
+        child.next()
+        child.write(STREAM)
+        child.until(Kind.END)
+        child.process.send_signal(signal.SIGUSR1)
+        assert child.process.stderr is not None
+        asked = json.loads(child.process.stderr.readline())
+        _, _, err = child.finish()
+    final = json.loads(err)
+    for stats in (asked, final):
+        assert (stats["streams"], stats["frames"], stats["errors"]) == (1, 20, 0)
+        assert stats["peak_resident_bytes"] > 10_000_000
+        assert stats["step_p50_ms"] <= stats["step_p95_ms"]
+        assert stats["first_audio_p50_ms"] > 0
+
+
+def test_log_lines_as_json() -> None:
+    done = run(double({}, "--log-json"), encoded(Message(0x77)))
+    line = json.loads(done.stderr)
+    assert (line["level"], "kind 0x77" in line["message"]) == ("error", True)
+
+
+# --- cancel ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["while decoding", "while the reader stalls"])
+def test_a_cancel_overtakes_what_waits(reads: bool) -> None:
+    with Child(double({"nano": True, "step_seconds": 0.05})) as child:
+        child.next()
+        child.say(Message(Kind.TOKENS, tokens_payload(some_frames(1000, NANO))), END)
+        if reads:
+            child.next()
+        else:
+            time.sleep(0.6)
+        child.say(Message(Kind.CANCEL, b"stop"), TOKENS_NANO, END)
+        answers = child.until(Kind.END)
+        end = fields(answers[-1])
+        assert (end["cancelled"], end["stream"], end["next_stream"], end["echo"]) == (True, 0, 1, "stop")
+        assert end["frames"] < 60
+        assert pcm_of(child.until(Kind.END)) == expected_pcm(FRAMES_NANO, NANO)
+
+
+FRAMES_NANO = some_frames(5, NANO, seed=1)
+TOKENS_NANO = Message(Kind.TOKENS, tokens_payload(FRAMES_NANO))
+
+
+# --- protocol.md -----------------------------------------------------------------------------------
+
+PROTOCOL = (ROOT / "protocol.md").read_text()
+
+
+def test_the_transition_table_of_the_document_is_that_of_the_program() -> None:
+    table = PROTOCOL.split("<!-- transitions -->")[1].split("Everything else")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    states = [State(name) for name in rows[0][1:]]
+    documented = {(state, Kind[row[0]]): cell for row in rows[2:] for state, cell in zip(states, row[1:], strict=True)}
+    programmed = {cell: action.value.strip("_").replace("_", " ") for cell, action in TRANSITIONS.items()}
+    assert documented == programmed
+
+
+@pytest.mark.parametrize(
+    ("name", "direction", "dump"),
+    re.findall(r"^### 0x.. (\w+)$(?:(?!^###).)*?^```hex (in|out)$(.*?)^```$", PROTOCOL, re.M | re.S),
+)
+def test_the_hex_dumps_of_the_document_are_messages_that_do_what_they_say(name: str, direction: str, dump: str) -> None:
+    wire = bytes.fromhex(re.sub(r"#.*", "", dump))
+    (message,) = decoded(wire)
+    assert Kind(message.kind).name == name
+    assert encode_message(*message) == wire
+    if direction == "in":
+        done = run([*DEMO, "--on-error", "stop"], wire) if name not in ("END", "ARTIFACT") else run(DEMO, wire)
+        errors = [fields(answer)["code"] for answer in decoded(done.stdout) if answer.kind == Kind.ERROR]
+        assert errors == {"END": ["no_stream"], "ARTIFACT": ["bad_artifact"]}.get(name, [])
+
+
+def test_the_document_shows_every_kind() -> None:
+    shown = set(re.findall(r"^### 0x.. (\w+)$", PROTOCOL, re.M))
+    assert shown == {kind.name for kind in Kind} - {"TEXT"}
+
+
+def test_the_conversation_of_the_document() -> None:
+    lines = PROTOCOL.split("```conversation\n")[1].split("```")[0].splitlines()
+    with Child([*DEMO, "--chunk-frames", "1"]) as child:
+        for line in lines:
+            direction, _, said = line.partition(" ")
+            if direction == ">":
+                child.write(bytes.fromhex(said))
+                continue
+            kind, name, what = said.split(" ", 2)
+            message = child.next()
+            assert (f"{message.kind:02x}", Kind(message.kind).name) == (kind, name)
+            if what.endswith(" bytes"):
+                assert f"{len(message.payload)} bytes" == what
+            elif what.startswith("{"):
+                expected = json.loads(what)
+                assert {key: value for key, value in fields(message).items() if key in expected} == expected
+            else:
+                assert message.payload.hex(" ") == what
+        assert child.finish()[:2] == (0, [])
