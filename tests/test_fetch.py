@@ -369,3 +369,28 @@ def test_selections_cover_every_pinned_file() -> None:
     assert {*chosen["decode"].file_names, *chosen["encode"].file_names} == set(pinned.BUNDLE.files)
     assert set(chosen["checkpoint"].file_names) == set(pinned.CHECKPOINT.files)
     assert len(DECODE_NAMES) == 4
+
+
+# --- weights/ --------------------------------------------------------------------------------------------------------
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+@pytest.mark.parametrize("repository", [pinned.BUNDLE, pinned.CHECKPOINT], ids=["bundle", "checkpoint"])
+def test_the_page_on_weights_has_the_pinned_facts(repository: pinned.PinnedRepository) -> None:
+    page = (WEIGHTS / "README.md").read_text("utf-8")
+    _, section = page.split(f"## {repository.repository}\n")
+    section = section.split("\n## ")[0]
+    assert f"Revision {repository.revision}, licence {pinned.LICENCE}," in section
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    written = {name: pinned.FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
+    assert written == repository.files
+
+
+@pytest.mark.skipif(
+    shutil.which("git") is None or not (WEIGHTS.parent / ".git").exists(), reason="needs a git checkout"
+)
+def test_no_weights_are_committed_by_accident() -> None:
+    names = ["MOSS-Audio-Tokenizer-Nano-ONNX/anything.onnx", "any.data", "README.md", ".gitignore"]
+    asked = subprocess.run(["git", "check-ignore", "--no-index", *names], cwd=WEIGHTS, capture_output=True, text=True)
+    assert asked.stdout.split() == names[:2]
