@@ -117,12 +117,12 @@ class WeightFile:
                 f"it is cut short or another file: get it again"
             )
 
-    def check_content(self) -> None:
-        """Is its SHA-256 what it must be? Takes its time the first time a file is seen (see digest.py)."""
+    def check_content(self, *, afresh: bool = False) -> None:
+        """Is its SHA-256 what it must be? Takes its time with a file not seen before, or `afresh` (see digest.py)."""
         if self.record is None:
             return
         try:
-            found = sha256_of(self.path)
+            found = sha256_of(self.path, afresh=afresh)
         except OSError as error:
             raise BundleError(f"{self.path}: cannot be read ({error.strerror})") from None
         if found != self.record.sha256:

@@ -3,7 +3,8 @@
 Rules of this room:
 
 - Hashing 44 MB takes longer than everything else at start. So what was hashed is remembered in the user's cache
-  folder, under the file's size, inode and both its times; when any of them moved, it is hashed again.
+  folder, under the file's size, inode and both its times; when any of them moved, it is hashed again. Small files
+  are hashed each time, which takes no longer than remembering.
 - A file that changed within the last seconds is not remembered: clocks are coarse, and a second change within the
   same tick would go unseen.
 - The memory is a convenience. Where it cannot be read or written, files are hashed each time, and nobody is told.
@@ -16,13 +17,13 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 MEMORY_NAME = "verified.json"
 MEMORY_VERSION = 1
 REMEMBERED_FILES = 64  # the oldest are forgotten first
+SMALL_BYTES = 1 << 20
 SETTLED_NS = 2_000_000_000  # no clock of a file system is coarser
 
 Marks = list[int]  # size, mtime_ns, ctime_ns, inode
@@ -41,17 +42,17 @@ def cache_folder() -> Path:
     return Path(parent).expanduser() / "mossnano-stdio"
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of the file's content, in hexadecimal."""
+def sha256_of(path: Path, *, afresh: bool = False) -> str:
+    """The SHA-256 of the file's content, in hexadecimal; `afresh`: whatever is remembered."""
     target = path.resolve()  # the hub's cache has several links to one file
     marks = _marks_of(target.stat())
-    remembered = _load_memory().get(str(target))
-    if remembered is not None and remembered[:-1] == marks:
+    is_small = marks[0] < SMALL_BYTES
+    if not (afresh or is_small) and (remembered := _load_memory().get(str(target))) and remembered[:-1] == marks:
         return str(remembered[-1])
     with target.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         marks_after = _marks_of(os.fstat(file.fileno()))
-    if marks_after == marks and _is_settled(marks):
+    if not is_small and marks_after == marks and _is_settled(marks):
         _remember(str(target), [*marks, sha256])
     return sha256
 
@@ -94,12 +95,9 @@ def _remember(key: str, entry: list[int | str]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink()
-        raise
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
