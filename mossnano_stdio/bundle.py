@@ -416,9 +416,7 @@ def _official_graphs(metadata: Entry, files: _Files, sidecar: Sidecar) -> dict[s
             facts={},
         )
     if "decode_step" not in graphs:
-        raise BundleError(
-            f"{metadata.at('files').where}: 'decode_step' is missing, nothing can be decoded without it"
-        )
+        raise BundleError(f"{metadata.at('files').where}: 'decode_step' is missing, nothing can be decoded without it")
     return graphs
 
 
@@ -447,7 +445,7 @@ def _decoder_states(streaming: Entry) -> tuple[StateSpec, ...]:
         StateSpec(
             input_name=entry.at("input_name").text(),
             output_name=entry.at("output_name").text(),
-            shape=entry.at("shape").shape(),
+            shape=_counter_shape(entry.at("shape")),
             dtype=_counter_dtype(entry.at("dtype")),
             initial=0,
         )
@@ -460,16 +458,16 @@ def _decoder_states(streaming: Entry) -> tuple[StateSpec, ...]:
 
 def _cache_states(entry: Entry) -> list[StateSpec]:
     counter, cache = _counter_dtype(entry.at("positions_dtype")), _cache_dtype(entry.at("cache_dtype"))
-    shape = {key: entry.at(f"{key}_shape").shape() for key in ("offset", "cache", "positions")}
+    cache_shape, positions_shape = entry.at("cache_shape").shape(), entry.at("positions_shape").shape()
     context = entry.at("context").whole(least=1)
     expected = (1, entry.at("num_heads").whole(least=1), context, entry.at("head_dim").whole(least=1))
-    if shape["cache"] != expected or shape["positions"] != (1, context):
+    if cache_shape != expected or positions_shape != (1, context):
         raise BundleError(
-            f"{entry.where}: cache_shape {list(shape['cache'])} and positions_shape {list(shape['positions'])} do "
-            f"not fit num_heads, context and head_dim, which need {list(expected)} and {[1, context]}"
+            f"{entry.where}: cache_shape {list(cache_shape)} and positions_shape {list(positions_shape)} do not fit "
+            f"num_heads, context and head_dim, which need {list(expected)} and {[1, context]}"
         )
     parts: list[tuple[str, tuple[int, ...], np.dtype[Any], int]] = [
-        ("offset", shape["offset"], counter, 0),
+        ("offset", _counter_shape(entry.at("offset_shape")), counter, 0),
         ("cached_keys", expected, cache, 0),
         ("cached_values", expected, cache, 0),
         ("cached_positions", (1, context), counter, EMPTY_POSITION),
@@ -495,6 +493,12 @@ def _caches(metadata: Entry) -> Iterator[CacheSpec]:
             context_tokens=entry.at("context").whole(least=1),
             offset_input_name=entry.at("offset_input_name").text(),
         )
+
+
+def _counter_shape(entry: Entry) -> tuple[int, ...]:
+    if (shape := entry.shape()) != (1,):
+        raise entry.wrong("[1]")
+    return shape
 
 
 def _counter_dtype(entry: Entry) -> np.dtype[Any]:

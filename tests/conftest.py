@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests look for weights, and remember hashes, in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSSNANO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        patch.delenv("MOSSNANO_WEIGHTS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
