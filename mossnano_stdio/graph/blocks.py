@@ -83,8 +83,8 @@ def visibility(graph: GraphBuilder, query_positions: str, key_positions: str, co
     far_ahead = graph.constant(np.iinfo(np.int32).max, np.int32)
     keys = graph.op("Where", empty, far_ahead, key_positions)
     age = graph.op("Sub", graph.op("Unsqueeze", query_positions, graph.constant([1])), keys)
-    clipped = graph.op("Clip", age, graph.constant(0, np.int32), graph.constant(context - 1, np.int32))
-    visible = graph.op("Equal", age, clipped)
+    not_later = graph.op("GreaterOrEqual", age, graph.constant(0, np.int32))
+    visible = graph.op("And", not_later, graph.op("Less", age, graph.constant(context, np.int32)))
     return graph.op("Where", visible, graph.constant(0, np.float32), graph.constant(-np.inf, np.float32))
 
 
