@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from mossnano_stdio.protocol import MAX_ARTIFACT_BYTES
 MAGIC: Final = b"MOSSNANO"
 LARGEST_CODEBOOK: Final = 1 << 16  # codes are 16 bits at most
 LARGEST_U32: Final = (1 << 32) - 1
+PIECE_BYTES: Final = 1 << 16  # read from a file at a time
 
 FIELD_LIMITS: Final = {  # in the order of the file
     "sample_rate": (1, LARGEST_U32),
@@ -135,6 +136,17 @@ def parse_artifact(data: bytes | bytearray | memoryview, max_bytes: int = MAX_AR
     reader = ArtifactReader(max_bytes)
     reader.push(data)
     return reader.artifact()
+
+
+def load_artifact(file: BinaryIO, name: str) -> Artifact:
+    """Read it from an open file, no further than its header allows. `name` is for the errors."""
+    reader = ArtifactReader()
+    try:
+        while piece := file.read(PIECE_BYTES):
+            reader.push(piece)
+        return reader.artifact()
+    except ArtifactError as error:
+        raise ArtifactError(f"{name}: {error}") from None
 
 
 class ArtifactReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import struct
 import tracemalloc
@@ -22,6 +23,7 @@ from mossnano_stdio.container import (
     ArtifactHeader,
     ArtifactReader,
     build_artifact,
+    load_artifact,
     parse_artifact,
 )
 from mossnano_stdio.errors import ArtifactError
@@ -71,6 +73,28 @@ def test_the_hand_written_artifact_both_ways() -> None:
     assert artifact.file_bytes == len(HAND_ARTIFACT) == HEADER_BYTES + 8
     assert build_artifact(artifact) == HAND_ARTIFACT
     assert build_artifact(artifact_of(HAND_CODES, original_samples=10000)) == HAND_ARTIFACT
+
+
+class NoisyFile(io.BytesIO):
+    """Counts what is read of it."""
+
+    read_bytes = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.read_bytes += len(data)
+        return data
+
+
+def test_a_file_is_read_no_further_than_its_header_allows() -> None:
+    assert load_artifact(io.BytesIO(HAND_ARTIFACT), "x").codes.tolist() == HAND_CODES
+    for data in (b"no artifact, but long", HAND_ARTIFACT):
+        file = NoisyFile(data + bytes(10 << 20))
+        with pytest.raises(ArtifactError, match=r"^x\.mossnano: "):
+            load_artifact(file, "x.mossnano")
+        assert file.read_bytes <= 1 << 16
+    with pytest.raises(ArtifactError, match=r"^x: the artifact is cut: 39 of 40"):
+        load_artifact(io.BytesIO(HAND_ARTIFACT[:-1]), "x")
 
 
 @given(st.data())

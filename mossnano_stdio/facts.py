@@ -1,0 +1,78 @@
+"""How the tools show facts: a table for people, one JSON object for programs.
+
+Rules of this room:
+
+- Facts are a dict whose keys say their units. Both forms show the same facts under the same names.
+- JSON is strict: what no JSON can hold (infinity, NaN) is null there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def as_json(facts: Mapping[str, Any]) -> str:
+    """One line.
+
+    >>> as_json({"frames": 3, "snr_db": math.inf})
+    '{"frames": 3, "snr_db": null}'
+    """
+    return json.dumps(_strict(facts), allow_nan=False)
+
+
+def as_table(facts: Mapping[str, Any]) -> str:
+    """One line each; what is itself a dict is indented below its name.
+
+    >>> print(as_table({"frames": 3, "messages": {"TOKENS": 1200, "END": 1}, "demo": False, "name": None}))
+    frames    3
+    messages
+      TOKENS  1,200
+      END     1
+    demo      no
+    name      -
+    """
+    rows = list(_rows(facts, depth=0))
+    width = max((len(label) for label, _ in rows), default=0)
+    return "\n".join(f"{label:<{width}}  {value}".rstrip() for label, value in rows)
+
+
+def _rows(facts: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in facts.items():
+        label = "  " * depth + name
+        if isinstance(value, Mapping) and value:
+            rows += [(label, ""), *_rows(value, depth + 1)]
+        else:
+            rows.append((label, _shown(value)))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None | {} | []:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
+        case list() | tuple():
+            return ", ".join(map(_shown, value))
+        case _:
+            return str(value)
+
+
+def _strict(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {name: _strict(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_strict(inner) for inner in value]
+        case _:
+            return value
