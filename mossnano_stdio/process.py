@@ -40,7 +40,7 @@ from mossnano_stdio.protocol import (
 )
 from mossnano_stdio.renderer import Decoder, Renderer
 from mossnano_stdio.schedule import RAMP_MAX_FRAMES, Fixed, Ramp, Schedule, frames_for_seconds
-from mossnano_stdio.session import MAX_CHUNK_FRAMES, Session, State, error_message
+from mossnano_stdio.session import MAX_CHUNK_FRAMES, Conversation, DecodeSession, State, error_message
 from mossnano_stdio.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
 
 PROGRAM: Final = "mossnano-stdio"
@@ -111,7 +111,7 @@ class _Process:
         self._output = OUTPUTS[options.output](self._fd)
         self._inbox = Inbox()
         self._stops_on_error = options.on_error == "stop"
-        self._maybe_session: Session | None = None
+        self._maybe_session: Conversation | None = None
         self._maybe_decoder: TimedDecoder | None = None
         self._first_audio = Durations()
         self._ready_seconds = 0.0
@@ -160,18 +160,17 @@ class _Process:
                 self._put(error_message(fault, fatal=True))
         return fault.exit_status
 
-    def _start_session(self, loaded: LoadedDecoder) -> Session:
+    def _start_session(self, loaded: LoadedDecoder) -> Conversation:
         decoder = loaded.decoder
         decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))  # the first step of all takes longer
         decoder.reset()
         self._maybe_decoder = TimedDecoder(decoder)
-        return Session(
+        return DecodeSession(
             Renderer(self._maybe_decoder, _schedule(self._options, decoder.format)),
             {
                 "protocol": VERSION,
                 "name": PROGRAM,
                 "version": __version__,
-                "direction": "decode",
                 **loaded.identity,
                 "max_message_bytes": self._options.max_message_bytes,
             },
@@ -179,14 +178,14 @@ class _Process:
             cancel_waiting=self._inbox.cancel_waits,
         )
 
-    def _next_event(self, session: Session) -> Arrival | Ending:
+    def _next_event(self, session: Conversation) -> Arrival | Ending:
         """The next message, once every chunk is out that no waiting message could make larger."""
         while session.is_due and (session.is_sated or self._inbox.is_empty):
             self._put_all(session.advance())
         with self._signals.raising():
             return self._inbox.get()
 
-    def _note_opening(self, session: Session, arrival: Arrival) -> None:
+    def _note_opening(self, session: Conversation, arrival: Arrival) -> None:
         if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in (Kind.TOKENS, Kind.ARTIFACT):
             self._maybe_opened_seconds = max(arrival.seconds, self._ready_seconds)
 
@@ -205,7 +204,7 @@ class _Process:
                 raise _StopOnErrorError
         self._signals.check()
 
-    def _close(self, session: Session, ending: Ending) -> int:
+    def _close(self, session: Conversation, ending: Ending) -> int:
         """Drain, and judge what came in."""
         if ending.is_reader_gone:
             raise BrokenPipeError

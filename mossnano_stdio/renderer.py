@@ -12,13 +12,13 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.backlog import Backlog
 from mossnano_stdio.errors import NonFiniteError
 from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat, Codes
 from mossnano_stdio.pcm import to_pcm16
@@ -57,26 +57,23 @@ class Renderer:
     def __init__(self, decoder: Decoder, schedule: Schedule) -> None:
         self.decoder = decoder
         self.schedule = schedule
-        self._pending: deque[Codes] = deque()
-        self._pending_frames = 0
+        self._frames: Backlog[np.uint16] = Backlog()
         self._finished = False
         self._samples_left: int | None = None
 
     @property
     def due_frames(self) -> int:
         """How many frames the next chunk would have; 0 while there is nothing to render."""
-        return self.schedule.next_frames(self._pending_frames, self._finished)
+        return self.schedule.next_frames(len(self._frames), self._finished)
 
     @property
     def is_sated(self) -> bool:
         """Would more frames leave the next chunk as it is?"""
-        return self._pending_frames >= self.schedule.wanted_frames
+        return len(self._frames) >= self.schedule.wanted_frames
 
     def push(self, codes: Codes) -> None:
         """Take [frames, quantizers] of the stream that is open."""
-        if len(codes):
-            self._pending.append(codes)
-            self._pending_frames += len(codes)
+        self._frames.push(codes)
 
     def finish(self, original_samples: int | None = None) -> None:
         """No more frames will come: what is left is due, trimmed to `original_samples` where they are known."""
@@ -88,7 +85,7 @@ class Renderer:
         frames = self.due_frames
         if not frames:
             return None
-        codes = self._take(frames)
+        codes = self._frames.take(frames)
         self.schedule.advance()
         audio = self.decoder.step(codes)
         error = None
@@ -102,25 +99,11 @@ class Renderer:
 
     def reset(self) -> None:
         """Drop what is pending and begin a new stream."""
-        self._pending.clear()
-        self._pending_frames = 0
+        self._frames.clear()
         self._finished = False
         self._samples_left = None
         self.schedule.reset()
         self.decoder.reset()
-
-    def _take(self, frames: int) -> Codes:
-        """The first `frames` pending frames, copied only where they come from several pushes."""
-        self._pending_frames -= frames
-        pieces = []
-        while frames:
-            piece = self._pending.popleft()
-            if len(piece) > frames:
-                self._pending.appendleft(piece[frames:])
-                piece = piece[:frames]
-            pieces.append(piece)
-            frames -= len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _trim(self, pcm: bytes) -> bytes:
         if self._samples_left is None:

@@ -122,3 +122,44 @@ def some_frames(count: int, codec_format: CodecFormat = SMALL, seed: int = 0) ->
     random = np.random.default_rng(seed)
     frames: list[list[int]] = random.integers(0, codec_format.codebook_size, (count, codec_format.quantizers)).tolist()
     return frames
+
+
+class CountingEncoder:
+    """The mirror: every code it gives depends on every sample it was ever given since its reset."""
+
+    def __init__(self, codec_format: CodecFormat = SMALL, *, failing_steps: Sequence[int] = ()) -> None:
+        self.format = codec_format
+        self._failing_steps = failing_steps
+        self.steps: list[int] = []
+        self._memory = 7
+
+    def step(self, audio: NDArray[np.float32]) -> Codes:
+        step = len(self.steps)
+        frames, rest = divmod(len(audio), self.format.frame_samples)
+        assert rest == 0, "an encoder is given whole frames"
+        self.steps.append(frames)
+        if step in self._failing_steps:
+            raise DecodeError(f"step {step} fails, as it was told to")
+        samples = np.rint(audio * np.float32(32767)).astype(int).reshape(frames, -1).tolist()
+        return np.array([self._encode_frame(frame) for frame in samples], np.uint16).reshape(frames, -1)
+
+    def reset(self) -> None:
+        self._memory = 7
+
+    def _encode_frame(self, samples: Sequence[int]) -> list[int]:
+        for sample in samples:
+            self._memory = (self._memory * 31 + sample + 40_000) % MODULUS
+        return [(self._memory + quantizer) % self.format.codebook_size for quantizer in range(self.format.quantizers)]
+
+
+def expected_codes(pcm: bytes, codec_format: CodecFormat = SMALL) -> list[list[int]]:
+    """The codes of one whole stream, its last frame filled up with silence."""
+    frame_values = codec_format.frame_samples * codec_format.channels
+    values = list(struct.unpack(f"<{len(pcm) // 2}h", pcm))
+    values += [0] * (-len(values) % frame_values)
+    memory, frames = 7, []
+    for at, value in enumerate(values, 1):
+        memory = (memory * 31 + value + 40_000) % MODULUS
+        if at % frame_values == 0:
+            frames.append([(memory + q) % codec_format.codebook_size for q in range(codec_format.quantizers)])
+    return frames

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mossnano_stdio.protocol import INBOX_BYTES, Kind, Message, encode_message
-from mossnano_stdio.session import TRANSITIONS, State
+from mossnano_stdio.session import DECODING, State
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
 
@@ -373,7 +373,7 @@ def test_the_transition_table_of_the_document_is_that_of_the_program() -> None:
     ]
     states = [State(name) for name in rows[0][1:]]
     documented = {(state, Kind[row[0]]): cell for row in rows[2:] for state, cell in zip(states, row[1:], strict=True)}
-    programmed = {cell: action.value.strip("_").replace("_", " ") for cell, action in TRANSITIONS.items()}
+    programmed = {cell: action.value.strip("_").replace("_", " ") for cell, action in DECODING.items()}
     assert documented == programmed
 
 

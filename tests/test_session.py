@@ -15,7 +15,8 @@ from mossnano_stdio.errors import DecodeError, ProtocolError
 from mossnano_stdio.protocol import Kind, Message, json_message
 from mossnano_stdio.renderer import Renderer
 from mossnano_stdio.schedule import Fixed, Ramp, Schedule
-from mossnano_stdio.session import MAX_AUDIO_BYTES, TRANSITIONS, Action, Session, State
+from mossnano_stdio.session import DECODING, DecodeSession, State
+from mossnano_stdio.session.conversation import MAX_AUDIO_BYTES
 from tests.doubles import (
     NANO,
     SMALL,
@@ -37,7 +38,7 @@ class Conversation:
     def __init__(self, decoder: CountingDecoder | None = None, schedule: Schedule | None = None) -> None:
         self.decoder = decoder or CountingDecoder()
         self.cancels_waiting = 0
-        self.session = Session(
+        self.session = DecodeSession(
             Renderer(self.decoder, schedule or Ramp()),
             {"protocol": 1, "demo": False},
             cancel_waiting=lambda: self.cancels_waiting > 0,
@@ -196,6 +197,7 @@ def test_the_handshake_says_what_holds() -> None:
     assert fields(Conversation().session.handshake()) == {
         "protocol": 1,
         "demo": False,
+        "direction": "decode",
         "sample_rate": 48000,
         "channels": 2,
         "sample_format": "s16le",
@@ -526,11 +528,10 @@ def test_lost_framing_between_streams_is_only_said() -> None:
 
 
 def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
-    inbound = {kind for _, kind in TRANSITIONS}
+    inbound = {kind for _, kind in DECODING}
     assert inbound == set(Kind) - {Kind.AUDIO, Kind.TEXT}
-    assert set(TRANSITIONS) == {(state, kind) for state in State for kind in inbound}
-    assert set(TRANSITIONS.values()) == set(Action)
-    assert all(callable(getattr(Session, action.value)) for action in Action)
+    assert set(DECODING) == {(state, kind) for state in set(State) - {State.AUDIO} for kind in inbound}
+    assert all(callable(getattr(DecodeSession, action.value)) for action in DECODING.values())
 
 
 MESSAGES = st.sampled_from(

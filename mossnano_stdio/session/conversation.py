@@ -1,31 +1,26 @@
-"""What a message means: one transition table, and a generator that answers.
+"""What decoding and encoding have in common: streams that open, end, fail and are cancelled, pings and settings.
 
 Rules of this room:
 
-- `TRANSITIONS` is the whole protocol: for every state and every inbound kind, the one action that is taken. It is
-  printed in protocol.md, and a test compares the two.
-- `handle` and `advance` are generators. Each AUDIO message leaves before the next chunk is decoded, so there is no
-  output queue, and who does not take a message stops the decoder.
+- `handle` and `advance` are generators. Each message leaves before the next chunk is computed, so there is no output
+  queue, and who does not take a message stops the work.
 - A stream is numbered when it opens, from 0, also when it is bad. Each one that opens is answered by exactly one END,
   but for those that a CANCEL drops: the answer to the CANCEL stands for all of them.
-- One bad payload ends nothing but its own stream. The next one finds a decoder that was reset.
-- Time, threads, file descriptors and weights are not known here. That a CANCEL waits in the inbox is asked through
-  `cancel_waiting`.
+- One bad payload ends nothing but its own stream. The next one finds a state that was reset.
+- That a CANCEL waits in the inbox is asked through `cancel_waiting`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Protocol
 
-from mossnano_stdio.bits import unpack_frames
-from mossnano_stdio.container import MAGIC, Artifact, ArtifactReader
-from mossnano_stdio.errors import ArtifactError, MossnanoError, PayloadError, TokenError
-from mossnano_stdio.layout import CodecFormat, frame_bytes
-from mossnano_stdio.protocol import MAX_ARTIFACT_BYTES, Kind, Message, json_message, kind_name, parse_json
-from mossnano_stdio.renderer import Chunk, Renderer
+from mossnano_stdio.errors import MossnanoError, PayloadError
+from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat, frame_bytes
+from mossnano_stdio.protocol import Kind, Message, json_message, kind_name, parse_json
 from mossnano_stdio.schedule import RAMP_MAX_FRAMES, Fixed, Ramp, Schedule
 
 MAX_CHUNK_FRAMES: Final = 1000  # 80 s of nano: what a fixed chunk may ask for
@@ -40,6 +35,7 @@ class State(Enum):
     IDLE = "between streams"
     TOKENS = "in a token stream"
     ARTIFACT = "in an unfinished artifact"
+    AUDIO = "in an audio stream"
     SKIP = "in a stream that went bad"
 
 
@@ -51,6 +47,8 @@ class Action(Enum):
     GROW_ARTIFACT = "_grow_artifact"
     OPEN_TOKENS = "_open_tokens"
     PUSH_TOKENS = "_push_tokens"
+    OPEN_AUDIO = "_open_audio"
+    PUSH_AUDIO = "_push_audio"
     CUT_ARTIFACT = "_cut_artifact"
     SKIP_ARTIFACT = "_skip_artifact"
     IGNORE = "_ignore"
@@ -63,40 +61,18 @@ class Action(Enum):
     REFUSE_OUT_OF_PLACE = "_refuse_out_of_place"
 
 
-TRANSITIONS: Final[Mapping[tuple[State, Kind], Action]] = {
-    (State.IDLE, Kind.HANDSHAKE): Action.COMPARE_FORMATS,
-    (State.IDLE, Kind.ARTIFACT): Action.OPEN_ARTIFACT,
-    (State.IDLE, Kind.TOKENS): Action.OPEN_TOKENS,
-    (State.IDLE, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.IDLE, Kind.PING): Action.ECHO,
-    (State.IDLE, Kind.END): Action.REFUSE_NO_STREAM,
-    (State.IDLE, Kind.CANCEL): Action.CANCEL,
-    (State.IDLE, Kind.SETTINGS): Action.SETTLE,
-    (State.TOKENS, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.TOKENS, Kind.ARTIFACT): Action.REFUSE_OUT_OF_PLACE,
-    (State.TOKENS, Kind.TOKENS): Action.PUSH_TOKENS,
-    (State.TOKENS, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.TOKENS, Kind.PING): Action.ECHO,
-    (State.TOKENS, Kind.END): Action.FINISH,
-    (State.TOKENS, Kind.CANCEL): Action.CANCEL,
-    (State.TOKENS, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
-    (State.ARTIFACT, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.ARTIFACT, Kind.ARTIFACT): Action.GROW_ARTIFACT,
-    (State.ARTIFACT, Kind.TOKENS): Action.REFUSE_OUT_OF_PLACE,
-    (State.ARTIFACT, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.ARTIFACT, Kind.PING): Action.ECHO,
-    (State.ARTIFACT, Kind.END): Action.CUT_ARTIFACT,
-    (State.ARTIFACT, Kind.CANCEL): Action.CANCEL,
-    (State.ARTIFACT, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
-    (State.SKIP, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.SKIP, Kind.ARTIFACT): Action.SKIP_ARTIFACT,
-    (State.SKIP, Kind.TOKENS): Action.IGNORE,
-    (State.SKIP, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.SKIP, Kind.PING): Action.ECHO,
-    (State.SKIP, Kind.END): Action.FINISH,
-    (State.SKIP, Kind.CANCEL): Action.CANCEL,
-    (State.SKIP, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
-}
+class ChunkLoop(Protocol):
+    """What a Renderer and a Recorder have in common."""
+
+    schedule: Schedule
+
+    @property
+    def due_frames(self) -> int: ...
+
+    @property
+    def is_sated(self) -> bool: ...
+
+    def reset(self) -> None: ...
 
 
 @dataclass
@@ -109,36 +85,65 @@ class StreamTally:
     errors: int = 0
 
 
-class Session:
-    """One peer's conversation with one decoder.
+class Conversation(ABC):
+    """One peer's conversation with one codec.
 
     `identity` is what a HANDSHAKE says beyond the numbers that are known here; `ramp_max_frames` is where the live
     ramp stops when SETTINGS asks for it.
     """
 
+    DIRECTION: ClassVar[str]
+    TRANSITIONS: ClassVar[Mapping[tuple[State, Kind], Action]]
+
     def __init__(
         self,
-        renderer: Renderer,
+        loop: ChunkLoop,
+        weights: CodecFormat,
         identity: Mapping[str, Any],
         *,
         ramp_max_frames: int = RAMP_MAX_FRAMES,
         cancel_waiting: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._renderer = renderer
+        self._loop = loop
+        self._weights = weights
         self._identity = identity
         self._ramp_max_frames = ramp_max_frames
         self._cancel_waiting = cancel_waiting
-        self._weights: CodecFormat = renderer.decoder.format
-        self._quantizers = self._weights.quantizers
-        self._maybe_misfit: str | None = None  # why the peer's last HANDSHAKE does not fit
-        self._artifact = ArtifactReader(MAX_ARTIFACT_BYTES)
+        self._quantizers = weights.quantizers
         self._next_stream = 0
         self._maybe_open: StreamTally | None = None
         self._maybe_first_dropped: StreamTally | None = None  # by the CANCEL that waits
+        self._maybe_misfit: str | None = None  # why the peer's last HANDSHAKE does not fit
         self.state = State.IDLE
         self.error_count = 0
 
-    # --- what the process asks -------------------------------------------------------------------
+    # --- what each direction does its own way ---------------------------------------------------
+
+    @abstractmethod
+    def advance(self) -> Answers:
+        """Compute the one chunk that is due."""
+
+    @abstractmethod
+    def _finish_loop(self) -> None:
+        """No more will come of the stream that is open: what is left of it is due."""
+
+    @abstractmethod
+    def _check_quantizers(self, quantizers: int) -> None:
+        """A PayloadError where so few cannot be had."""
+
+    def _end_extras(self) -> dict[str, Any]:
+        """What an END says beyond the usual."""
+        return {}
+
+    @abstractmethod
+    def _forget_input(self) -> None:
+        """Drop what was received of a stream and is not in the loop."""
+
+    def _maybe_cut(self) -> MossnanoError | None:
+        """What is wrong if the input ends here."""
+        return None
+
+    # --- what the process asks ------------------------------------------------------------------
 
     @property
     def stream(self) -> int | None:
@@ -155,21 +160,22 @@ class Session:
 
     @property
     def is_due(self) -> bool:
-        """Is there a chunk to decode, if no message comes?"""
-        return self._renderer.due_frames > 0
+        """Is there a chunk to compute, if no message comes?"""
+        return self._loop.due_frames > 0
 
     @property
     def is_sated(self) -> bool:
-        """Would one more TOKENS message leave the next chunk as it is?"""
-        return self._renderer.is_sated
+        """Would more input leave the next chunk as it is?"""
+        return self._loop.is_sated
 
     def handshake(self) -> Message:
         """Who we are and what holds now."""
-        weights = self._weights
+        weights, schedule = self._weights, self._loop.schedule
         return json_message(
             Kind.HANDSHAKE,
             {
                 **self._identity,
+                "direction": self.DIRECTION,
                 "sample_rate": weights.sample_rate,
                 "channels": weights.channels,
                 "sample_format": "s16le",
@@ -178,48 +184,33 @@ class Session:
                 "codebook_size": weights.codebook_size,
                 "frame_bytes": frame_bytes(self._quantizers, weights.codebook_size),
                 "max_audio_bytes": self._max_audio_bytes,
-                "chunk_frames": self._renderer.schedule.maybe_chunk_frames,
-                "max_chunk_frames": self._renderer.schedule.max_frames,
+                "chunk_frames": schedule.maybe_chunk_frames,
+                "max_chunk_frames": schedule.max_frames,
             },
         )
 
     def handle(self, message: Message) -> Answers:
-        """Deal with one message. Whatever was due before it is rendered first, unless it only adds to a stream."""
-        if message.kind != Kind.TOKENS:
-            yield from self._render_due()
+        """Deal with one message. Whatever was due before it is computed first, unless it only adds to a stream."""
+        if message.kind not in (Kind.TOKENS, Kind.AUDIO):
+            yield from self._compute_due()
         try:
-            kind = Kind(message.kind)
-            action = TRANSITIONS[self.state, kind]
+            action = self.TRANSITIONS[self.state, Kind(message.kind)]
         except (ValueError, KeyError):
-            yield self._error(_unknown_kind(message.kind))
+            yield self._error(self._unknown_kind(message.kind))
             return
         perform: Callable[[Message], Answers] = getattr(self, action.value)
         yield from perform(message)
 
-    def advance(self) -> Answers:
-        """Decode the one chunk that is due."""
-        if self._drops():
-            self._renderer.reset()
-            return
-        try:
-            chunk = self._renderer.render()
-        except MossnanoError as error:
-            yield from self._fail_stream(error)
-            return
-        if chunk is not None:
-            yield from self._audio(chunk)
-
     def close(self, maybe_fault: MossnanoError | None = None) -> Answers:
         """End of input, or of what can be read of it: drain, and end the stream that is open."""
-        yield from self._render_due()
-        if self.state is State.ARTIFACT:
-            maybe_fault = maybe_fault or self._artifact_cut()
+        yield from self._compute_due()
+        maybe_fault = maybe_fault or self._maybe_cut()
         if maybe_fault is not None:
             yield self._error(maybe_fault, fatal=True)
         if self.state is not State.IDLE:
             yield from self._finish(Message(Kind.END))
 
-    # --- actions ---------------------------------------------------------------------------------
+    # --- actions --------------------------------------------------------------------------------
 
     def _compare_formats(self, message: Message) -> Answers:
         ours = {
@@ -243,55 +234,6 @@ class Session:
             self._maybe_misfit = "the peer's HANDSHAKE does not fit these weights: " + ", ".join(differences)
             yield self._error(_HandshakeError(self._maybe_misfit))
 
-    def _open_tokens(self, message: Message) -> Answers:
-        self._open(State.TOKENS)
-        if self._maybe_misfit is not None:
-            yield from self._fail_stream(TokenError(f"{self._maybe_misfit}; send one that fits, then the tokens"))
-            return
-        yield from self._push_tokens(message)
-
-    def _push_tokens(self, message: Message) -> Answers:
-        if self._drops():
-            return
-        try:
-            self._renderer.push(unpack_frames(message.payload, self._quantizers, self._weights.codebook_size))
-        except TokenError as error:
-            yield from self._render_due()  # what came before it is whole
-            yield from self._fail_stream(error)
-
-    def _open_artifact(self, message: Message) -> Answers:
-        self._open(State.ARTIFACT)
-        self._artifact = ArtifactReader(MAX_ARTIFACT_BYTES)
-        yield from self._grow_artifact(message)
-
-    def _grow_artifact(self, message: Message) -> Answers:
-        try:
-            if self._artifact.push(message.payload):
-                return
-            artifact = self._artifact.artifact()
-            artifact.check_fits(self._weights, prefix_allowed=self._renderer.decoder.decodes_prefix)
-        except ArtifactError as error:
-            yield from self._fail_stream(error)
-            return
-        yield from self._play_artifact(artifact)
-
-    def _play_artifact(self, artifact: Artifact) -> Answers:
-        if not self._drops():
-            self._renderer.push(artifact.codes)
-            self._renderer.finish(artifact.original_samples)
-            yield from self._render_due()
-        yield from self._finish(Message(Kind.END))
-
-    def _cut_artifact(self, message: Message) -> Answers:
-        yield self._error(self._artifact_cut())
-        yield from self._finish(message)
-
-    def _skip_artifact(self, message: Message) -> Answers:
-        """The rest of a bad stream, unless it begins like a new artifact."""
-        if message.payload.startswith(MAGIC):
-            yield from self._finish(Message(Kind.END))
-            yield from self._open_artifact(message)
-
     def _ignore(self, message: Message) -> Answers:
         yield from ()
 
@@ -299,11 +241,11 @@ class Session:
         yield Message(Kind.PING, message.payload)
 
     def _finish(self, message: Message) -> Answers:
-        if self.state is State.TOKENS and not self._drops():
-            self._renderer.finish()
-            yield from self._render_due()
+        if self.state is not State.SKIP and not self._drops():
+            self._finish_loop()
+            yield from self._compute_due()
         if not self._drops():
-            yield self._end(self._maybe_open, cancelled=False)
+            yield self._end(self._maybe_open, cancelled=False, **self._end_extras())
         self._close()
 
     def _cancel(self, message: Message) -> Answers:
@@ -319,7 +261,7 @@ class Session:
             yield self._error(error)
             return
         self._quantizers = quantizers
-        self._renderer.schedule = schedule
+        self._loop.schedule = schedule
         yield self.handshake()
 
     def _report_peer_error(self, message: Message) -> Answers:
@@ -337,7 +279,7 @@ class Session:
             )
         )
 
-    # --- streams ---------------------------------------------------------------------------------
+    # --- streams --------------------------------------------------------------------------------
 
     def _drops(self) -> bool:
         """Does a CANCEL wait further back? Then what stands before it is counted and not done."""
@@ -350,37 +292,33 @@ class Session:
         self.state = state
         self._maybe_open = StreamTally(self._next_stream)
         self._next_stream += 1
-        self._renderer.reset()
+        self._loop.reset()
 
     def _close(self) -> None:
         self.state = State.IDLE
         self._maybe_open = None
-        self._artifact = ArtifactReader(MAX_ARTIFACT_BYTES)
-        self._renderer.reset()
+        self._forget_input()
+        self._loop.reset()
 
     def _fail_stream(self, error: MossnanoError) -> Answers:
         """This stream is lost; the input of it that is still to come is skipped."""
         if not self._drops():
             yield self._error(error)
         self.state = State.SKIP
-        self._artifact = ArtifactReader(MAX_ARTIFACT_BYTES)
-        self._renderer.reset()
+        self._forget_input()
+        self._loop.reset()
 
-    def _render_due(self) -> Answers:
+    def _compute_due(self) -> Answers:
         while self.is_due:
             yield from self.advance()
 
-    def _audio(self, chunk: Chunk) -> Answers:
+    def _count(self, frames: int, samples: int) -> None:
+        """The open stream has come so much further."""
         if self._maybe_open is not None:
-            self._maybe_open.frames += chunk.frames
-            self._maybe_open.samples += len(chunk.pcm) // self._sample_bytes
-        if chunk.error is not None:
-            yield self._error(chunk.error)
-        step = self._max_audio_bytes
-        for start in range(0, len(chunk.pcm), step):
-            yield Message(Kind.AUDIO, chunk.pcm[start : start + step])
+            self._maybe_open.frames += frames
+            self._maybe_open.samples += samples
 
-    def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: str) -> Message:
+    def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: Any) -> Message:
         return json_message(
             Kind.END,
             {
@@ -400,24 +338,19 @@ class Session:
             self._maybe_open.errors += 1
         return error_message(error, stream=self.stream, fatal=fatal)
 
-    def _artifact_cut(self) -> ArtifactError:
-        return ArtifactError(
-            f"the artifact ended {self._artifact.missing_bytes} bytes before its end: send all of it, then no END"
-        )
-
-    # --- settings --------------------------------------------------------------------------------
+    # --- settings -------------------------------------------------------------------------------
 
     @property
     def _sample_bytes(self) -> int:
-        return self._weights.frame_pcm_bytes // self._weights.frame_samples
+        return self._weights.channels * SAMPLE_BYTES
 
     @property
     def _max_audio_bytes(self) -> int:
-        chunk_bytes = self._renderer.schedule.max_frames * self._weights.frame_pcm_bytes
+        chunk_bytes = self._loop.schedule.max_frames * self._weights.frame_pcm_bytes
         return min(chunk_bytes, MAX_AUDIO_BYTES // self._sample_bytes * self._sample_bytes)
 
     def _checked_settings(self, wanted: dict[str, Any]) -> tuple[int, Schedule]:
-        quantizers, schedule = self._quantizers, self._renderer.schedule
+        quantizers, schedule = self._quantizers, self._loop.schedule
         for name, value in wanted.items():
             match name:
                 case "quantizers":
@@ -425,29 +358,30 @@ class Session:
                 case "chunk_frames":
                     schedule = self._checked_schedule(value)
                 case _:
-                    raise _SettingsError(f"SETTINGS has no {name!r}: only 'quantizers' and 'chunk_frames' can be set")
+                    raise SettingsError(f"SETTINGS has no {name!r}: only 'quantizers' and 'chunk_frames' can be set")
         return quantizers, schedule
 
     def _checked_quantizers(self, value: Any) -> int:
         most = self._weights.quantizers
         if type(value) is not int or not 1 <= value <= most:
-            raise _SettingsError(f"quantizers is {value!r}; a whole number from 1 to {most} is allowed")
-        if value < most and not self._renderer.decoder.decodes_prefix:
-            raise _SettingsError(
-                f"quantizers is {value}, but this graph decodes all {most} only: "
-                "`mossnano build --from-bundle` makes one that decodes any number of them"
-            )
+            raise SettingsError(f"quantizers is {value!r}; a whole number from 1 to {most} is allowed")
+        self._check_quantizers(value)
         return value
 
     def _checked_schedule(self, value: Any) -> Schedule:
         if value is None:
             return Ramp(self._ramp_max_frames)
         if type(value) is not int or not 1 <= value <= MAX_CHUNK_FRAMES:
-            raise _SettingsError(
+            raise SettingsError(
                 f"chunk_frames is {value!r}; a whole number from 1 to {MAX_CHUNK_FRAMES} is allowed, "
                 "or null for the ramp"
             )
         return Fixed(value)
+
+    def _unknown_kind(self, kind: int) -> PayloadError:
+        known = dict.fromkeys(kind for _, kind in self.TRANSITIONS)
+        names = ", ".join(f"{kind.name} 0x{kind:02x}" for kind in known)
+        return _UnknownKindError(f"{kind_name(kind)} means nothing while we {self.DIRECTION}; known are {names}")
 
 
 def error_message(error: MossnanoError, *, stream: int | None = None, fatal: bool = False) -> Message:
@@ -455,9 +389,8 @@ def error_message(error: MossnanoError, *, stream: int | None = None, fatal: boo
     return json_message(Kind.ERROR, {"code": error.code, "message": str(error), "stream": stream, "fatal": fatal})
 
 
-def _unknown_kind(kind: int) -> PayloadError:
-    known = ", ".join(f"{known.name} 0x{known:02x}" for known in dict.fromkeys(kind for _, kind in TRANSITIONS))
-    return _UnknownKindError(f"{kind_name(kind)} is not for the decoder; it takes {known}")
+class SettingsError(PayloadError):
+    code = "bad_settings"
 
 
 class _HandshakeError(PayloadError):
@@ -474,10 +407,6 @@ class _OutOfPlaceError(PayloadError):
 
 class _PeerError(PayloadError):
     code = "peer_error"
-
-
-class _SettingsError(PayloadError):
-    code = "bad_settings"
 
 
 class _UnknownKindError(PayloadError):
