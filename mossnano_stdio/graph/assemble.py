@@ -23,7 +23,7 @@ from mossnano_stdio.errors import OutputError
 from mossnano_stdio.graph import contract, official
 from mossnano_stdio.graph.builder import save_graphs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.standin import save_standin
+from mossnano_stdio.graph.standin import SIZES, save_standin
 from mossnano_stdio.graph.weights import CodecWeights
 
 PUBLISHED_CHECKPOINT_NAME = pinned.CHECKPOINT.repository.rpartition("/")[2]
@@ -47,7 +47,7 @@ def save_standin_bundle(folder: Path, size: str, seed: int) -> None:
     """Make up a stand-in: its checkpoint in `folder`/checkpoint, and the bundle built from that in `folder`."""
     checkpoint = folder / "checkpoint"
     with staged(checkpoint) as stage:
-        save_standin(stage, size, seed)
+        save_standin(stage, SIZES[size], seed)
     save_bundle(
         folder,
         load_checkpoint(checkpoint),

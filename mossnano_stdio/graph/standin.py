@@ -41,6 +41,12 @@ class Size:
     layers: tuple[int, ...]
     context_seconds: tuple[float, ...]
     patches: tuple[int, ...]  # one more than transformers
+    sample_rate: int = 48_000
+    channels: int = 2
+    frame_samples: int = 3_840
+    quantizers: int = 16
+    codebook_size: int = 1_024
+    codebook_dim: int = 8
 
 
 SIZES = {
@@ -48,17 +54,10 @@ SIZES = {
     "tiny": Size(64, 32, 64, 4, 32, (2, 1, 1, 2), (0.8, 0.64, 0.48, 0.32), (4, 2, 2, 2, 240)),
 }
 
-SAMPLE_RATE = 48_000
-CHANNELS = 2
-FRAME_SAMPLES = 3_840
-QUANTIZERS = 16
-CODEBOOK_SIZE = 1_024
-CODEBOOK_DIM = 8
 
-
-def save_standin(folder: Path, size: str, seed: int) -> None:
+def save_standin(folder: Path, size: Size, seed: int) -> None:
     """Write the checkpoint of a stand-in into `folder`."""
-    save_checkpoint(folder, config(SIZES[size]), dict(_tensors(SIZES[size], np.random.default_rng(seed))))
+    save_checkpoint(folder, config(size), dict(_tensors(size, np.random.default_rng(seed))))
 
 
 def config(size: Size) -> dict[str, Any]:
@@ -67,9 +66,9 @@ def config(size: Size) -> dict[str, Any]:
     return {
         "architectures": ["MossAudioTokenizerModel"],
         "model_type": "moss-audio-tokenizer",
-        "sampling_rate": SAMPLE_RATE,
-        "downsample_rate": FRAME_SAMPLES,
-        "number_channels": CHANNELS,
+        "sampling_rate": size.sample_rate,
+        "downsample_rate": size.frame_samples,
+        "number_channels": size.channels,
         "enable_channel_interleave": True,
         "dtype": "float32",
         "encoder_kwargs": [_mirrored(module) for module in reversed(decoder)],
@@ -80,9 +79,9 @@ def config(size: Size) -> dict[str, Any]:
             "input_dim": size.features,
             "output_dim": size.features,
             "rvq_dim": size.rvq,
-            "num_quantizers": QUANTIZERS,
-            "codebook_size": CODEBOOK_SIZE,
-            "codebook_dim": CODEBOOK_DIM,
+            "num_quantizers": size.quantizers,
+            "codebook_size": size.codebook_size,
+            "codebook_dim": size.codebook_dim,
         },
     }
 
@@ -155,14 +154,14 @@ def _transformer(
 
 
 def _quantizer(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:
-    loudness = math.sqrt(sum(CODEBOOK_FALL ** (2 * index) for index in range(QUANTIZERS)))
+    loudness = math.sqrt(sum(CODEBOOK_FALL ** (2 * index) for index in range(size.quantizers)))
     yield from _projection("quantizer.input_proj", size.rvq, size.features, loudness, random)
     yield from _projection("quantizer.output_proj", size.features, size.rvq, 1 / loudness, random)
-    for index in range(QUANTIZERS):
+    for index in range(size.quantizers):
         prefix = f"quantizer.quantizers.{index}"
-        yield f"{prefix}.codebook.weight", _around(0.0, 1.0, (CODEBOOK_SIZE, CODEBOOK_DIM), random)
-        yield from _projection(f"{prefix}.in_proj", CODEBOOK_DIM, size.rvq, 1.0, random)
-        yield from _projection(f"{prefix}.out_proj", size.rvq, CODEBOOK_DIM, CODEBOOK_FALL**index, random)
+        yield f"{prefix}.codebook.weight", _around(0.0, 1.0, (size.codebook_size, size.codebook_dim), random)
+        yield from _projection(f"{prefix}.in_proj", size.codebook_dim, size.rvq, 1.0, random)
+        yield from _projection(f"{prefix}.out_proj", size.rvq, size.codebook_dim, CODEBOOK_FALL**index, random)
 
 
 def _projection(
