@@ -33,6 +33,17 @@ def tiny_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
+def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights once more, as we build them."""
+    from mossnano_stdio.graph.assemble import save_bundle
+    from mossnano_stdio.graph.checkpoint import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("built")
+    save_bundle(folder, load_checkpoint(REFERENCE), name="tiny", checkpoint_name="tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stand-in with the published model's dimensions, built once."""
     from mossnano_stdio.graph.assemble import save_standin_bundle

@@ -165,7 +165,8 @@ def _created(onnxruntime: Any, graph: Graph, engine: Engine) -> Any:
             failure = failure or error
     assert failure is not None
     _raise_if_memory(failure)
-    raise BundleError(f"{graph.path}: onnxruntime cannot load it: {_first_line(failure)}") from failure
+    files = " with ".join(["it", *(file.path.name for file in graph.data)])
+    raise BundleError(f"{graph.path}: onnxruntime cannot load {files}: {_first_line(failure)}") from failure
 
 
 def _create(onnxruntime: Any, graph: Graph, engine: Engine, data_in_memory: bool) -> Any:
