@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
 from mossnano_stdio.errors import OutputError, UsageError
 
@@ -25,15 +25,15 @@ STANDARD_STREAM: Final = "-"
 
 
 @contextlib.contextmanager
-def open_input(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """The file at `path`, or stdin for `-`, which stays open."""
+def open_input(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
+    """The file at `path`, or stdin for `-`, which stays open. `read1` takes what is there, `read` waits for more."""
     if path != STANDARD_STREAM:
         with Path(path).open("rb") as file:
             yield file
         return
     if sys.stdin is None:
         raise UsageError("stdin is closed, so `-` cannot be read")
-    yield sys.stdin.buffer
+    yield cast(io.BufferedReader, sys.stdin.buffer)
 
 
 @contextlib.contextmanager

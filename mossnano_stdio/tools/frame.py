@@ -1,0 +1,85 @@
+"""Make a framed stream of artifacts, ready for mossnano-stdio's stdin.
+
+  --as artifact   each one as it is, in ARTIFACT messages: trimmed to its true length, its END follows by itself
+  --as tokens     its codes in TOKENS messages, closed by END, as a live encoder would send them; before the first,
+                  and wherever the numbers change, a HANDSHAKE says what they are, so that a decoder with other
+                  weights refuses them instead of making noise
+
+`mossnano frame a.mossnano b.mossnano | mossnano-stdio --output wav > both.wav`
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from mossnano_stdio.bits import pack_frames
+from mossnano_stdio.container import Artifact, build_artifact, load_artifact
+from mossnano_stdio.errors import ExitStatus, UsageError
+from mossnano_stdio.files import open_input, open_output
+from mossnano_stdio.layout import frame_bytes
+from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, VERSION, Kind, Message, encode_message, json_message
+
+ARTIFACT_PIECE_BYTES = 1 << 16
+LONGEST_PAYLOAD_BYTES = MAX_MESSAGE_BYTES - 1  # the kind counts too
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifacts", nargs="+", metavar="PATH", help="artifacts, one stream each; `-` is stdin")
+    parser.add_argument(
+        "--as", dest="form", choices=("artifact", "tokens"), default="artifact", help="default: artifact"
+    )
+    parser.add_argument("--message-frames", type=int, metavar="N", help="frames in one TOKENS message (default: 1)")
+    parser.add_argument("--output", "-o", default="-", metavar="OUT", help="where it goes (default: stdout)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.message_frames is not None and args.form != "tokens":
+        raise UsageError("--message-frames is for --as tokens: an artifact's frames lie apart in its file")
+    if args.message_frames is not None and args.message_frames < 1:
+        raise UsageError(f"--message-frames is {args.message_frames}, allowed is 1 or more")
+    maybe_said: Message | None = None
+    with open_output(args.output) as output:
+        for path in args.artifacts:
+            with open_input(path) as file:
+                artifact = load_artifact(file, path)
+            if args.form == "artifact":
+                _write(output, _as_artifact(artifact))
+                continue
+            handshake = _handshake(artifact)
+            if handshake != maybe_said:
+                _write(output, iter([handshake]))
+                maybe_said = handshake
+            _write(output, _as_tokens(artifact, args.message_frames or 1))
+    return ExitStatus.DONE
+
+
+def _write(output: BinaryIO, messages: Iterator[Message]) -> None:
+    for message in messages:
+        output.write(encode_message(*message))
+
+
+def _as_artifact(artifact: Artifact) -> Iterator[Message]:
+    data = build_artifact(artifact)
+    for start in range(0, len(data), ARTIFACT_PIECE_BYTES):
+        yield Message(Kind.ARTIFACT, data[start : start + ARTIFACT_PIECE_BYTES])
+
+
+def _as_tokens(artifact: Artifact, message_frames: int) -> Iterator[Message]:
+    payload_bytes = message_frames * frame_bytes(artifact.quantizers, artifact.codebook_size)
+    if payload_bytes > LONGEST_PAYLOAD_BYTES:
+        raise UsageError(
+            f"{message_frames} frames of {payload_bytes // message_frames} bytes are {payload_bytes} bytes, "
+            f"allowed are {LONGEST_PAYLOAD_BYTES} in one message: choose a smaller --message-frames"
+        )
+    payload = pack_frames(artifact.codes, artifact.codebook_size)
+    for start in range(0, len(payload) or 1, payload_bytes):  # no frames are still a stream: one empty message opens it
+        yield Message(Kind.TOKENS, payload[start : start + payload_bytes])
+    yield Message(Kind.END)
+
+
+def _handshake(artifact: Artifact) -> Message:
+    numbers = ("sample_rate", "channels", "quantizers", "codebook_size")
+    said = {"protocol": VERSION, "name": "mossnano frame"} | {name: getattr(artifact, name) for name in numbers}
+    return json_message(Kind.HANDSHAKE, said)

@@ -1,0 +1,221 @@
+"""The tools frame and unframe: artifacts into the process, its answers out of it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mossnano_stdio.bits import pack_frames
+from mossnano_stdio.container import Artifact, build_artifact
+from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.pcm import wav_header
+from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message
+from tests.tool import COMMAND, call_tool, run_tool
+
+CODES = np.random.default_rng(9).integers(0, 1024, (7, 16)).astype(np.uint16)
+ARTIFACT = build_artifact(Artifact(48000, 2, 7 * 3840 - 100, 16, 7, 1024, CODES))
+PCM = bytes(range(200))
+HANDSHAKE = {"protocol": 1, "sample_rate": 48000, "channels": 2}
+
+
+def messages_in(data: bytes) -> list[Message]:
+    reader = MessageReader()
+    messages = list(reader.feed(data))
+    assert reader.incomplete_bytes == 0
+    return messages
+
+
+def stream_of(*messages: tuple[int, bytes | dict[str, Any]]) -> bytes:
+    return b"".join(
+        encode_message(kind, json.dumps(payload).encode() if isinstance(payload, dict) else payload)
+        for kind, payload in messages
+    )
+
+
+# --- frame -------------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_goes_as_it_is() -> None:
+    outcome = call_tool("frame", "-", stdin=ARTIFACT)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert messages_in(outcome.out) == [Message(Kind.ARTIFACT, ARTIFACT)]
+
+
+def test_a_long_artifact_is_split() -> None:
+    codes = np.zeros((10_000, 16), dtype=np.uint16)
+    long = build_artifact(Artifact(48000, 2, 0, 16, 10_000, 1024, codes))
+    messages = messages_in(call_tool("frame", "-", stdin=long).out)
+    assert len(messages) == 4
+    assert {message.kind for message in messages} == {Kind.ARTIFACT}
+    assert b"".join(message.payload for message in messages) == long
+
+
+@pytest.mark.parametrize(("flags", "sizes"), [([], [1] * 7), (["--message-frames", 3], [3, 3, 1])])
+def test_tokens_are_closed_by_end(flags: list[Any], sizes: list[int]) -> None:
+    handshake, *tokens, end = messages_in(call_tool("frame", "-", "--as", "tokens", *flags, stdin=ARTIFACT).out)
+    assert handshake.kind == Kind.HANDSHAKE
+    said = json.loads(handshake.payload)
+    assert said == said | {"sample_rate": 48000, "channels": 2, "quantizers": 16, "codebook_size": 1024}
+    assert {message.kind for message in tokens} == {Kind.TOKENS}
+    assert [len(message.payload) // 20 for message in tokens] == sizes
+    assert b"".join(message.payload for message in tokens) == pack_frames(CODES, 1024)
+    assert end == Message(Kind.END)
+
+
+def test_several_artifacts_are_several_streams(tmp_path: Path) -> None:
+    other = build_artifact(Artifact(48000, 2, 3840, 8, 1, 1024, CODES[:1, :8]))
+    empty = build_artifact(Artifact(48000, 2, 0, 8, 0, 1024, CODES[:0, :8]))
+    paths = []
+    for name, data in (("a", ARTIFACT), ("b", ARTIFACT), ("c", other), ("d", empty)):
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(data)
+    tokens = call_tool("frame", *paths, "--as", "tokens", "--message-frames", 100).out
+    kinds = [Kind(message.kind).name for message in messages_in(tokens)]
+    assert " ".join(kinds) == "HANDSHAKE TOKENS END TOKENS END HANDSHAKE TOKENS END TOKENS END"
+    assert messages_in(tokens)[-2].payload == b""
+    call_tool("frame", *paths, "-o", tmp_path / "out.bin")
+    assert [message.payload for message in messages_in((tmp_path / "out.bin").read_bytes())] == [
+        ARTIFACT,
+        ARTIFACT,
+        other,
+        empty,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "status", "words"),
+    [
+        (["-"], ARTIFACT[:-1], ExitStatus.BAD_INPUT, "-: the artifact is cut: 171 of 172 bytes"),
+        (["-", "--message-frames", "2"], ARTIFACT, ExitStatus.USAGE, "--as tokens"),
+        (["-", "--as", "tokens", "--message-frames", "0"], ARTIFACT, ExitStatus.USAGE, "allowed is 1 or more"),
+        (["-", "--as", "tokens", "--message-frames", "52429"], ARTIFACT, ExitStatus.USAGE, "allowed are 1048575"),
+        (["missing"], b"", ExitStatus.NO_WEIGHTS, "missing"),
+    ],
+)
+def test_frame_says_what_is_wrong(arguments: list[str], stdin: bytes, status: int, words: str, tmp_path: Path) -> None:
+    outcome = call_tool("frame", *arguments, "-o", tmp_path / "out.bin", stdin=stdin)
+    assert outcome.status == status
+    assert words in outcome.error_line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_message_is_allowed() -> None:
+    arguments = ["frame", "-", "--as", "tokens", "--message-frames", 52428]
+    assert call_tool(*arguments, stdin=ARTIFACT).status == 0
+
+
+# --- unframe -----------------------------------------------------------------------------------------------------
+
+
+def test_raw_pcm_and_wav_by_name(tmp_path: Path) -> None:
+    stream = stream_of((0, HANDSHAKE), (1, PCM[:100]), (0x70, b"?"), (1, PCM[100:]), (7, {"stream": 0}))
+    assert call_tool("unframe", stdin=stream) == (0, PCM, "")
+    (tmp_path / "in.bin").write_bytes(stream)
+    for name in ("out.wav", "OUT.WAV"):
+        assert call_tool("unframe", tmp_path / "in.bin", tmp_path / name) == (0, b"", "")
+        assert (tmp_path / name).read_bytes() == wav_header(48000, 2, 200) + PCM
+    assert call_tool("unframe", tmp_path / "in.bin", tmp_path / "out.pcm") == (0, b"", "")
+    assert (tmp_path / "out.pcm").read_bytes() == PCM
+    assert run_tool("unframe", "--wav", stdin=stream) == (0, wav_header(48000, 2) + PCM, "")
+
+
+def test_the_wav_has_the_numbers_of_the_handshake() -> None:
+    stream = stream_of((0, HANDSHAKE | {"sample_rate": 24000, "channels": 1}), (1, b"\x01\x02"), (7, {}))
+    assert call_tool("unframe", "-", "-", "--wav", stdin=stream).out[20:28].hex() == "01000100c05d0000"
+
+
+def test_no_sound_is_an_empty_wav(tmp_path: Path) -> None:
+    call_tool("unframe", "-", tmp_path / "x.wav", stdin=stream_of((0, HANDSHAKE)))
+    assert (tmp_path / "x.wav").read_bytes() == wav_header(48000, 2, 0)
+
+
+def test_without_a_handshake_nano_is_assumed_aloud() -> None:
+    outcome = call_tool("unframe", "--wav", stdin=stream_of((1, PCM)))
+    assert outcome.status == 0
+    assert outcome.out[24:28] == struct.pack("<I", 48000)
+    assert "no HANDSHAKE came" in outcome.error_line
+
+
+def test_errors_are_told_and_counted(tmp_path: Path) -> None:
+    stream = stream_of(
+        (0, HANDSHAKE),
+        (5, {"code": "bad_tokens", "message": "two\nlines\x1b[2J", "stream": 3, "fatal": False}),
+        (1, PCM),
+        (5, {"code": "framing_lost", "message": "why", "stream": None, "fatal": True}),
+    )
+    outcome = call_tool("unframe", "-", tmp_path / "x.pcm", stdin=stream)
+    assert outcome.status == ExitStatus.BAD_INPUT
+    assert outcome.err.splitlines() == [
+        "mossnano unframe: ERROR in stream 3: bad_tokens: two lines [2J",
+        "mossnano unframe: ERROR: framing_lost: why",
+    ]
+    assert (tmp_path / "x.pcm").read_bytes() == PCM
+
+
+@pytest.mark.parametrize(
+    ("stream", "status", "words"),
+    [
+        (stream_of((0, HANDSHAKE), (1, PCM))[:-1], ExitStatus.BAD_INPUT, "cut inside a message: 204 bytes"),
+        (stream_of((0, HANDSHAKE), (1, PCM)) + bytes(4), ExitStatus.FRAMING_LOST, "length of 0 bytes"),
+        (ARTIFACT, ExitStatus.FRAMING_LOST, "bare .mossnano artifact"),
+        (stream_of((0, HANDSHAKE), (1, b"abc")), ExitStatus.BAD_INPUT, "AUDIO of 3 bytes"),
+        (stream_of((0, HANDSHAKE | {"channels": 0})), ExitStatus.BAD_INPUT, "channels 0"),
+        (stream_of((0, {"protocol": 1})), ExitStatus.BAD_INPUT, "sample_rate None"),
+        (stream_of((0, b"{")), ExitStatus.BAD_INPUT, "no JSON"),
+        (stream_of((0, HANDSHAKE), (0, HANDSHAKE | {"channels": 1})), ExitStatus.BAD_INPUT, "(48000, 2) to (48000, 1)"),
+        (stream_of((0, HANDSHAKE | {"sample_rate": 1 << 31}), (1, PCM)), ExitStatus.BAD_INPUT, "2147483648 Hz"),
+    ],
+)
+def test_a_failed_run_leaves_no_file(stream: bytes, status: int, words: str, tmp_path: Path) -> None:
+    outcome = call_tool("unframe", "-", tmp_path / "x.wav", stdin=stream)
+    assert outcome.status == status
+    assert words in outcome.error_line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_audio_message_passes() -> None:
+    pcm = bytes(1 << 20)
+    assert call_tool("unframe", stdin=stream_of((0, HANDSHAKE), (1, pcm))) == (0, pcm, "")
+
+
+def test_sound_is_passed_on_as_it_comes() -> None:
+    process = subprocess.Popen([COMMAND, "unframe"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        for piece in (PCM, PCM[::-1]):
+            process.stdin.write(stream_of((1, piece)))
+            process.stdin.flush()
+            assert process.stdout.read(len(PCM)) == piece  # would wait for ever if it were kept back
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    script = f'"{COMMAND}" unframe; echo $? >&2'
+    stream = stream_of(*[(1, bytes(1 << 16))] * 64)
+    run = subprocess.run(
+        ["bash", "-c", f"({script}) | head -c 10 > /dev/null"], input=stream, capture_output=True, timeout=60
+    )
+    assert run.stderr.split() == [b"141"]
+
+
+@pytest.mark.parametrize("form", ["artifact", "tokens"])
+def test_through_the_process(form: str) -> None:
+    stdio = [str(Path(sys.executable).with_name("mossnano-stdio")), "--weights", "demo", "--chunk-frames", "4"]
+    stream = call_tool("frame", "-", "--as", form, stdin=ARTIFACT).out
+    framed = subprocess.run(stdio, input=stream, stdout=subprocess.PIPE, timeout=60, check=True)
+    raw = subprocess.run([*stdio, "--output", "raw"], input=stream, stdout=subprocess.PIPE, timeout=60, check=True)
+    outcome = call_tool("unframe", stdin=framed.stdout)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out == raw.stdout
+    samples = 7 * 3840 - 100 if form == "artifact" else 7 * 3840
+    assert len(raw.stdout) == 4 * samples
+    assert np.any(np.frombuffer(raw.stdout, dtype="<i2"))
