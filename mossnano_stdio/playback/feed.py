@@ -1,0 +1,159 @@
+"""What the callback does, block by block, without a word about devices.
+
+Rules of this room:
+
+- A feed *waits*, giving silence until enough lies in the ring, or it plays until the ring is dry.
+- Dry at the end of a stream is as it should be. Dry inside a stream is an underrun as soon as more of that stream
+  comes, and the wait is then for twice as much. What is there is always played before the silence.
+- Wishes are written by the pushing side only, tallies by the callback only.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.playback.ring import PcmRing, Samples
+
+_LEAST_PREBUFFER_SECONDS = 0.020  # what follows 0 when it is to be doubled
+_MAX_LEAD_SECONDS = 5.0  # a driver that claims to be further ahead than this is not believed
+_TIMED_MARKS = 4096
+
+
+class Verdict(Enum):
+    """What the callback tells the device after a block."""
+
+    GO_ON = auto()
+    PLAYED_OUT = auto()  # the last sample was heard
+    ABORTED = auto()
+
+
+class Feed:
+    """Fills the device's blocks from the ring."""
+
+    def __init__(self, ring: PcmRing, sample_rate: int, prebuffer_samples: float, max_prebuffer_samples: float) -> None:
+        self.ring = ring
+        self.sample_rate = sample_rate
+        self.latency_samples = 0  # what the device buffers by itself; known once it is open
+        # Wishes: written by the pushing side only.
+        self.ended_at = 0  # everything before this position belongs to streams that are whole
+        self.drop_until = 0  # everything before this position is not wanted any more
+        self.stopping = False
+        self.aborting = False
+        self.mark_at = -1  # the position whose way to the speaker is to be timed
+        self.mark_since = 0.0
+        # Tallies: written by the callback only.
+        self.prebuffer_samples = prebuffer_samples
+        self.waiting = True
+        self.underruns = 0
+        self.underrun_silence_samples = 0
+        self.device_underflows = 0
+        self.played_samples = 0
+        self.dropped_samples = 0
+        self.maybe_played_out_at: float | None = None
+        self.maybe_first_heard_at: float | None = None
+        self.last_call_at = 0.0
+        self.mark_answered = -1
+        self.latencies_seconds: NDArray[np.float64] = np.zeros(_TIMED_MARKS)
+        self.latency_count = 0
+        self._max_prebuffer_samples = max_prebuffer_samples
+        self._primed = False
+        self._dry_inside = False  # the ring ran dry while a stream was open
+        self._silence_run = 0  # silent samples since the last one that was not
+        self._heard_until = 0.0
+
+    def is_ready(self) -> bool:
+        """Whether what lies in the ring is enough to start, or to go on after a wait."""
+        ring = self.ring
+        if self.ended_at > ring.read:
+            return True
+        wanted = self._longer_prebuffer() if self._dry_inside else self.prebuffer_samples
+        return ring.filled > 0 and (ring.filled >= wanted or ring.free == 0)
+
+    def fill(self, out: Samples, now: float, lead_seconds: float) -> Verdict:
+        """Fill one block whose first sample is heard `lead_seconds` seconds from `now`."""
+        self.last_call_at = now
+        if self.aborting:
+            out[:] = 0
+            return Verdict.ABORTED
+        if not 0.0 <= lead_seconds <= _MAX_LEAD_SECONDS:
+            lead_seconds = self.latency_samples / self.sample_rate
+        self.drop_what_is_not_wanted()
+        count = self._play(out, now + lead_seconds) if self._is_primed(len(out), lead_seconds) else 0
+        out[count:] = 0
+        self._silence_run = len(out) - count + (0 if count else self._silence_run)
+        if self.stopping and self.ring.filled == 0 and self._was_heard(now):
+            self.maybe_played_out_at = now
+            return Verdict.PLAYED_OUT
+        return Verdict.GO_ON
+
+    def drop_what_is_not_wanted(self) -> None:
+        unwanted = self.drop_until - self.ring.read
+        if unwanted > 0:
+            self.ring.read += unwanted
+            self.dropped_samples += unwanted
+            self.waiting = True
+            self._dry_inside = False
+            self.mark_answered = self.mark_at
+
+    def _is_primed(self, block_samples: int, lead_seconds: float) -> bool:
+        """Whether the device's own buffer is full.
+
+        A device that starts with an empty one swallows a good part of the prebuffer at once. It is given silence
+        instead, so that the prebuffer remains for a producer who comes late.
+        """
+        if not self._primed:
+            given_samples = max(self._silence_run, lead_seconds * self.sample_rate) + block_samples
+            self._primed = given_samples >= self.latency_samples
+        return self._primed
+
+    def _play(self, out: Samples, heard_at: float) -> int:
+        if self.waiting and not self._go_on():
+            return 0
+        start = self.ring.read
+        count = self.ring.read_into(out)
+        if count < len(out):
+            self.waiting = True
+            self._dry_inside = self.ended_at < self.ring.read
+        if count:
+            self._note_heard(start, count, heard_at)
+        return count
+
+    def _go_on(self) -> bool:
+        if self._dry_inside and self.ended_at == self.ring.read:
+            self._dry_inside = False  # nothing followed but the end: no silence inside the stream after all
+        if not self.is_ready():
+            return False
+        if self._dry_inside:
+            self.underruns += 1
+            self.underrun_silence_samples += self._silence_run
+            self.prebuffer_samples = self._longer_prebuffer()
+            self._dry_inside = False
+        self.waiting = False
+        return True
+
+    def _longer_prebuffer(self) -> float:
+        longer = max(2 * self.prebuffer_samples, self.latency_samples, self.sample_rate * _LEAST_PREBUFFER_SECONDS)
+        return min(longer, self._max_prebuffer_samples)
+
+    def _note_heard(self, start: int, count: int, heard_at: float) -> None:
+        self.played_samples += count
+        self._heard_until = heard_at + count / self.sample_rate
+        if self.maybe_first_heard_at is None:
+            self.maybe_first_heard_at = heard_at
+        if self.mark_answered < self.mark_at < start + count:
+            mark_heard_at = heard_at + (self.mark_at - start) / self.sample_rate
+            self.latencies_seconds[self.latency_count % len(self.latencies_seconds)] = mark_heard_at - self.mark_since
+            self.latency_count += 1
+            self.mark_answered = self.mark_at
+
+    def _was_heard(self, now: float) -> bool:
+        """Whether the last sample has left the device.
+
+        Measured twice. By the clock, as the device foretold it; and by as much silence behind it as the device
+        buffers, for devices without a clock and for drivers that throw their buffer away when they are stopped
+        (ALSA's way to PulseAudio does). So whatever a stop cuts off is silence.
+        """
+        return self._silence_run >= self.latency_samples and now >= self._heard_until
