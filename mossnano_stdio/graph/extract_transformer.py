@@ -117,6 +117,8 @@ def _heads(graph: TracedGraph, site: Site, model: int, way: Sequence[onnx.NodePr
 
 def _max_period(graph: TracedGraph, site: Site, head_dim: int, way: Sequence[onnx.NodeProto]) -> float:
     """From theta_j = period ** (-2 j / head_dim), written as thetas, as their logarithms, or as the factor in those."""
+    if head_dim == 2:
+        return 1.0  # a single pair turns by its position, whatever the period
     cosines = [node for node in way if node.op_type == "Cos"]
     nodes = [node for cosine in cosines[:1] for node in graph.way_into(cosine.input[0])]
     for values in (graph.maybe_constant(name) for node in nodes for name in node.input):

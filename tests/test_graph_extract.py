@@ -1,0 +1,254 @@
+"""graph/extract.py: the same weights out of any official graph; one of another make is refused where it departs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from mossnano_stdio.bundle import SIDECAR_NAME, load_bundle
+from mossnano_stdio.errors import BundleError
+from mossnano_stdio.graph import contract
+from mossnano_stdio.graph.assemble import save_bundle
+from mossnano_stdio.graph.checkpoint import load_checkpoint
+from mossnano_stdio.graph.extract import extract_weights
+from mossnano_stdio.graph.standin import SIZES, Size, save_standin
+from mossnano_stdio.graph.weights import CodecWeights
+
+STEP, FULL, ENCODE = contract.DECODE_STEP_FILE, contract.DECODE_FULL_FILE, contract.ENCODE_FILE
+
+
+def assert_same(found: Any, expected: Any, where: str = "weights") -> None:
+    """Equal in every field; tensors to the last rounding of a folded weight norm."""
+    assert type(found) is type(expected), where
+    if dataclasses.is_dataclass(expected):
+        for field in dataclasses.fields(expected):
+            assert_same(getattr(found, field.name), getattr(expected, field.name), f"{where}.{field.name}")
+    elif isinstance(expected, tuple):
+        assert len(found) == len(expected), where
+        for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype, where
+        assert found.shape == expected.shape, where
+        assert expected.size == 0 or np.abs(found - expected).max() <= 1.2e-7, where
+    else:
+        assert found == expected, where
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """torch's bundle of the tiny checkpoint, to be damaged."""
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (folder / SIDECAR_NAME).write_text('{"mossnano": 1, "codebook_size": 1024}')
+    return folder
+
+
+def test_what_torch_exported(tiny_bundle: Path, tiny_reference: Path) -> None:
+    assert_same(extract_weights(load_bundle(tiny_bundle)), load_checkpoint(tiny_reference))
+
+
+def test_what_we_built(nano_bundle: Path) -> None:
+    assert_same(extract_weights(load_bundle(nano_bundle)), load_checkpoint(nano_bundle / "checkpoint"))
+
+
+def test_decode_full_alone(copy: Path, tiny_reference: Path) -> None:
+    (copy / STEP).unlink()
+    (copy / ENCODE).unlink()
+    expected = load_checkpoint(tiny_reference)
+    assert_same(extract_weights(load_bundle(copy)), CodecWeights(expected.decoder, None))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_any_number_of_heads(tmp_path: Path, heads: int) -> None:
+    size = dataclasses.replace(SIZES["tiny"], heads=heads, layers=(1, 2, 1, 3))
+    save_standin(tmp_path / "checkpoint", size, seed=4)
+    weights = load_checkpoint(tmp_path / "checkpoint")
+    save_bundle(tmp_path / "bundle", weights, name="heads", checkpoint_name="heads")
+    assert_same(extract_weights(load_bundle(tmp_path / "bundle")), weights)
+
+
+def test_names_mean_nothing(copy: Path, tiny_reference: Path) -> None:
+    for file in (STEP, ENCODE):
+        model = onnx.load(copy / file, load_external_data=False)
+        kept = {value.name for value in [*model.graph.input, *model.graph.output]}
+
+        def renamed(name: str, kept: set[str] = kept) -> str:
+            return name if name in kept or not name else f"v{hash(name) & 0xFFFFFFFFFF:x}"
+
+        for node in model.graph.node:
+            node.name = ""
+            rename_values(node, renamed)
+        for tensor in model.graph.initializer:
+            tensor.name = renamed(tensor.name)
+        onnx.save(model, copy / file)
+    assert_same(extract_weights(load_bundle(copy)), load_checkpoint(tiny_reference))
+
+
+def rename_values(node: onnx.NodeProto, renamed: Callable[[str], str]) -> None:
+    node.input[:] = map(renamed, node.input)
+    node.output[:] = map(renamed, node.output)
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            rename_values(inner, renamed)
+        for value in attribute.g.output:
+            value.name = renamed(value.name)
+
+
+def edit(path: Path, change: Callable[[onnx.GraphProto], None]) -> None:
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+
+
+def node_of(graph: onnx.GraphProto, op_type: str, number: int) -> onnx.NodeProto:
+    return [node for node in graph.node if node.op_type == op_type][number]
+
+
+def tensor_named(graph: onnx.GraphProto, name: str) -> onnx.TensorProto:
+    return next(tensor for tensor in graph.initializer if tensor.name == name)
+
+
+def replace_tensor(graph: onnx.GraphProto, name: str, array: np.ndarray[Any, Any]) -> None:
+    tensor_named(graph, name).CopyFrom(onnx.numpy_helper.from_array(array, name))
+
+
+def other_epsilon(graph: onnx.GraphProto) -> None:
+    next(entry for entry in node_of(graph, "LayerNormalization", 3).attribute if entry.name == "epsilon").f = 1e-6
+
+
+def norm_of_something_else(graph: onnx.GraphProto) -> None:
+    node_of(graph, "LayerNormalization", 3).input[0] = node_of(graph, "LayerNormalization", 0).input[0]
+
+
+def no_layer_scale(graph: onnx.GraphProto) -> None:
+    scale = next(node for node in graph.node if "layer_scale_1" in node.name)
+    scale.op_type = "Identity"
+    scale.input[:] = [scale.input[1]]
+
+
+def half_precision(graph: onnx.GraphProto) -> None:
+    name = node_of(graph, "LayerNormalization", 0).input[1]
+    replace_tensor(graph, name, onnx.numpy_helper.to_array(tensor_named(graph, name)).astype(np.float16))
+
+
+def not_a_number(graph: onnx.GraphProto) -> None:
+    name = node_of(graph, "LayerNormalization", 0).input[1]
+    replace_tensor(graph, name, np.full(32, np.nan, np.float32))
+
+
+def short_norm(graph: onnx.GraphProto) -> None:
+    replace_tensor(graph, node_of(graph, "LayerNormalization", 0).input[1], np.ones(31, np.float32))
+
+
+def same_column_twice(graph: onnx.GraphProto) -> None:
+    node_of(graph, "Conv", 1).input[0] = node_of(graph, "Conv", 0).input[0]
+
+
+def relu_instead_of_rotation(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        if node.op_type == "Cos":
+            node.op_type = "Relu"
+
+
+def no_context(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        if node.op_type == "Less":
+            node.op_type = "Greater"
+
+
+def codes_in_another_order(graph: onnx.GraphProto) -> None:
+    concat = [node for node in graph.node if node.op_type == "Concat"][-1]
+    concat.input[:] = reversed(concat.input)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        (STEP, other_epsilon, ["LayerNormalization", "epsilon is 1e-06"]),
+        (STEP, norm_of_something_else, ["LayerNormalization", "it must see"]),
+        (STEP, no_layer_scale, ["two changes per layer"]),
+        (STEP, half_precision, ["LayerNormalization", "float16", "float32 is needed"]),
+        (STEP, not_a_number, ["LayerNormalization", "NaN"]),
+        (STEP, short_norm, ["LayerNormalization", "[31]", "[32]"]),
+        (STEP, same_column_twice, ["16 codebooks read the columns"]),
+        (STEP, relu_instead_of_rotation, ["out_proj", "rotation (Cos)"]),
+        (STEP, no_context, ["out_proj", "one context", "none"]),
+        (ENCODE, other_epsilon, ["LayerNormalization", "epsilon is 1e-06"]),
+        (ENCODE, codes_in_another_order, ["order of their codebooks"]),
+    ],
+)
+def test_a_graph_of_another_make_is_refused_where_it_departs(
+    copy: Path, file: str, change: Callable[[onnx.GraphProto], None], words: list[str]
+) -> None:
+    edit(copy / file, change)
+    with pytest.raises(BundleError) as caught:
+        extract_weights(load_bundle(copy))
+    for word in [file, *words]:
+        assert word in str(caught.value)
+
+
+def test_metadata_that_says_something_else(copy: Path) -> None:
+    path = copy / contract.METADATA_NAME
+    metadata = json.loads(path.read_text())
+    cache = metadata["streaming_decode"]["attention_caches"][3]
+    cache |= {"context": 97, "cache_shape": [1, 4, 97, 8], "positions_shape": [1, 97]}
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(BundleError, match=r"\(5, 0, 96\).*metadata says.*\(5, 0, 97\)"):
+        extract_weights(load_bundle(copy))
+
+
+def test_encoder_of_another_model(copy: Path, tmp_path: Path) -> None:
+    save_standin(tmp_path / "other", SIZES["tiny"], seed=5)
+    other = load_checkpoint(tmp_path / "other")
+    save_bundle(tmp_path / "built", other, name="other", checkpoint_name="other")
+    for name in (ENCODE, contract.ENCODE_DATA):
+        shutil.copy(tmp_path / "built" / name, copy / name)
+    with pytest.raises(BundleError, match="different codebooks"):
+        extract_weights(load_bundle(copy))
+
+
+def test_files_that_are_no_graphs(copy: Path) -> None:
+    whole = (copy / STEP).read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"\xff" * 1000):
+        (copy / STEP).write_bytes(content)
+        with pytest.raises(BundleError, match=STEP):
+            extract_weights(load_bundle(copy))
+    (copy / STEP).write_bytes(whole)
+    data = copy / contract.DECODE_DATA
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=STEP):
+        extract_weights(load_bundle(copy))
+    data.unlink()
+    with pytest.raises(BundleError, match=contract.DECODE_DATA):
+        extract_weights(load_bundle(copy))
+
+
+def test_dimensions_of_any_kind(tmp_path: Path) -> None:
+    size = Size(
+        features=30,
+        model=18,
+        hidden=22,
+        heads=3,
+        rvq=11,
+        layers=(1, 2),
+        context_seconds=(0.5, 0.3),
+        patches=(5, 2, 7),
+        sample_rate=700,
+        channels=1,
+        frame_samples=70,
+        quantizers=3,
+        codebook_size=13,
+        codebook_dim=5,
+    )
+    save_standin(tmp_path / "checkpoint", size, seed=6)
+    weights = load_checkpoint(tmp_path / "checkpoint")
+    save_bundle(tmp_path / "bundle", weights, name="odd", checkpoint_name="odd")
+    assert_same(extract_weights(load_bundle(tmp_path / "bundle")), weights)
