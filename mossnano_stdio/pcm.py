@@ -179,12 +179,12 @@ class Recording:
             return _as_float(self.samples.astype(np.int16, copy=False))
         return self.samples.astype(np.float32, copy=False)
 
-    @property
-    def steps(self) -> NDArray[np.float64]:
-        """In 16-bit steps, full scale is 32767; exact for what is 16 bits in the file."""
-        if self.samples.dtype == np.int16:
-            return self.samples.astype(np.float64)
-        return self.samples * np.float64(FULL_SCALE)
+    def steps_between(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Samples `start` to `stop` in 16-bit steps, full scale is 32767; exact for what is 16 bits in the file."""
+        part = self.samples[start:stop]
+        if part.dtype == np.int16:
+            return part.astype(np.float64)
+        return part * np.float64(FULL_SCALE)
 
 
 def read_audio(file: BinaryIO, name: str) -> Recording:
