@@ -61,7 +61,7 @@ def _shown(value: Any) -> str:
         case float():
             return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
         case list() | tuple():
-            return ", ".join(map(_shown, value))
+            return ", ".join(map(str, value))
         case _:
             return str(value)
 

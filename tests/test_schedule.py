@@ -101,9 +101,7 @@ schedules = st.one_of(st.builds(Ramp, st.integers(1, 20)), st.builds(Fixed, st.i
 
 
 @given(schedules, st.lists(st.integers(0, 30), max_size=30))
-def test_a_schedule_takes_no_more_than_waits_and_leaves_nothing_at_the_end(
-    schedule: Schedule, came: list[int]
-) -> None:
+def test_a_schedule_takes_no_more_than_waits_and_leaves_nothing_at_the_end(schedule: Schedule, came: list[int]) -> None:
     waiting = taken = 0
     for frames in came:
         waiting += frames

@@ -27,7 +27,6 @@ from mossnano_stdio.protocol import LENGTH_BYTES, MAX_MESSAGE_BYTES
 from mossnano_stdio.tally import Tally
 
 PIECE_BYTES = 1 << 16
-LONGEST_MESSAGE_BYTES = MAX_MESSAGE_BYTES + 1  # outbound ones may be one byte longer than inbound ones
 MOST_QUANTIZERS_SHOWN = 64
 COUNTED_AT_ONCE = 1 << 20  # codes
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-message-bytes",
         type=int,
-        default=LONGEST_MESSAGE_BYTES,
+        default=MAX_MESSAGE_BYTES,
         metavar="N",
         help="longer messages are taken as a sign that this is no framed stream (default: %(default)s)",
     )

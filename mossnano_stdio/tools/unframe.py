@@ -19,10 +19,9 @@ from mossnano_stdio.errors import ExitStatus, InputError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.layout import SAMPLE_BYTES
 from mossnano_stdio.pcm import WavWriter
-from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, MessageReader, parse_json
+from mossnano_stdio.protocol import Kind, MessageReader, parse_json
 
 PIECE_BYTES = 1 << 16
-LONGEST_MESSAGE_BYTES = MAX_MESSAGE_BYTES + 1  # a mebibyte of PCM, and its kind
 NANO_SAMPLE_RATE, NANO_CHANNELS = 48000, 2
 
 
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     is_wav = args.wav or args.sound.lower().endswith(".wav")
-    reader = MessageReader(LONGEST_MESSAGE_BYTES)
+    reader = MessageReader()
     error_count = 0
     with open_input(args.stream) as stream, open_output(args.sound) as output:
         sound = _Sound(output, is_wav)
