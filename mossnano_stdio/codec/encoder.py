@@ -66,7 +66,8 @@ class FullEncoder:
         }
         codes, lengths = self.session.run(self.session.graph.output_names, feed)
         self._check_codes(codes, lengths, frames)
-        return codes[0].astype(np.uint16)
+        frame_major: Codes = codes[0].astype(np.uint16)
+        return frame_major
 
     def _check_codes(self, codes: Array, lengths: Array, frames: int) -> None:
         shape, codec = (1, frames, self.format.quantizers), self.format

@@ -1,0 +1,182 @@
+"""`mossnano decode`: the process's PCM in a file, byte for byte, and nothing where it could not be made."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mossnano_stdio.bundle import DEMO_FOLDER
+from mossnano_stdio.container import Artifact, build_artifact
+from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.pcm import from_pcm16, read_audio
+from tests.tool import COMMAND, call_tool, run_tool
+
+PROCESS = Path(sys.executable).with_name("mossnano-stdio")
+MELODY = DEMO_FOLDER.parent / "melody.mossnano"
+ORIGINAL_SAMPLES = 24 * 3840 - 1234
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny goldens' codes, of a recording that ended inside its last frame."""
+    codes = np.load(tiny_reference / "codes.npy")
+    path = tmp_path_factory.mktemp("artifact") / "golden.mossnano"
+    path.write_bytes(build_artifact(Artifact(48000, 2, ORIGINAL_SAMPLES, 16, 24, 1024, codes)))
+    return path
+
+
+@pytest.mark.parametrize("chunking", [[], ["--chunk-frames", 5], ["--chunk-seconds", 1.333], ["--chunk-frames", 1]])
+def test_is_what_the_process_says(artifact: Path, tiny_bundle: Path, chunking: list[object]) -> None:
+    weights = ["--weights", tiny_bundle, "--threads", 1]
+    framed = run_tool("frame", artifact).out
+    arguments = [PROCESS, "--output", "raw", *weights, *chunking]
+    said = subprocess.run([*map(str, arguments)], input=framed, capture_output=True, timeout=60, check=True).stdout
+    assert len(said) == ORIGINAL_SAMPLES * 4
+    assert call_tool("decode", artifact, "-", *weights, *chunking).out == said
+
+
+@pytest.mark.parametrize("decoder", ["step", "full"])
+def test_goldens(artifact: Path, tiny_reference: Path, tiny_bundle: Path, tmp_path: Path, decoder: str) -> None:
+    raw, wav = tmp_path / "out.pcm", tmp_path / "out.WAV"
+    arguments = ["--weights", tiny_bundle, "--decoder", decoder]
+    assert call_tool("decode", artifact, raw, *arguments).status == 0
+    assert call_tool("decode", artifact, wav, *arguments).status == 0
+    golden = np.load(tiny_reference / "audio.npy").T[:ORIGINAL_SAMPLES]
+    assert np.abs(from_pcm16(raw.read_bytes(), 2) - golden).max() <= 1.01 / 32767
+    recording = read_audio(io.BytesIO(wav.read_bytes()), "out.WAV")
+    assert recording.sample_rate == 48000
+    assert np.array_equal(recording.audio, from_pcm16(raw.read_bytes(), 2))
+    assert wav.read_bytes()[44:] == raw.read_bytes()
+
+
+def test_the_summary(artifact: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    outcome = call_tool("decode", artifact, tmp_path / "x.wav", "--weights", tiny_bundle, "--threads", 2, "--json")
+    summary = json.loads(outcome.out)
+    assert outcome.err == ""
+    assert summary["frames"] == 24
+    assert summary["seconds"] == ORIGINAL_SAMPLES / 48000
+    assert summary["chunks"] == 6  # 1, 2, 4, 8, 8, 1
+    assert summary["threads"] == 2
+    assert summary["provider"] == "cpu"
+    assert summary["graph"] == "official"
+    assert summary["weights"] == str(tiny_bundle)
+    assert summary["demo"] is False
+    assert 0 < summary["first_audio_ms"] <= 1000 * summary["decode_seconds"]
+    assert summary["real_time_factor"] == pytest.approx(24 * 0.08 / summary["decode_seconds"], rel=0.01)
+
+
+def test_the_demo_is_labelled(tmp_path: Path) -> None:
+    outcome = call_tool("decode", MELODY, tmp_path / "x.wav", "--weights", "demo", "--json")
+    assert "demo" in outcome.error_line
+    assert json.loads(outcome.out)["demo"] is True
+
+
+def test_an_artifact_of_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    empty = build_artifact(Artifact(48000, 2, 0, 16, 0, 1024, np.zeros((0, 16), np.uint16)))
+    for decoder in ("step", "full"):
+        outcome = call_tool("decode", "-", "-", "--weights", tiny_bundle, "--decoder", decoder, stdin=empty)
+        assert (outcome.status, outcome.out) == (0, b"")
+    outcome = call_tool("decode", "-", tmp_path / "x.wav", "--weights", tiny_bundle, "--json", stdin=empty)
+    assert json.loads(outcome.out)["real_time_factor"] is None
+    assert len((tmp_path / "x.wav").read_bytes()) == 44
+
+
+def artifact_bytes(
+    sample_rate: int = 48000, channels: int = 2, quantizers: int = 16, codebook_size: int = 1024
+) -> bytes:
+    codes = np.zeros((2, quantizers), np.uint16)
+    return build_artifact(Artifact(sample_rate, channels, 2 * 3840, quantizers, 2, codebook_size, codes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "status", "words"),
+    [
+        (["-", "x.wav"], artifact_bytes(sample_rate=44100), ExitStatus.BAD_INPUT, "44100, these weights decode 48000"),
+        (["-", "x.wav"], artifact_bytes(channels=1), ExitStatus.BAD_INPUT, "channels is 1"),
+        (["-", "x.wav"], artifact_bytes(quantizers=8), ExitStatus.BAD_INPUT, "these weights decode 16 only"),
+        (["-", "x.wav"], artifact_bytes(codebook_size=512), ExitStatus.BAD_INPUT, "codebook_size is 512"),
+        (["-", "x.wav"], artifact_bytes()[:-1], ExitStatus.BAD_INPUT, "stdin: the artifact is cut"),
+        (["missing", "x.wav"], b"", ExitStatus.NO_WEIGHTS, "missing"),
+        (["-", "x.wav", "--weights", "nowhere"], artifact_bytes(), ExitStatus.NO_WEIGHTS, "nowhere: is not there"),
+        (["-", "no/folder/x.wav"], artifact_bytes(), ExitStatus.OUTPUT_FAILED, "ENOENT"),
+        (["-", "-", "--json"], artifact_bytes(), ExitStatus.USAGE, "both want stdout"),
+        (["-", "x.wav", "--chunk-frames", "0"], artifact_bytes(), ExitStatus.USAGE, "a chunk of 0 frames"),
+        (["-", "x.wav", "--chunk-seconds", "nan"], artifact_bytes(), ExitStatus.USAGE, "a chunk of nan seconds"),
+        (["-", "x.wav", "--threads", "0"], artifact_bytes(), ExitStatus.USAGE, "0 threads"),
+        (["-", "x.wav", "--provider", "gpu"], artifact_bytes(), ExitStatus.USAGE, "allowed are cpu, cuda"),
+        (["-", "x.wav", "--provider", "cuda"], artifact_bytes(), ExitStatus.NO_WEIGHTS, "here there are cpu"),
+        (["-", "x.wav", "--graph", "fast"], artifact_bytes(), ExitStatus.NO_WEIGHTS, "has no fast graph"),
+        (
+            ["-", "x.wav", "--decoder", "full", "--chunk-frames", "3"],
+            artifact_bytes(),
+            ExitStatus.USAGE,
+            "--decoder full has no chunks",
+        ),
+    ],
+)
+def test_a_failed_run_says_why_and_leaves_nothing(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    stdin: bytes,
+    status: int,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--weights" not in arguments:
+        arguments = [*arguments, "--weights", str(tiny_bundle)]
+    outcome = call_tool("decode", *arguments, stdin=stdin)
+    assert outcome.status == status
+    assert words in outcome.error_line
+    assert outcome.out == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sound_that_is_none_is_an_error(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file must not hold silence where the graph failed."""
+    from mossnano_stdio.codec.official import StreamDecoder
+
+    genuine = StreamDecoder.step
+
+    def spoilt(self, codes):  # type: ignore[no-untyped-def]
+        audio = genuine(self, codes).copy()
+        audio[7, 1] = np.nan
+        return audio
+
+    monkeypatch.setattr(StreamDecoder, "step", spoilt)
+    outcome = call_tool("decode", MELODY, tmp_path / "x.wav", "--weights", "demo")
+    assert outcome.status == ExitStatus.BUG
+    assert "sample 7 of channel 1 is nan" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bar_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
+    arguments = [COMMAND, "decode", MELODY, tmp_path / "x.wav", "--weights", "demo"]
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    try:
+        subprocess.run([*map(str, arguments)], stderr=theirs, check=True, timeout=60)
+        shown = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "/91" in shown
+    assert "/91" not in run_tool(*arguments[1:]).err
+
+
+def test_a_reader_who_leaves_is_no_error(tmp_path: Path) -> None:
+    command = f"{COMMAND} decode {MELODY} - --weights demo; echo $? >&2"
+    piped = f"({command}) | head -c 100 > /dev/null"
+    err = subprocess.run(["bash", "-c", piped], capture_output=True, timeout=60, text=True).stderr
+    assert err.splitlines()[-1] == "141"
+    assert "Traceback" not in err
