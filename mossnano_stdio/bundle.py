@@ -184,6 +184,7 @@ class Bundle:
     folder: Path
     name: str
     format: CodecFormat
+    metadata_file: WeightFile
     graphs: Mapping[str, Graph]
     caches: tuple[CacheSpec, ...]
     sidecar: Sidecar
@@ -253,6 +254,7 @@ def load_bundle(folder: Path) -> Bundle:
         folder=folder,
         name=sidecar.name or metadata.text_at("checkpoint_path", default=folder.name),
         format=_codec_format(metadata, graphs, sidecar, is_published),
+        metadata_file=metadata_file,
         graphs=graphs,
         caches=tuple(_caches(metadata)),
         sidecar=sidecar,

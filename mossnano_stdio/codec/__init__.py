@@ -18,6 +18,7 @@ from mossnano_stdio.layout import CodecFormat
 from mossnano_stdio.renderer import Decoder
 
 if TYPE_CHECKING:
+    from mossnano_stdio.codec.encoder import FullEncoder
     from mossnano_stdio.codec.official import FullDecoder
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "default_threads",
     "load_decoder",
     "load_full_decoder",
+    "load_full_encoder",
     "load_runtime",
 ]
 
@@ -104,3 +106,10 @@ def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | N
     from mossnano_stdio.codec.official import FullDecoder
 
     return FullDecoder(bundle, Engine.of(provider, threads))
+
+
+def load_full_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullEncoder:
+    """Whole recordings at once, through `encode`."""
+    from mossnano_stdio.codec.encoder import FullEncoder
+
+    return FullEncoder(bundle, Engine.of(provider, threads))

@@ -1,0 +1,191 @@
+"""Are these weights whole, and do they decode right?
+
+Every file is read anew and held against its size and SHA-256: the published ones, or those recorded when it was built.
+Every graph is loaded and held against the metadata. Then seeded codes are decoded in several chunkings, which must
+give what decode_full makes of them at once, within one 16-bit step.
+
+Status 66: a file is missing or wrong. 1: all files are right, but the sound is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.bundle import DEMO, Bundle, WeightFile, find_weights, load_bundle
+from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
+from mossnano_stdio.facts import as_json
+from mossnano_stdio.layout import CodecFormat, Codes
+from mossnano_stdio.pcm import FULL_SCALE
+
+if TYPE_CHECKING:
+    from mossnano_stdio.codec import StreamDecoder
+
+SEED = 20
+LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
+CHUNKINGS = (1, 7, 23)  # frames
+TOLERATED_STEPS = 1.0
+
+Audio = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was looked at."""
+
+    verdict: Literal["ok", "FAILED", "absent", "unknown"]
+    about: Literal["file", "graph", "sound"]
+    name: str
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", nargs="?", metavar="WEIGHTS", help=f"a weights folder, or {DEMO!r}")
+    parser.add_argument("--threads", type=int, metavar="N", help="of one decode step (4, or the CPUs we may use)")
+    parser.add_argument("--provider", default="cpu", metavar="P", help="where the graphs run (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    bundle = load_bundle(find_weights(args.weights))
+    rows = list(_check_files(bundle))
+    if not _failed(rows):
+        rows += _check_graphs(bundle, args.provider, args.threads)
+    if not _failed(rows):
+        rows += _check_sound(bundle, args.provider, args.threads)
+    _show(bundle, rows, as_one_json=args.json)
+    return _status(rows)
+
+
+def _failed(rows: Iterable[Row]) -> bool:
+    return any(row.verdict == "FAILED" for row in rows)
+
+
+def _status(rows: Iterable[Row]) -> ExitStatus:
+    if _failed(row for row in rows if row.about != "sound"):
+        return ExitStatus.NO_WEIGHTS
+    return ExitStatus.CHECK_FAILED if _failed(rows) else ExitStatus.DONE
+
+
+def _show(bundle: Bundle, rows: list[Row], *, as_one_json: bool) -> None:
+    passed = not _failed(rows)
+    if as_one_json:
+        facts = {"weights": str(bundle.folder), "name": bundle.name, "demo": bundle.demo, "passed": passed}
+        print(as_json(facts | {"checks": [asdict(row) for row in rows]}))
+        return
+    print(f"{bundle.folder}: {bundle.name}")
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f"  {row.verdict:<7}  {row.about:<5}  {row.name:<{width}}  {row.detail}")
+    print("all is well" if passed else "FAILED")
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _check_files(bundle: Bundle) -> Iterator[Row]:
+    """Each file once, although graphs share some."""
+    needed = {file.path for file in bundle.graphs["decode_step"].files}
+    files = {file.path: file for graph in bundle.graphs.values() for file in graph.files}
+    yield _check_file(bundle.metadata_file, is_needed=True)
+    for path, file in files.items():
+        yield _check_file(file, is_needed=path in needed)
+
+
+def _check_file(file: WeightFile, *, is_needed: bool) -> Row:
+    name = file.path.name
+    if not is_needed and not file.path.exists():
+        return Row("absent", "file", name, "not needed for decoding")
+    try:
+        file.check_size()
+        file.check_content(afresh=True)
+    except BundleError as error:
+        return Row("FAILED", "file", name, str(error).removeprefix(f"{file.path}: "))
+    size = f"{file.path.stat().st_size:,} bytes"
+    if file.record is None:
+        return Row("unknown", "file", name, f"{size}, neither published nor recorded: nothing to compare them with")
+    return Row("ok", "file", name, f"{size}, SHA-256 as {file.origin}")
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+
+
+def _check_graphs(bundle: Bundle, provider: str, threads: int | None) -> Iterator[Row]:
+    from mossnano_stdio import codec
+
+    loaders: dict[str, Callable[[], object]] = {
+        "decode_step": lambda: codec.load_runtime(bundle, provider=provider, threads=threads, graph="official"),
+        "decode_full": lambda: codec.load_full_decoder(bundle, provider=provider, threads=threads),
+        "encode": lambda: codec.load_full_encoder(bundle, provider=provider, threads=threads),
+    }
+    for name, load in loaders.items():
+        if not bundle.has_graph(name):
+            continue
+        try:
+            load()
+        except BundleError as error:
+            yield Row("FAILED", "graph", name, str(error).removeprefix(f"{bundle.graphs[name].path}: "))
+        else:
+            yield Row("ok", "graph", name, "loads, and its inputs and outputs are those of the metadata")
+
+
+# --- sound --------------------------------------------------------------------------------------------------------
+
+
+def _check_sound(bundle: Bundle, provider: str, threads: int | None) -> Iterator[Row]:
+    from mossnano_stdio import codec
+
+    if not bundle.has_graph("decode_full"):
+        yield Row("absent", "sound", "decode_full", "without it there is nothing to compare chunks with")
+        return
+    full = codec.load_full_decoder(bundle, provider=provider, threads=threads)
+    decoder = codec.load_decoder(bundle, provider=provider, threads=threads, graph="official")
+    try:
+        codes, whole = _reference(full.decode, bundle.format)
+    except MossnanoError as error:
+        yield Row("FAILED", "sound", "decode_full", str(error))
+        return
+    yield _judge_reference(whole)
+    for chunk_frames in CHUNKINGS:
+        yield _judge_chunks(decoder, codes, whole, chunk_frames)
+
+
+def _reference(decode: Callable[[Codes], Audio], codec_format: CodecFormat) -> tuple[Codes, Audio]:
+    """Seeded codes and what they sound like as a whole: fewer where many do not fit into memory."""
+    codes = _seeded_codes(codec_format, LONG_FRAMES)
+    try:
+        return codes, decode(codes)
+    except UsageError:
+        return codes[:SHORT_FRAMES], decode(codes[:SHORT_FRAMES])
+
+
+def _seeded_codes(codec_format: CodecFormat, frames: int) -> Codes:
+    random = np.random.default_rng(SEED)
+    return random.integers(0, codec_format.codebook_size, (frames, codec_format.quantizers)).astype(np.uint16)
+
+
+def _judge_reference(whole: Audio) -> Row:
+    level = float(np.sqrt(np.mean(np.square(whole, dtype=np.float64))))
+    if not np.isfinite(level) or level == 0:
+        found = "silence" if level == 0 else "NaN or infinity"
+        return Row("FAILED", "sound", "decode_full", f"gives {found} for {len(whole)} samples of random codes")
+    detail = f"{len(whole)} samples of random codes at {20 * np.log10(level):.1f} dB"
+    return Row("ok", "sound", "decode_full", detail)
+
+
+def _judge_chunks(decoder: StreamDecoder, codes: Codes, whole: Audio, chunk_frames: int) -> Row:
+    name = f"chunks of {chunk_frames}"
+    try:
+        decoder.reset()
+        starts = range(0, len(codes), chunk_frames)
+        stepped = np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
+    except MossnanoError as error:
+        return Row("FAILED", "sound", name, str(error))
+    steps = float(np.abs(stepped - whole).max()) * FULL_SCALE
+    detail = f"at most {steps:.3f} 16-bit steps from decode_full over {len(codes)} frames"
+    return Row("ok" if steps <= TOLERATED_STEPS else "FAILED", "sound", name, detail)
