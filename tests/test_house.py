@@ -1,0 +1,360 @@
+"""The house rules, held by looking at the source: who may import whom, who may speak to what, and what all files owe.
+
+The table of rooms is LAYERS. A new file in mossnano_stdio/ belongs in it before these tests pass.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mossnano_stdio.cli import VERBS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mossnano_stdio"
+
+# A room imports from lower layers only, never from its own.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "layout", "facts", "logs", "digest", "pinned", "initializers"}),
+    frozenset({"bits", "pcm", "schedule", "protocol", "files", "backlog", "entry"}),
+    frozenset({"container", "bundle", "renderer", "recorder", "codefiles", "comparison", "inbox"}),
+    frozenset({"codec", "session", "playback", "tally", "metrics", "fetch"}),
+    frozenset({"stdio", "library", "client", "sources", "outputs"}),
+    frozenset({"process"}),
+    frozenset({"__main__", "cli", "tools"}),
+)
+# Beside the layers: tools import them, inside functions, and nobody else does. They may import up to ASIDE_LAYER.
+ASIDE = frozenset({"graph", "conformance", "demo", "clients"})
+ASIDE_LAYER = 3
+
+# What only some rooms may speak to. Optional dependencies are imported inside functions.
+ONLY_IN = {
+    "onnxruntime": {"codec"},
+    "sounddevice": {"playback"},
+    "soundfile": {"pcm"},
+    "soxr": {"playback", "pcm"},
+    "matplotlib": {"tools"},
+    "huggingface_hub": {"fetch"},
+    "tqdm": {"tools"},
+    "onnx": {"graph"},
+    "google": {"graph"},  # protobuf, which comes with onnx
+    "safetensors": {"graph"},
+    "signal": {"stdio", "client", "conformance"},
+    "select": {"stdio", "client", "logs"},
+    "fcntl": {"stdio", "client", "conformance"},
+    "msvcrt": {"stdio", "client"},
+    "subprocess": {"client", "conformance"},
+    # stdio and client start threads; inbox is what stdio's threads meet at; playback waits for a device's own thread;
+    # codec hashes weights while they load; `play` shows its progress; conformance has a watchdog.
+    "threading": {"stdio", "client", "inbox", "playback", "codec", "tools", "conformance"},
+    "asyncio": set(),
+    "multiprocessing": set(),
+}
+IMPORTED_LATE = {"onnxruntime", "sounddevice", "soundfile", "soxr", "matplotlib", "huggingface_hub", "tqdm"}
+DESCRIPTOR_CALLS = {"dup", "dup2", "read", "write", "pipe", "set_blocking", "fdopen", "writev"}
+DESCRIPTOR_ROOMS = {"stdio", "client", "conformance", "logs", "errors"}  # logs: never blocks; errors: the last act
+
+VAGUE_WORDS = {"util", "utils", "common", "helper", "helpers", "base", "manager", "core", "misc"}
+
+
+class Imported(NamedTuple):
+    module: str
+    line: int
+    is_late: bool  # inside a function, or for the type checker only
+
+
+class Source(NamedTuple):
+    path: Path
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        return self.path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+    @property
+    def name(self) -> str:
+        return str(self.path.relative_to(ROOT))
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    return tuple(Source(path, ast.parse(path.read_text("utf-8"))) for path in sorted(PACKAGE.rglob("*.py")))
+
+
+def imports_of(source: Source) -> Iterator[Imported]:
+    def visit(node: ast.AST, is_late: bool) -> Iterator[Imported]:
+        is_late = is_late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_typing(node)
+        match node:
+            case ast.Import():
+                yield from (Imported(alias.name, node.lineno, is_late) for alias in node.names)
+            case ast.ImportFrom(module="mossnano_stdio"):
+                yield from (Imported(f"mossnano_stdio.{alias.name}", node.lineno, is_late) for alias in node.names)
+            case ast.ImportFrom():
+                assert not node.level, f"{source.name}:{node.lineno}: imports are absolute here"
+                yield Imported(str(node.module), node.lineno, is_late)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, is_late)
+
+    return visit(source.tree, is_late=False)
+
+
+def _is_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def layer_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def all_imports() -> Iterator[tuple[Source, Imported]]:
+    return ((source, imported) for source in sources() for imported in imports_of(source))
+
+
+def our_imports() -> Iterator[tuple[Source, str, Imported]]:
+    """From one room to another."""
+    for source, imported in all_imports():
+        package, _, rest = imported.module.partition(".")
+        room = rest.partition(".")[0]
+        if package == "mossnano_stdio" and room not in ("", "__version__", source.room):
+            yield source, room, imported
+
+
+def test_the_look_sees_something() -> None:
+    assert len(sources()) > 40
+    assert sum(1 for _ in our_imports()) > 150
+    assert any(imported.is_late for _, imported in all_imports())
+
+
+def test_every_room_has_its_place() -> None:
+    on_disk = {source.room for source in sources()} - {"__init__"}
+    in_table = frozenset[str]().union(*LAYERS) | ASIDE
+    assert on_disk <= in_table, "put it into LAYERS, where it belongs"
+    assert sum(map(len, LAYERS)) + len(ASIDE) == len(in_table), "one place each"
+    assert not [room for room in in_table if not (PACKAGE / room).exists() and not (PACKAGE / f"{room}.py").exists()]
+
+
+def test_imports_go_down() -> None:
+    wrong = []
+    for source, room, imported in our_imports():
+        if source.room == "__init__" or room in ASIDE or (source.room in ASIDE and layer_of(room) <= ASIDE_LAYER):
+            continue
+        if source.room in ASIDE or layer_of(room) >= layer_of(source.room):
+            wrong.append(f"{source.name}:{imported.line} imports {room}")
+    assert not wrong
+
+
+def test_what_stands_aside_is_imported_by_tools_and_late() -> None:
+    wrong = [
+        f"{source.name}:{imported.line} imports {room}"
+        for source, room, imported in our_imports()
+        if room in ASIDE and not (source.room == "tools" and imported.is_late)
+    ]
+    assert not wrong
+
+
+def test_tools_do_not_import_each_other() -> None:
+    wrong = [
+        f"{source.name}:{imported.line} imports {imported.module}"
+        for source, imported in all_imports()
+        if imported.module.startswith("mossnano_stdio.tools")
+    ]
+    assert not wrong
+
+
+def test_the_world_outside_is_spoken_to_where_it_may_be() -> None:
+    wrong = [
+        f"{source.name}:{imported.line} imports {imported.module}"
+        for source, imported in all_imports()
+        if source.room not in ONLY_IN.get(imported.module.partition(".")[0], {source.room})
+    ]
+    assert not wrong
+
+
+def test_optional_dependencies_are_imported_late() -> None:
+    wrong = [
+        f"{source.name}:{imported.line} imports {imported.module} early"
+        for source, imported in all_imports()
+        if imported.module.partition(".")[0] in IMPORTED_LATE and not imported.is_late
+    ]
+    assert not wrong
+
+
+def test_descriptors_are_touched_where_they_may_be() -> None:
+    wrong = []
+    for source in sources():
+        for node in ast.walk(source.tree):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr=name)) if name in DESCRIPTOR_CALLS:
+                    if source.room not in DESCRIPTOR_ROOMS:
+                        wrong.append(f"{source.name}:{node.lineno} calls os.{name}")
+    assert not wrong
+
+
+def test_every_module_says_what_it_is_and_what_its_rules_are() -> None:
+    wrong = []
+    for source in sources():
+        docstring = ast.get_docstring(source.tree) or ""
+        first_line = docstring.partition("\n")[0]
+        is_marker = source.path.name == "__init__.py" and len(source.tree.body) <= 1
+        if is_marker or source.path.name == "__main__.py" or source.path == PACKAGE / "__init__.py":
+            continue
+        if not first_line.endswith((".", ":", "?")):
+            wrong.append(f"{source.name}: the first line of its docstring is {first_line!r}, which is no sentence")
+        if source.room != "tools" and not any(
+            "Rules of this room" in text for text in [docstring, *_packages_of(source)]
+        ):
+            wrong.append(f"{source.name}: its docstring has no rules")
+    assert not wrong
+
+
+def _packages_of(source: Source) -> list[str]:
+    """The docstrings of the packages that a module lies in: their rules hold in all of it."""
+    return [
+        ast.get_docstring(other.tree) or ""
+        for other in sources()
+        if other.path.name == "__init__.py" and other.path.parent in source.path.parents
+    ]
+
+
+def test_names_say_something() -> None:
+    wrong = []
+    for source in sources():
+        names = [source.path.stem] + [
+            node.name
+            for node in ast.walk(source.tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        ]
+        for name in names:
+            words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+            if words & VAGUE_WORDS:
+                wrong.append(f"{source.name}: {name}")
+    assert not wrong
+
+
+def test_no_state_hides_in_a_module() -> None:
+    wrong = [
+        f"{source.name}:{node.lineno}"
+        for source in sources()
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Global)
+    ]
+    assert not wrong
+
+
+# --- verbs -------------------------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_its_tool_and_every_tool_its_verb() -> None:
+    assert {path.stem for path in (PACKAGE / "tools").glob("*.py")} - {"__init__"} == set(VERBS)
+
+
+def test_every_tool_can_be_run() -> None:
+    for source in sources():
+        if source.room == "tools" and source.path.name != "__init__.py":
+            functions = {node.name: node for node in source.tree.body if isinstance(node, ast.FunctionDef)}
+            assert [argument.arg for argument in functions["add_arguments"].args.args] == ["parser"], source.name
+            assert [argument.arg for argument in functions["run"].args.args] == ["args"], source.name
+
+
+HELP = """
+import contextlib, io, json, sys
+from mossnano_stdio import cli
+loaded = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+        cli.main([*words, "--help"])
+    loaded[" ".join(words)] = [bool(page.getvalue()), sorted(name for name in sys.modules if "." not in name)]
+print(json.dumps(loaded))
+"""
+
+
+def modules_loaded_by_help(verbs: list[list[str]]) -> dict[str, tuple[bool, set[str]]]:
+    run = subprocess.run([sys.executable, "-c", HELP, json.dumps(verbs)], capture_output=True, text=True, check=True)
+    return {verb: (page, set(modules)) for verb, (page, modules) in json.loads(run.stdout).items()}
+
+
+def test_help_costs_next_to_nothing() -> None:
+    page, modules = modules_loaded_by_help([[]])[""]
+    assert page
+    assert not modules & {"numpy", *IMPORTED_LATE, "onnx", "safetensors"}
+
+
+def test_no_verbs_help_loads_what_it_does_not_need() -> None:
+    for verb in VERBS:
+        page, modules = modules_loaded_by_help([[verb]])[verb]
+        assert page, verb
+        assert not modules & {*IMPORTED_LATE, "onnx", "safetensors"}, verb
+
+
+# --- all files ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def tracked_texts() -> dict[str, str]:
+    """What git would hand to others, as far as it is text."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no git checkout here")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    texts = {}
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if path.is_file() and b"\0" not in (data := path.read_bytes()):
+            texts[name] = data.decode("utf-8", "replace")
+    return texts
+
+
+# Written so that this file does not hold what it looks for.
+ABSOLUTE_PATHS = re.compile(r"(?<![\w./~\])}\"-])/(?:home|Users|root|work|mnt|private)/\w")
+HOSTS = re.compile(r"\b[a-z0-9-]+\.(?:org|com|io|co|net|dev|ai)\b(?![\w(=])")
+
+
+@pytest.mark.parametrize("pattern", [ABSOLUTE_PATHS, HOSTS], ids=["absolute paths", "hosts"])
+def test_files_name_no_place_of_one_machine_or_network(pattern: re.Pattern[str]) -> None:
+    wrong = [
+        f"{name}:{number}: {match.group()}"
+        for name, text in tracked_texts().items()
+        for number, line in enumerate(text.splitlines(), start=1)
+        for match in pattern.finditer(line)
+    ]
+    assert not wrong
+
+
+def test_the_patterns_find_what_they_are_for() -> None:
+    assert ABSOLUTE_PATHS.search("open('/home" + "/somebody/x')")
+    assert ABSOLUTE_PATHS.search("see /root" + "/x")
+    assert not ABSOLUTE_PATHS.search("weights/work/x, ../work/x, {folder}/root/x")
+    assert HOSTS.search("at example." + "org, for instance")
+    assert not HOSTS.search("array.dev(x)")
+
+
+def test_no_checkout_of_ours_stands_in_a_file() -> None:
+    places = {str(ROOT), str(ROOT.parent), str(Path.home())} - {"/"}
+    wrong = [f"{name}: {place}" for name, text in tracked_texts().items() for place in places if f"{place}/" in text]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
+    ids=["ruff check", "ruff format", "mypy --strict"],
+)
+def test_the_checkers_have_nothing_to_say(command: list[str]) -> None:
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_mypy_is_strict() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]
+    assert settings["strict"] is True
+    assert {"mossnano_stdio", "tests"} <= set(settings["files"])
