@@ -46,8 +46,8 @@ def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stand-in with the published model's dimensions, built once."""
-    from mossnano_stdio.graph.assemble import save_standin_bundle
+    from mossnano_stdio.graph.assemble import build_standin
 
     folder = tmp_path_factory.mktemp("nano")
-    save_standin_bundle(folder, "nano", seed=0)
+    build_standin(folder, "nano", seed=0)
     return folder

@@ -75,6 +75,20 @@ def test_any_number_of_heads(tmp_path: Path, heads: int) -> None:
     assert_same(extract_weights(load_bundle(tmp_path / "bundle")), weights)
 
 
+@pytest.mark.parametrize(("op_type", "more"), [("LessOrEqual", -1), ("GreaterOrEqual", 0), ("Greater", -1)])
+def test_contexts_however_they_are_compared(copy: Path, tiny_reference: Path, op_type: str, more: int) -> None:
+    def compare_otherwise(graph: onnx.GraphProto) -> None:
+        constants = {node.output[0]: node for node in graph.node if node.op_type == "Constant"}
+        for node in graph.node:
+            if node.op_type == "Less" and node.input[1] in constants:
+                node.op_type = op_type
+                tensor = constants[node.input[1]].attribute[0].t
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + more))
+
+    edit(copy / STEP, compare_otherwise)
+    assert_same(extract_weights(load_bundle(copy)), load_checkpoint(tiny_reference))
+
+
 def test_names_mean_nothing(copy: Path, tiny_reference: Path) -> None:
     for file in (STEP, ENCODE):
         model = onnx.load(copy / file, load_external_data=False)
@@ -161,7 +175,7 @@ def relu_instead_of_rotation(graph: onnx.GraphProto) -> None:
 def no_context(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         if node.op_type == "Less":
-            node.op_type = "Greater"
+            node.op_type = "Equal"
 
 
 def codes_in_another_order(graph: onnx.GraphProto) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from mossnano_stdio.bundle import load_bundle
 from mossnano_stdio.codec import load_decoder, load_full_decoder
-from mossnano_stdio.graph.assemble import save_standin_bundle
+from mossnano_stdio.graph.assemble import build_standin
 from mossnano_stdio.graph.checkpoint import SHARD_NAME
 from mossnano_stdio.graph.standin import SIZES, config
 from mossnano_stdio.layout import Codes
@@ -27,7 +27,7 @@ Tensors = dict[str, NDArray[Any]]
 @pytest.fixture(scope="module")
 def tiny_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("standin")
-    save_standin_bundle(folder, "tiny", seed=0)
+    build_standin(folder, "tiny", seed=0)
     return folder
 
 
@@ -50,8 +50,8 @@ def test_tiny_has_the_reference_dimensions(tiny_reference: Path) -> None:
 
 
 def test_the_same_seed_is_the_same_model(tiny_standin: Path, tmp_path: Path) -> None:
-    save_standin_bundle(tmp_path / "same", "tiny", seed=0)
-    save_standin_bundle(tmp_path / "other", "tiny", seed=1)
+    build_standin(tmp_path / "same", "tiny", seed=0)
+    build_standin(tmp_path / "other", "tiny", seed=1)
     recorded = [
         json.loads((folder / "mossnano.json").read_text())["files"]
         for folder in (tiny_standin, tmp_path / "same", tmp_path / "other")

@@ -29,6 +29,12 @@ from mossnano_stdio.graph.weights import CodecWeights
 PUBLISHED_CHECKPOINT_NAME = pinned.CHECKPOINT.repository.rpartition("/")[2]
 
 
+def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Every graph that a checkpoint gives, into `folder`."""
+    name = checkpoint.resolve().name
+    save_bundle(folder, load_checkpoint(checkpoint), name=name, checkpoint_name=name)
+
+
 def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str) -> None:
     """Build all graphs into `folder`: the official contract, our own, metadata and `mossnano.json`."""
     with staged(folder) as stage:
@@ -43,7 +49,7 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
         save_sidecar(stage, sidecar)
 
 
-def save_standin_bundle(folder: Path, size: str, seed: int) -> None:
+def build_standin(folder: Path, size: str, seed: int) -> None:
     """Make up a stand-in: its checkpoint in `folder`/checkpoint, and the bundle built from that in `folder`."""
     checkpoint = folder / "checkpoint"
     with staged(checkpoint) as stage:

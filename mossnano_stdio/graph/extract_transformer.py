@@ -20,6 +20,9 @@ from mossnano_stdio.graph.places import Linear, Sites, kinds_of, linear, norm, s
 from mossnano_stdio.graph.tracing import Site, TracedGraph
 from mossnano_stdio.graph.weights import LayerWeights, TransformerWeights
 
+# How an age is compared, whether for what is seen or for what is hidden, and by how much the context is larger.
+COMPARISONS = {"Less": 0, "GreaterOrEqual": 0, "LessOrEqual": 1, "Greater": 1}
+
 
 class _Attention(NamedTuple):
     heads: int
@@ -93,11 +96,16 @@ def _layer(graph: TracedGraph, out_proj: Linear, first: Site, second: Site, so_f
 def _attention(graph: TracedGraph, out_proj: Linear, model: int) -> _Attention:
     way = list(graph.way_into(out_proj.site.node.input[0]))
     heads, head_dim = _heads(graph, out_proj.site, model, way)
-    compared = {int(limit) for node in way if node.op_type == "Less" for limit in scalars(graph, node)}
-    contexts = {limit for limit in compared if limit > 0}
+    contexts = {
+        int(limit) + COMPARISONS[node.op_type]
+        for node in way
+        if node.op_type in COMPARISONS
+        for limit in scalars(graph, node)
+        if limit > 0
+    }
     if len(contexts) != 1:
         found = sorted(contexts) or "none"
-        raise graph.wrong(out_proj.site, f"one context that ages are compared with (Less) is needed, found {found}")
+        raise graph.wrong(out_proj.site, f"one context that ages are compared with is needed, found {found}")
     return _Attention(heads, contexts.pop(), _max_period(graph, out_proj.site, head_dim, way))
 
 

@@ -10,16 +10,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mossnano_stdio.errors import ExitStatus, UsageError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="where to write it; created where needed")
     parser.add_argument("--size", choices=("nano", "tiny"), default="nano", help="its dimensions (default: nano)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds are other weights (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="other seeds are other weights (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from mossnano_stdio.graph.assemble import save_standin_bundle
+    try:
+        from mossnano_stdio.graph.assemble import build_standin
+    except ImportError as error:
+        raise UsageError(
+            f"building needs {error.name}, which is not installed: pip install 'mossnano-stdio[build]'"
+        ) from None
+    build_standin(args.folder, args.size, args.seed)
+    print(args.folder)
+    return ExitStatus.DONE
 
-    save_standin_bundle(args.folder, args.size, args.seed)
-    print(f"{args.folder}: {args.size} stand-in, seed {args.seed}")
-    return 0
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
