@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -28,23 +28,31 @@ from mossnano_stdio.inbox import Arrival, Ending, Inbox
 from mossnano_stdio.layout import CodecFormat
 from mossnano_stdio.logs import LEVELS, log, start_logging, write_stderr
 from mossnano_stdio.metrics import Durations, TimedDecoder, peak_resident_bytes
-from mossnano_stdio.pcm import wav_header
+from mossnano_stdio.options import (
+    add_chunk_arguments,
+    add_decoder_arguments,
+    add_player_arguments,
+    chosen_schedule,
+    whole_number,
+)
+from mossnano_stdio.outputs import STDOUT_FORMS, NoOutput, Output, SeveralOutputs, SpeakerOutput
 from mossnano_stdio.protocol import (
     MAX_MESSAGE_BYTES,
     VERSION,
     Kind,
     Message,
     MessageReader,
-    encode_message,
     parse_json,
 )
 from mossnano_stdio.renderer import Decoder, Renderer
-from mossnano_stdio.schedule import RAMP_MAX_FRAMES, Fixed, Ramp, Schedule, frames_for_seconds
-from mossnano_stdio.session import MAX_CHUNK_FRAMES, Conversation, DecodeSession, State, error_message
+from mossnano_stdio.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Schedule
+from mossnano_stdio.session import Conversation, DecodeSession, State, error_message
 from mossnano_stdio.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
 
+if TYPE_CHECKING:
+    from mossnano_stdio.playback import Player
+
 PROGRAM: Final = "mossnano-stdio"
-MAX_CHUNK_SECONDS: Final = 80
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loa
     except Exception as error:  # noqa: BLE001 - every end has its status, a bug's too
         return process.die(error)
     finally:
+        process.stop_output()
         if options.stats:
             process.report()
 
@@ -108,8 +117,8 @@ class _Process:
         self._options = options
         self._signals = signals
         self._fd = OutputFd(take_stdout(), self._signals)
-        self._output = OUTPUTS[options.output](self._fd)
         self._inbox = Inbox()
+        self._output = self._open_output()
         self._stops_on_error = options.on_error == "stop"
         self._maybe_session: Conversation | None = None
         self._maybe_decoder: TimedDecoder | None = None
@@ -122,7 +131,7 @@ class _Process:
         self._signals.report_with(self.report)
         with self._signals.raising():
             messages = MessageReader(self._options.max_message_bytes)
-            InputThread(self._inbox, messages, self._fd.fd).start()
+            InputThread(self._inbox, messages, None if self._options.output == "none" else self._fd.fd).start()
             session = self._maybe_session = self._start_session(load(self._options))
         self._output.start(session.format)
         self._put(session.handshake())
@@ -134,6 +143,10 @@ class _Process:
         except _StopOnErrorError:
             return ExitStatus.BAD_INPUT
         return self._close(session, event)
+
+    def stop_output(self) -> None:
+        """Whatever still sounds is silent from now on."""
+        self._output.abort()
 
     def report(self) -> None:
         """One JSON line on stderr: what was done so far."""
@@ -151,7 +164,8 @@ class _Process:
         """Say why we cannot go on, to the peer and on stderr; the status with which we end."""
         fault = _as_fault(error)
         if fault.exit_status is ExitStatus.BUG:
-            traceback.print_exception(error)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                write_stderr(line)
         self._stops_on_error = False
         if isinstance(fault, OutputError):
             log.error("%s", fault)
@@ -160,13 +174,38 @@ class _Process:
                 self._put(error_message(fault, fatal=True))
         return fault.exit_status
 
+    def _open_output(self) -> Output:
+        options = self._options
+        outputs = [] if options.output == "none" else [STDOUT_FORMS[options.output](self._fd)]
+        if options.play:
+            outputs.append(SpeakerOutput(self._open_player, self._should_stop_playing))
+        return SeveralOutputs(outputs or [NoOutput()])
+
+    def _open_player(self, codec_format: CodecFormat) -> Player:
+        from mossnano_stdio.playback import Player
+
+        options = self._options
+        return Player(
+            codec_format.sample_rate,
+            codec_format.channels,
+            device=options.device,
+            prebuffer_ms=options.prebuffer_ms,
+            latency=options.latency,
+            volume=options.volume,
+        )
+
+    def _should_stop_playing(self) -> bool:
+        """A CANCEL drops what waits for the speaker; a signal ends us."""
+        self._signals.check()
+        return self._inbox.cancel_waits()
+
     def _start_session(self, loaded: LoadedDecoder) -> Conversation:
         decoder = loaded.decoder
         decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))  # the first step of all takes longer
         decoder.reset()
         self._maybe_decoder = TimedDecoder(decoder)
         return DecodeSession(
-            Renderer(self._maybe_decoder, _schedule(self._options, decoder.format)),
+            Renderer(self._maybe_decoder, self._schedule(decoder.format)),
             {
                 "protocol": VERSION,
                 "name": PROGRAM,
@@ -177,6 +216,9 @@ class _Process:
             ramp_max_frames=self._options.max_chunk_frames,
             cancel_waiting=self._inbox.cancel_waits,
         )
+
+    def _schedule(self, codec_format: CodecFormat) -> Schedule:
+        return chosen_schedule(self._options, codec_format.frames_per_second, self._options.max_chunk_frames)
 
     def _next_event(self, session: Conversation) -> Arrival | Ending:
         """The next message, once every chunk is out that no waiting message could make larger."""
@@ -221,85 +263,6 @@ class _Process:
         return ExitStatus.BAD_INPUT if is_bad else ExitStatus.DONE
 
 
-class Output(Protocol):
-    """What becomes of messages on their way to stdout."""
-
-    carries_errors: bool  # does the peer learn of errors from what it reads?
-
-    def start(self, codec_format: CodecFormat) -> None: ...
-
-    def put(self, message: Message) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class FramedOutput:
-    """Every message, as protocol.md has it."""
-
-    carries_errors = True
-
-    def __init__(self, fd: OutputFd) -> None:
-        self._fd = fd
-
-    def start(self, codec_format: CodecFormat) -> None:
-        pass
-
-    def put(self, message: Message) -> None:
-        self._fd.write(encode_message(*message))
-
-    def finish(self) -> None:
-        pass
-
-
-class RawOutput:
-    """The PCM of all streams, one after the other, and nothing else."""
-
-    carries_errors = False
-
-    def __init__(self, fd: OutputFd) -> None:
-        self._fd = fd
-
-    def start(self, codec_format: CodecFormat) -> None:
-        pass
-
-    def put(self, message: Message) -> None:
-        if message.kind == Kind.AUDIO:
-            self._fd.write(message.payload)
-
-    def finish(self) -> None:
-        pass
-
-
-class WavOutput(RawOutput):
-    """The same with a WAV header before it, which gets its true sizes at the end where stdout is a file."""
-
-    def __init__(self, fd: OutputFd) -> None:
-        super().__init__(fd)
-        self._maybe_format: CodecFormat | None = None
-        self._data_bytes = 0
-
-    def start(self, codec_format: CodecFormat) -> None:
-        self._maybe_format = codec_format
-        self._fd.write(wav_header(codec_format.sample_rate, codec_format.channels, None))
-
-    def put(self, message: Message) -> None:
-        super().put(message)
-        if message.kind == Kind.AUDIO:
-            self._data_bytes += len(message.payload)
-
-    def finish(self) -> None:
-        if self._maybe_format is not None:
-            header = wav_header(self._maybe_format.sample_rate, self._maybe_format.channels, self._data_bytes)
-            self._fd.rewrite_start(header)
-
-
-OUTPUTS: Final[Mapping[str, Callable[[OutputFd], Output]]] = {
-    "framed": FramedOutput,
-    "raw": RawOutput,
-    "wav": WavOutput,
-}
-
-
 def _as_fault(error: Exception) -> MossnanoError:
     match error:
         case MossnanoError():
@@ -313,68 +276,37 @@ def _as_fault(error: Exception) -> MossnanoError:
 # --- command line -------------------------------------------------------------------------------
 
 
-def _schedule(options: argparse.Namespace, codec_format: CodecFormat) -> Schedule:
-    if options.chunk_seconds is not None:
-        return Fixed(frames_for_seconds(options.chunk_seconds, codec_format.frames_per_second))
-    if options.chunk_frames is not None:
-        return Fixed(options.chunk_frames)
-    return Ramp(options.max_chunk_frames)
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Decode framed codec tokens from stdin to PCM on stdout. protocol.md says how to talk to it.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
-    parser.add_argument("--output", choices=OUTPUTS, default="framed", help="messages, bare PCM, or WAV (framed)")
-    chunk = parser.add_mutually_exclusive_group()
-    chunk.add_argument("--chunk-frames", type=_whole(1, MAX_CHUNK_FRAMES), metavar="N", help="wait for N frames or END")
-    chunk.add_argument("--chunk-seconds", type=_seconds, metavar="S", help="the same in seconds, to whole frames")
+    add_decoder_arguments(parser)
+    parser.add_argument(
+        "--output",
+        choices=(*STDOUT_FORMS, "none"),
+        default="framed",
+        help="messages, bare PCM, WAV, or nothing (framed)",
+    )
+    add_chunk_arguments(parser)
     parser.add_argument(
         "--max-chunk-frames",
-        type=_whole(1, MAX_CHUNK_FRAMES),
+        type=whole_number(1, MAX_CHUNK_FRAMES),
         default=RAMP_MAX_FRAMES,
         metavar="N",
         help=f"without a fixed size, chunks take what waits: 1, 2, 4, ... and at most N frames ({RAMP_MAX_FRAMES})",
     )
-    parser.add_argument(
-        "--threads", type=_whole(1, 1024), metavar="N", help="of one decode step (4, or the CPUs we may use)"
-    )
-    parser.add_argument(
-        "--provider", default="cpu", metavar="P", help="cpu, cuda, tensorrt, coreml, directml, openvino"
-    )
-    parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
-    parser.add_argument("--max-message-bytes", type=_whole(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
+    parser.add_argument("--max-message-bytes", type=whole_number(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="stop: the first ERROR ends us with 65"
     )
+    player = parser.add_argument_group("sound card, as well as stdout or, with --output none, instead")
+    player.add_argument("--play", action="store_true", help="play the PCM")
+    add_player_arguments(player)
     parser.add_argument("--log-level", choices=LEVELS, default="warning")
     parser.add_argument("--log-json", action="store_true", help="log lines as JSON")
     parser.add_argument(
         "--stats", action="store_true", help="one line of JSON on stderr at the end (always on SIGUSR1)"
     )
     return parser.parse_args(arguments)
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    """An argument that is a whole number in a range."""
-
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} to {most} is allowed")
-        return int(text)
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    """A chunk's length: anything above 0 that is a chunk's length on any weights."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_CHUNK_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 and up to {MAX_CHUNK_SECONDS} is allowed")
-    return seconds

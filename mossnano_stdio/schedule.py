@@ -19,6 +19,7 @@ from typing import Protocol
 
 from mossnano_stdio.errors import UsageError
 
+MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
 RAMP_MAX_FRAMES = 8  # larger chunks cost more per frame, and nobody hears that they came at once
 
 

@@ -19,9 +19,6 @@ is made to fit, player.py all of it together.
 from mossnano_stdio.playback.devices import OutputDevice, output_devices
 from mossnano_stdio.playback.player import (
     ALL,
-    DEFAULT_LATENCY_MS,
-    DEFAULT_PREBUFFER_MS,
-    MAX_VOLUME,
     Latency,
     Player,
     ShouldStop,
@@ -29,9 +26,6 @@ from mossnano_stdio.playback.player import (
 
 __all__ = [
     "ALL",
-    "DEFAULT_LATENCY_MS",
-    "DEFAULT_PREBUFFER_MS",
-    "MAX_VOLUME",
     "Latency",
     "OutputDevice",
     "Player",

@@ -69,16 +69,17 @@ def output_devices() -> list[OutputDevice]:
 
 
 def find_device(asked: int | str | None) -> OutputDevice:
-    """The device with this index, the one whose name holds these words, or the default one."""
+    """The device with this index (a text of digits is one too), the one whose name holds this text, or the default."""
     sounddevice = import_sounddevice()
     devices = output_devices()
     try:
-        index = sounddevice.query_devices(asked, "output")["index"]
+        wanted = int(asked) if isinstance(asked, str) and asked.isdecimal() else asked
+        index = sounddevice.query_devices(wanted, "output")["index"]
     except (ValueError, sounddevice.PortAudioError) as error:
         names = ", ".join(f"{device.index} {device.name}" for device in devices)
-        wanted = "the default device" if asked is None else f"device {asked!r}"
+        named = "the default device" if asked is None else f"device {asked!r}"
         reason = " ".join(str(error).split())
-        raise DeviceError(f"{wanted} cannot be played on ({reason}); --device takes one of: {names}") from error
+        raise DeviceError(f"{named} cannot be played on ({reason}); --device takes one of: {names}") from error
     return next(device for device in devices if device.index == index)
 
 

@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from mossnano_stdio.errors import DeviceError, UsageError
+from mossnano_stdio.options import DEFAULT_LATENCY_MS, DEFAULT_PREBUFFER_MS, MAX_VOLUME
 from mossnano_stdio.playback.convert import Converter
 from mossnano_stdio.playback.devices import CHOOSE_ANOTHER, find_device, import_sounddevice, nearest_format
 from mossnano_stdio.playback.feed import Feed, Verdict
@@ -31,10 +32,7 @@ from mossnano_stdio.playback.ring import PcmRing, Samples
 Latency = Literal["low", "high"] | float  # one of PortAudio's two proposals for the device, or milliseconds
 ShouldStop = Callable[[], bool]
 
-DEFAULT_PREBUFFER_MS: Final = 160.0  # two frames of the codec: one plays while the next one is on its way
-DEFAULT_LATENCY_MS: Final = 100.0  # what ALSA proposes, 35, is too little for a callback in Python on a busy machine
 ALL: Final = float("inf")  # as prebuffer_ms: nothing is played before the stream's end is there
-MAX_VOLUME: Final = 4.0
 
 _MAX_PREBUFFER_MS: Final = 2_000.0  # how far underruns can stretch the prebuffer
 _MIN_RING_MS: Final = 4_000.0

@@ -7,14 +7,13 @@ Rules of this room:
 - Sans-IO: messages in, messages out. Time, threads, file descriptors and weights are not known here.
 """
 
-from mossnano_stdio.session.conversation import MAX_CHUNK_FRAMES, Action, Conversation, State, error_message
+from mossnano_stdio.session.conversation import Action, Conversation, State, error_message
 from mossnano_stdio.session.decoding import DECODING, DecodeSession
 from mossnano_stdio.session.encoding import ENCODING, EncodeSession
 
 __all__ = [
     "DECODING",
     "ENCODING",
-    "MAX_CHUNK_FRAMES",
     "Action",
     "Conversation",
     "DecodeSession",

@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Final, Protocol
 from mossnano_stdio.errors import MossnanoError, PayloadError
 from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat, frame_bytes
 from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, Message, json_message, kind_name, parse_json
-from mossnano_stdio.schedule import RAMP_MAX_FRAMES, Fixed, Ramp, Schedule
+from mossnano_stdio.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Fixed, Ramp, Schedule
 
-MAX_CHUNK_FRAMES: Final = 1000  # 80 s of nano: what a fixed chunk may ask for
 MAX_AUDIO_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of one AUDIO payload, whatever the chunk: a reader like ours takes it
 
 Answers = Iterator[Message]

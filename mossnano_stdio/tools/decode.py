@@ -24,9 +24,10 @@ from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.facts import as_json
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.options import add_chunk_arguments, add_decoder_arguments, chosen_schedule
 from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.renderer import Decoder, Renderer
-from mossnano_stdio.schedule import Fixed, Ramp, Schedule, frames_for_seconds
+from mossnano_stdio.schedule import Fixed, Schedule
 
 if TYPE_CHECKING:
     from mossnano_stdio.bundle import Bundle
@@ -39,15 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="IN", help="a .mossnano file")
     parser.add_argument("sound", metavar="OUT", help="where the sound goes; its name says the form")
     parser.add_argument("--decoder", choices=("step", "full"), default="step", help="(default: step)")
-    chunk = parser.add_mutually_exclusive_group()
-    chunk.add_argument("--chunk-frames", type=int, metavar="N", help="chunks of N frames")
-    chunk.add_argument("--chunk-seconds", type=float, metavar="S", help="the same in seconds, to whole frames")
-    parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
-    parser.add_argument("--threads", type=int, metavar="N", help="of one decode step (4, or the CPUs we may use)")
-    parser.add_argument(
-        "--provider", default="cpu", metavar="P", help="cpu, cuda, tensorrt, coreml, directml, openvino"
-    )
-    parser.add_argument("--graph", choices=("official", "fast"), help="which graph steps (fast where there is one)")
+    add_chunk_arguments(parser)
+    add_decoder_arguments(parser)
     parser.add_argument("--json", action="store_true", help="a summary as one JSON object on stdout")
 
 
@@ -125,9 +119,7 @@ class _AtOnce:
 def _schedule(args: argparse.Namespace, artifact: Artifact, codec_format: CodecFormat) -> Schedule:
     if args.decoder == "full":
         return Fixed(max(1, artifact.frames))
-    if args.chunk_seconds is not None:
-        return Fixed(frames_for_seconds(args.chunk_seconds, codec_format.frames_per_second))
-    return Ramp() if args.chunk_frames is None else Fixed(args.chunk_frames)
+    return chosen_schedule(args, codec_format.frames_per_second)
 
 
 # --- sound --------------------------------------------------------------------------------------------------------

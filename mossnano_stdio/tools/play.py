@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import threading
 from dataclasses import asdict
@@ -24,21 +23,13 @@ from types import TracebackType
 from typing import Final
 
 from mossnano_stdio.errors import ExitStatus, MossnanoError, UsageError
-from mossnano_stdio.facts import as_json, as_table
+from mossnano_stdio.facts import as_json
 from mossnano_stdio.files import STANDARD_STREAM, open_input
 from mossnano_stdio.logs import log, start_logging, write_stderr
-from mossnano_stdio.playback import (
-    ALL,
-    DEFAULT_LATENCY_MS,
-    DEFAULT_PREBUFFER_MS,
-    MAX_VOLUME,
-    Latency,
-    Player,
-    output_devices,
-)
+from mossnano_stdio.options import add_decoder_arguments, add_player_arguments
+from mossnano_stdio.playback import OutputDevice, Player, output_devices
 from mossnano_stdio.sources import Decoding, Pcm, Source, StreamEnd, open_raw, open_source
 
-LONGEST_WAIT_MS: Final = 60_000
 PROGRESS_SECONDS: Final = 0.1
 
 
@@ -46,35 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="PATH", nargs="?", default=STANDARD_STREAM, help="what to play (default: stdin)"
     )
-    parser.add_argument("--device", metavar="D", help="its index, or a part of its name that no other has")
-    parser.add_argument("--list-devices", action="store_true", help="say what can be played on, and end")
+    parser.add_argument(
+        "--list-devices", action="store_true", help="say what can be played on (*: the default), and end"
+    )
     parser.add_argument("--json", action="store_true", help="--list-devices as JSON")
-    parser.add_argument(
-        "--prebuffer-ms",
-        type=_prebuffer_ms,
-        default=DEFAULT_PREBUFFER_MS,
-        metavar="MS|all",
-        help="how much must be there before sound starts; all: everything (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--latency",
-        type=_latency,
-        default=DEFAULT_LATENCY_MS,
-        metavar="MS|low|high",
-        help="the device's own buffer; low and high are what its driver proposes (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--volume", type=float, default=1.0, metavar="V", help=f"0 to {MAX_VOLUME:g}, 1 is as it is (default: 1)"
-    )
+    add_player_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="one line of JSON on stderr at the end")
     raw = parser.add_argument_group("raw PCM, 16 bits, little-endian, channels interleaved")
     raw.add_argument("--raw", action="store_true", help="take the input as that, whatever its first bytes are")
     raw.add_argument("--sample-rate", type=int, default=48_000, metavar="HZ", help="(default: %(default)s)")
     raw.add_argument("--channels", type=int, default=2, metavar="N", help="(default: %(default)s)")
     decoding = parser.add_argument_group("decoding of artifacts")
-    decoding.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
-    decoding.add_argument("--threads", type=int, metavar="N", help="of one decode step")
-    decoding.add_argument("--provider", default="cpu", metavar="P", help="where the graph runs (default: %(default)s)")
+    add_decoder_arguments(decoding)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,13 +57,15 @@ def run(args: argparse.Namespace) -> int:
         return ExitStatus.DONE
     if args.json:
         raise UsageError("--json says in which form to --list-devices, so it needs that")
+    if args.path == STANDARD_STREAM and sys.stdin is not None and sys.stdin.isatty():
+        raise UsageError("stdin is a terminal: name a PATH, or pipe something in")
     start_logging("mossnano play", "warning", as_json=False)
     name = "stdin" if args.path == STANDARD_STREAM else args.path
     with open_input(args.path) as file:
         if args.raw:
             source = open_raw(file, name, args.sample_rate, args.channels)
         else:
-            source = open_source(file, name, Decoding(args.weights, args.threads, args.provider))
+            source = open_source(file, name, Decoding(args.weights, args.threads, args.provider, args.graph))
         return _play(source, args)
 
 
@@ -98,7 +74,13 @@ def _list_devices(as_one_json: bool) -> None:
     if as_one_json:
         print(as_json({"devices": [asdict(device) for device in devices]}))
     else:
-        print("\n\n".join(as_table(asdict(device)) for device in devices))
+        print(*map(_device_row, devices), sep="\n")
+
+
+def _device_row(device: OutputDevice) -> str:
+    mark = "*" if device.is_default else " "
+    facts = f"{device.host_api}, {device.channels} channels, {device.sample_rate} Hz"
+    return f"{mark} {device.index:>3}  {device.name}  ({facts})"
 
 
 def _play(source: Source, args: argparse.Namespace) -> int:
@@ -106,7 +88,7 @@ def _play(source: Source, args: argparse.Namespace) -> int:
     player = Player(
         source.sample_rate,
         source.channels,
-        device=args.device if args.device is None or not args.device.isdigit() else int(args.device),
+        device=args.device,
         prebuffer_ms=args.prebuffer_ms,
         latency=args.latency,
         volume=args.volume,
@@ -169,27 +151,3 @@ class _ProgressLine:
 
 
 # --- the command line --------------------------------------------------------------------------------------------
-
-
-def _prebuffer_ms(text: str) -> float:
-    return ALL if text == "all" else _milliseconds(text)
-
-
-def _latency(text: str) -> Latency:
-    match text:
-        case "low":
-            return "low"
-        case "high":
-            return "high"
-        case _:
-            return _milliseconds(text)
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        milliseconds = float(text)
-    except ValueError:
-        milliseconds = math.nan
-    if not 0 <= milliseconds <= LONGEST_WAIT_MS:
-        raise argparse.ArgumentTypeError(f"{text!r}: milliseconds are allowed, 0 to {LONGEST_WAIT_MS}")
-    return milliseconds
