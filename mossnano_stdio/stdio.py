@@ -8,6 +8,8 @@ Rules of this room:
   Decoding and writing are the main thread's.
 - No write may block for good: a pipe is polled, then given no more than it takes at once. All of a message is written,
   or an error says why not. A broken pipe is a reader who left; every other failure is an OutputError with its errno.
+- A signal wakes the thread that the kernel chose, which need not be the main one: so a pipe is polled beside the
+  output that every signal writes to.
 - SIGINT and SIGTERM are noted whenever they come and raised (`Stopped`) only where nothing can be torn: while loading,
   while waiting for input, between two messages. A message that is being written gets STOP_GRACE_SECONDS to finish.
 """
@@ -99,10 +101,23 @@ class StopSignals:
         self._maybe_received: int | None = None
         self._received_seconds = 0.0
         self._may_raise = False
+        self.maybe_wake_fd: int | None = None  # readable when a signal came, until `woken` is called
 
     def install(self) -> None:
+        _fill_closed_descriptors()  # else the pipe would take their places
+        if _CAN_POLL:
+            self.maybe_wake_fd, wake_writer = os.pipe()
+            for fd in (self.maybe_wake_fd, wake_writer):
+                os.set_blocking(fd, False)
+            signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
+
+    def woken(self) -> None:
+        """Forget the wake-up calls of signals that came."""
+        if self.maybe_wake_fd is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.maybe_wake_fd, READ_BYTES)
 
     def report_with(self, report: Callable[[], None]) -> None:
         """From now on SIGUSR1, where there is such a signal, asks for a report."""
@@ -149,6 +164,8 @@ class OutputFd:
         self._signals = signals
         self._write = write
         self._maybe_poller = _poller_for(fd, select.POLLOUT) if _may_stall(fd) else None
+        if self._maybe_poller is not None and signals.maybe_wake_fd is not None:
+            self._maybe_poller.register(signals.maybe_wake_fd, select.POLLIN)
 
     def write(self, data: bytes) -> None:
         left = memoryview(data)
@@ -184,16 +201,15 @@ class OutputFd:
             return 0  # whoever shares a non-blocking pipe with us was quicker
 
     def _wait_until_writable(self, poller: select.poll) -> None:
-        grace_seconds = self._signals.grace_seconds()
-        if grace_seconds is None:
-            if poller.poll(0):
+        while True:
+            grace_seconds = self._signals.grace_seconds()
+            events = poller.poll(None if grace_seconds is None else grace_seconds * 1000)
+            if any(fd == self.fd for fd, _ in events):
                 return
-            with contextlib.suppress(Stopped), self._signals.raising():
-                poller.poll()
-                return
-            grace_seconds = STOP_GRACE_SECONDS
-        if not poller.poll(grace_seconds * 1000):
-            self._signals.check()
+            if events:
+                self._signals.woken()
+            else:
+                self._signals.check()
 
 
 def _may_stall(fd: int) -> bool:
