@@ -55,9 +55,8 @@ class Child:
     """A process that is talked to, message by message."""
 
     def __init__(self, command: Sequence[str], **more: Any) -> None:
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, bufsize=0, **more
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, cwd=ROOT, bufsize=0, **{**pipes, **more})
         self._reader = MessageReader(1 << 24)
         self._read: list[Message] = []
 
@@ -77,6 +76,11 @@ class Child:
     def stdout_fd(self) -> int:
         assert self.process.stdout is not None
         return self.process.stdout.fileno()
+
+    @property
+    def torn_bytes(self) -> int:
+        """How much of a message that is not whole has come out."""
+        return self._reader.incomplete_bytes
 
     def write(self, wire: bytes) -> None:
         left = memoryview(wire)
@@ -105,4 +109,4 @@ class Child:
         """Close stdin: the exit status, the messages that were left, and stderr."""
         out, err = self.process.communicate(timeout=TIMEOUT_SECONDS)
         rest = [*self._read, *self._reader.feed(out)]
-        return self.process.returncode, rest, err.decode()
+        return self.process.returncode, rest, (err or b"").decode()
