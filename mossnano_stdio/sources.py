@@ -16,7 +16,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Literal
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class Decoding:
     weights: str | None = None  # as `find_weights` takes it
     threads: int | None = None
     provider: str = "cpu"
+    graph: Literal["official", "fast"] | None = None
 
 
 def open_source(file: BinaryIO, name: str, decoding: Decoding) -> Source:
@@ -149,7 +150,7 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
     bundle = load_bundle(find_weights(decoding.weights))
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
-    runtime = load_runtime(bundle, provider=decoding.provider, threads=decoding.threads)
+    runtime = load_runtime(bundle, provider=decoding.provider, threads=decoding.threads, graph=decoding.graph)
     artifact.check_fits(runtime.format, runtime.decodes_prefix)
 
     def events() -> Iterator[Pcm | MossnanoError]:
@@ -309,7 +310,8 @@ def _audio_file(data: _Input) -> Source:
         recording = read_audio(data.rest(), data.name)
     except InputError as error:
         raise InputError(
-            f"{error}. What can be played: artifacts, what mossnano-stdio answers, audio files; raw PCM with --raw"
+            f"{data.name} is nothing that can be played (artifacts, what mossnano-stdio answers, audio files, and raw "
+            f"PCM with --raw): {error}"
         ) from None
     samples = recording.samples
     pcm = samples.astype("<i2").tobytes() if samples.dtype == np.int16 else to_pcm16(recording.audio)
