@@ -24,6 +24,8 @@ from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, Message, json_messa
 from mossnano_stdio.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Fixed, Ramp, Schedule
 
 MAX_AUDIO_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of one AUDIO payload, whatever the chunk: a reader like ours takes it
+ERROR_CHARACTERS: Final = 2000  # of what is said of an error: a peer's text in it could be as long as a message
+REPEATED_CHARACTERS: Final = 1000  # of a peer's text that goes back to it
 
 Answers = Iterator[Message]
 
@@ -249,7 +251,7 @@ class Conversation(ABC):
 
     def _cancel(self, message: Message) -> Answers:
         maybe_tally = self._maybe_first_dropped or self._maybe_open
-        yield self._end(maybe_tally, cancelled=True, echo=message.payload.decode("utf-8", "replace"))
+        yield self._end(maybe_tally, cancelled=True, echo=_repeated(message))
         self._maybe_first_dropped = None
         self._close()
 
@@ -264,8 +266,7 @@ class Conversation(ABC):
         yield self.handshake()
 
     def _report_peer_error(self, message: Message) -> Answers:
-        said = message.payload.decode("utf-8", "replace")[:1000]
-        yield self._error(_PeerError(f"the peer sent an ERROR of its own: {said}"))
+        yield self._error(_PeerError(f"the peer sent an ERROR of its own: {_repeated(message)}"))
 
     def _refuse_no_stream(self, message: Message) -> Answers:
         yield self._error(_NoStreamError("END came while no stream was open: TOKENS or ARTIFACT opens one"))
@@ -385,7 +386,13 @@ class Conversation(ABC):
 
 def error_message(error: MossnanoError, *, stream: int | None = None, fatal: bool = False) -> Message:
     """What a peer is told of an error."""
-    return json_message(Kind.ERROR, {"code": error.code, "message": str(error), "stream": stream, "fatal": fatal})
+    said = str(error)[:ERROR_CHARACTERS]
+    return json_message(Kind.ERROR, {"code": error.code, "message": said, "stream": stream, "fatal": fatal})
+
+
+def _repeated(message: Message) -> str:
+    """The beginning of a peer's text."""
+    return message.payload.decode("utf-8", "replace")[:REPEATED_CHARACTERS]
 
 
 class SettingsError(PayloadError):
