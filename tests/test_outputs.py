@@ -1,0 +1,142 @@
+"""Where the process's messages go: stdout in its forms, the speaker, and what happens when the speaker is lost."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mossnano_stdio.errors import DeviceError
+from mossnano_stdio.outputs import NoOutput, RawOutput, SeveralOutputs, SpeakerOutput
+from mossnano_stdio.protocol import Kind, Message, json_message
+from tests.child import DEMO, ROOT, decoded, fields, pcm_of
+from tests.doubles import SMALL
+from tests.sound import FileDevice, Samples, missing_portaudio
+
+needs_portaudio = pytest.mark.skipif(missing_portaudio() is not None, reason=str(missing_portaudio()))
+
+AUDIO = Message(Kind.AUDIO, b"\1\0\2\0")
+END = json_message(Kind.END, {"cancelled": False})
+CANCELLED = json_message(Kind.END, {"cancelled": True})
+MELODY = ROOT / "mossnano_stdio" / "demo" / "melody.bin"
+
+
+def inside(samples: Samples) -> Samples:
+    """Without the silence at both ends, of which a device may add some."""
+    loud = np.flatnonzero(samples.any(axis=1))
+    return samples[loud[0] : loud[-1] + 1]
+
+
+class BytesSink:
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def rewrite_start(self, data: bytes) -> bool:
+        return False
+
+
+class FakePlayer:
+    """Notes what is asked of it; from `lost_at` on its device is gone."""
+
+    def __init__(self, lost_at: int = 1000) -> None:
+        self.calls: list[str] = []
+        self._lost_at = lost_at
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        def call(*arguments: Any, **more: Any) -> bool:
+            if len(self.calls) >= self._lost_at and name != "abort":
+                raise DeviceError("the device is gone")
+            self.calls.append(name)
+            return True
+
+        return call
+
+
+def speaker(player: FakePlayer) -> SpeakerOutput:
+    return SpeakerOutput(lambda _: player, lambda: False)  # type: ignore[arg-type, return-value]
+
+
+def test_the_speaker_plays_ends_and_drops_streams_as_they_do() -> None:
+    player = FakePlayer()
+    output = speaker(player)
+    output.put(AUDIO)  # nothing was started: nowhere to play
+    output.start(SMALL)
+    for message in (AUDIO, END, AUDIO, CANCELLED, Message(Kind.PING)):
+        output.put(message)
+    output.finish()
+    output.abort()
+    output.abort()
+    assert player.calls == ["push", "end_stream", "push", "flush", "finish", "abort"]
+
+
+def test_a_lost_speaker_takes_nothing_from_stdout_and_shows_at_the_end() -> None:
+    sink, player = BytesSink(), FakePlayer(lost_at=1)
+    outputs = SeveralOutputs([RawOutput(sink), speaker(player)])
+    outputs.start(SMALL)
+    for _ in range(3):
+        outputs.put(AUDIO)
+    with pytest.raises(DeviceError, match="gone"):
+        outputs.finish()
+    assert sink.written == 3 * AUDIO.payload
+    assert player.calls == ["push", "abort"]
+
+
+def test_a_lost_speaker_that_was_all_there_was_is_the_end() -> None:
+    outputs = SeveralOutputs([speaker(FakePlayer(lost_at=0))])
+    outputs.start(SMALL)
+    with pytest.raises(DeviceError):
+        outputs.put(AUDIO)
+
+
+def test_no_output_takes_everything() -> None:
+    outputs = SeveralOutputs([NoOutput()])
+    outputs.start(SMALL)
+    outputs.put(AUDIO)
+    outputs.finish()
+    outputs.abort()
+    assert not outputs.carries_errors
+
+
+def test_output_none_decodes_and_says_nothing() -> None:
+    with MELODY.open("rb") as stdin:
+        done = subprocess.run([*DEMO, "--output", "none"], stdin=stdin, capture_output=True, cwd=ROOT, check=True)
+    assert done.stdout == b""
+
+
+@needs_portaudio
+@pytest.mark.parametrize("form", ["framed", "none"])
+def test_the_process_plays_what_it_writes(form: str, tmp_path: Path) -> None:
+    device = FileDevice(tmp_path)
+    command = [*DEMO, "--play", "--prebuffer-ms", "all", "--output", form]
+    with MELODY.open("rb") as stdin:
+        done = subprocess.run(
+            command, stdin=stdin, capture_output=True, cwd=ROOT, env=device.environment, check=True, timeout=60
+        )
+    expected = subprocess.run([*DEMO, "--output", "raw"], input=MELODY.read_bytes(), capture_output=True, cwd=ROOT)
+    samples = np.frombuffer(expected.stdout, "<i2").reshape(-1, 2)
+    assert np.array_equal(inside(device.played()), inside(samples))
+    if form == "framed":
+        assert pcm_of(decoded(done.stdout)) == expected.stdout
+
+
+@needs_portaudio
+def test_no_such_device_ends_the_process_before_its_handshake(tmp_path: Path) -> None:
+    device = FileDevice(tmp_path)
+    done = subprocess.run(
+        [*DEMO, "--play", "--device", "no such thing"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=ROOT,
+        env=device.environment,
+        check=False,
+    )
+    assert done.returncode == 69
+    (message,) = decoded(done.stdout)
+    assert (fields(message)["code"], fields(message)["fatal"]) == ("no_device", True)
