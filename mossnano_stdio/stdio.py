@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from mossnano_stdio.errors import ExitStatus, InputError, OutputError
+from mossnano_stdio.errors import ExitStatus, InputError, OutOfMemoryError, OutputError
 from mossnano_stdio.inbox import Ending, Inbox
 from mossnano_stdio.protocol import MessageReader
 
@@ -245,6 +245,12 @@ class InputThread(threading.Thread):
         self._messages = messages
         self._maybe_output_fd = maybe_output_fd
         self._read = read
+
+    def start(self) -> None:
+        try:
+            super().start()
+        except RuntimeError as error:
+            raise OutOfMemoryError(f"no thread can be started: {error}") from None
 
     def run(self) -> None:
         try:
