@@ -35,13 +35,18 @@ Arguments = argparse._ActionsContainer  # a parser, or a group of one
 def add_decoder_arguments(parser: Arguments) -> None:
     """Which weights, and what runs them."""
     parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
+    add_engine_arguments(parser)
+    parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
+
+
+def add_engine_arguments(parser: Arguments) -> None:
+    """What graphs run on."""
     parser.add_argument(
         "--threads", type=whole_number(1, 1024), metavar="N", help="of one step (the CPUs we may use, at most 4)"
     )
     parser.add_argument(
         "--provider", default="cpu", metavar="P", help="cpu, cuda, tensorrt, coreml, directml or openvino (cpu)"
     )
-    parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
 
 
 def add_chunk_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,8 @@ from mossnano_stdio.layout import CodecFormat
 from mossnano_stdio.renderer import Decoder
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec.encoder import FullEncoder
-    from mossnano_stdio.codec.official import FullDecoder
+    from mossnano_stdio.codec.encoder import FullEncoder as FullEncoder
+    from mossnano_stdio.codec.official import FullDecoder as FullDecoder
 
 __all__ = [
     "PROVIDERS",

@@ -24,7 +24,7 @@ from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.pcm import FULL_SCALE
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec import StreamDecoder
+    from mossnano_stdio.codec import FullDecoder, Runtime
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
@@ -55,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
     bundle = load_bundle(find_weights(args.weights))
     rows = list(_check_files(bundle))
     if not _failed(rows):
-        rows += _check_graphs(bundle, args.provider, args.threads)
-    if not _failed(rows):
-        rows += _check_sound(bundle, args.provider, args.threads)
+        graphs = _Graphs(bundle, args.provider, args.threads)
+        rows += graphs.check()
+        if not _failed(rows):
+            rows += _check_sound(graphs)
     _show(bundle, rows, as_one_json=args.json)
     return _status(rows)
 
@@ -115,53 +116,76 @@ def _check_file(file: WeightFile, *, is_needed: bool) -> Row:
 # --- graphs -------------------------------------------------------------------------------------------------------
 
 
-def _check_graphs(bundle: Bundle, provider: str, threads: int | None) -> Iterator[Row]:
-    from mossnano_stdio import codec
+class _Graphs:
+    """The graphs of a bundle, each loaded once."""
 
-    loaders: dict[str, Callable[[], object]] = {
-        "decode_step": lambda: codec.load_runtime(bundle, provider=provider, threads=threads, graph="official"),
-        "decode_full": lambda: codec.load_full_decoder(bundle, provider=provider, threads=threads),
-        "encode": lambda: codec.load_full_encoder(bundle, provider=provider, threads=threads),
-    }
-    for name, load in loaders.items():
-        if not bundle.has_graph(name):
-            continue
-        try:
-            load()
-        except BundleError as error:
-            yield Row("FAILED", "graph", name, str(error).removeprefix(f"{bundle.graphs[name].path}: "))
-        else:
-            yield Row("ok", "graph", name, "loads, and its inputs and outputs are those of the metadata")
+    def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
+        self._bundle = bundle
+        self._provider = provider
+        self._threads = threads
+        self.maybe_full: FullDecoder | None = None
+        self.runtimes: list[Runtime] = []
+
+    def check(self) -> Iterator[Row]:
+        """Load all that are there."""
+        loaders: dict[str, Callable[[], None]] = {
+            "decode_step": self._load_step,
+            "decode_full": self._load_full,
+            "encode": self._load_encode,
+        }
+        for name, load in loaders.items():
+            if not self._bundle.has_graph(name):
+                continue
+            try:
+                load()
+            except BundleError as error:
+                yield Row("FAILED", "graph", name, str(error).removeprefix(f"{self._bundle.graphs[name].path}: "))
+            else:
+                yield Row("ok", "graph", name, "loads, and its inputs and outputs are those of the metadata")
+
+    def _load_step(self) -> None:
+        from mossnano_stdio.codec import load_runtime
+
+        self.runtimes.append(
+            load_runtime(self._bundle, provider=self._provider, threads=self._threads, graph="official")
+        )
+
+    def _load_full(self) -> None:
+        from mossnano_stdio.codec import load_full_decoder
+
+        self.maybe_full = load_full_decoder(self._bundle, provider=self._provider, threads=self._threads)
+
+    def _load_encode(self) -> None:
+        from mossnano_stdio.codec import load_full_encoder
+
+        load_full_encoder(self._bundle, provider=self._provider, threads=self._threads)
 
 
 # --- sound --------------------------------------------------------------------------------------------------------
 
 
-def _check_sound(bundle: Bundle, provider: str, threads: int | None) -> Iterator[Row]:
-    from mossnano_stdio import codec
-
-    if not bundle.has_graph("decode_full"):
+def _check_sound(graphs: _Graphs) -> Iterator[Row]:
+    if graphs.maybe_full is None:
         yield Row("absent", "sound", "decode_full", "without it there is nothing to compare chunks with")
         return
-    full = codec.load_full_decoder(bundle, provider=provider, threads=threads)
-    decoder = codec.load_decoder(bundle, provider=provider, threads=threads, graph="official")
     try:
-        codes, whole = _reference(full.decode, bundle.format)
+        codes, whole = _reference(graphs.maybe_full)
     except MossnanoError as error:
         yield Row("FAILED", "sound", "decode_full", str(error))
         return
     yield _judge_reference(whole)
-    for chunk_frames in CHUNKINGS:
-        yield _judge_chunks(decoder, codes, whole, chunk_frames)
+    for runtime in graphs.runtimes:
+        for chunk_frames in CHUNKINGS:
+            yield _judge_chunks(runtime, codes, whole, chunk_frames)
 
 
-def _reference(decode: Callable[[Codes], Audio], codec_format: CodecFormat) -> tuple[Codes, Audio]:
+def _reference(full: FullDecoder) -> tuple[Codes, Audio]:
     """Seeded codes and what they sound like as a whole: fewer where many do not fit into memory."""
-    codes = _seeded_codes(codec_format, LONG_FRAMES)
+    codes = _seeded_codes(full.format, LONG_FRAMES)
     try:
-        return codes, decode(codes)
+        return codes, full.decode(codes)
     except UsageError:
-        return codes[:SHORT_FRAMES], decode(codes[:SHORT_FRAMES])
+        return codes[:SHORT_FRAMES], full.decode(codes[:SHORT_FRAMES])
 
 
 def _seeded_codes(codec_format: CodecFormat, frames: int) -> Codes:
@@ -178,10 +202,10 @@ def _judge_reference(whole: Audio) -> Row:
     return Row("ok", "sound", "decode_full", detail)
 
 
-def _judge_chunks(decoder: StreamDecoder, codes: Codes, whole: Audio, chunk_frames: int) -> Row:
-    name = f"chunks of {chunk_frames}"
+def _judge_chunks(runtime: Runtime, codes: Codes, whole: Audio, chunk_frames: int) -> Row:
+    name = f"{runtime.graph_name}, chunks of {chunk_frames}"
     try:
-        decoder.reset()
+        decoder = runtime.new_decoder()
         starts = range(0, len(codes), chunk_frames)
         stepped = np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
     except MossnanoError as error:
