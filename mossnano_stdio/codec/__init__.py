@@ -9,6 +9,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mossnano_stdio.bundle import Bundle
@@ -33,6 +34,8 @@ __all__ = [
     "load_full_encoder",
     "load_runtime",
 ]
+
+log = logging.getLogger("mossnano")
 
 GraphName = Literal["official", "fast"]
 
@@ -81,11 +84,19 @@ def load_runtime(
     spin: bool = False,
 ) -> Runtime:
     """Load what decodes: by default the fast graph where the bundle has it, else the official one."""
-    engine = Engine.of(provider, threads, spin)
-    if graph == "fast":
-        raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
+    from mossnano_stdio.codec.fast import FastRuntime, UnfitRuntimeError
     from mossnano_stdio.codec.official import OfficialRuntime
 
+    engine = Engine.of(provider, threads, spin)
+    if graph == "fast":
+        if not bundle.has_graph("fast"):
+            raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
+        return FastRuntime(bundle, engine)
+    if graph is None and provider == "cpu" and bundle.has_graph("fast"):
+        try:
+            return FastRuntime(bundle, engine)
+        except UnfitRuntimeError as error:
+            log.warning("%s; the official graph runs instead", error)
     return OfficialRuntime(bundle, engine)
 
 

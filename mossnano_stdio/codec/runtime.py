@@ -99,12 +99,12 @@ def default_threads() -> int:
     return min(MAX_DEFAULT_THREADS, usable)
 
 
-def open_session(graph: Graph, engine: Engine) -> Session:
+def open_session(graph: Graph, engine: Engine, *, optimise: bool = True) -> Session:
     """Load `graph`. Its large files are hashed beside onnxruntime's own work; no verdict, no session."""
     check = _ContentCheck(graph.data)
     graph.model.check_content()  # first, and small: a damaged graph never reaches the native library
     try:
-        session = Session(graph, engine, _native_session(graph, engine))
+        session = Session(graph, engine, _native_session(graph, engine, optimise))
     except MossnanoError:
         check.finish()  # damaged data explains the failure better than onnxruntime does
         raise
@@ -138,19 +138,19 @@ def translated_errors(graph: Graph) -> Iterator[None]:
         raise DecodeError(f"{graph.path}: the graph failed: {_first_line(error)}") from error
 
 
-def _native_session(graph: Graph, engine: Engine) -> Any:
+def _native_session(graph: Graph, engine: Engine, optimise: bool) -> Any:
     import onnxruntime
 
     wanted = PROVIDERS[engine.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise BundleError(f"provider {engine.provider!r} is not in this onnxruntime; {_available_providers()}")
-    native = _created(onnxruntime, graph, engine)
+    native = _created(onnxruntime, graph, engine, optimise)
     if wanted not in native.get_providers():
         raise BundleError(f"provider {engine.provider!r} was asked for, but did not start; {_available_providers()}")
     return native
 
 
-def _created(onnxruntime: Any, graph: Graph, engine: Engine) -> Any:
+def _created(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool) -> Any:
     """By its path; where that fails and there are symlinks, with the data handed over in memory.
 
     onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
@@ -160,7 +160,7 @@ def _created(onnxruntime: Any, graph: Graph, engine: Engine) -> Any:
     failure = None
     for data_in_memory in (False, True) if linked else (False,):
         try:
-            return _create(onnxruntime, graph, engine, data_in_memory)
+            return _create(onnxruntime, graph, engine, optimise, data_in_memory)
         except Exception as error:  # noqa: BLE001 - its exceptions have no common root but this
             failure = failure or error
     assert failure is not None
@@ -169,8 +169,10 @@ def _created(onnxruntime: Any, graph: Graph, engine: Engine) -> Any:
     raise BundleError(f"{graph.path}: onnxruntime cannot load {files}: {_first_line(failure)}") from failure
 
 
-def _create(onnxruntime: Any, graph: Graph, engine: Engine, data_in_memory: bool) -> Any:
+def _create(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool, data_in_memory: bool) -> Any:
     options = _session_options(onnxruntime, engine)
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # The CPU takes the operators that another provider does not have.
     providers = list(dict.fromkeys([PROVIDERS[engine.provider], PROVIDERS["cpu"]]))
     with contextlib.ExitStack() as open_files:

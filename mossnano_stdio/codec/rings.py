@@ -1,0 +1,177 @@
+"""Keys and values of one stream, kept where attention finds them: nothing is moved but by a pointer, nearly always.
+
+Rules of this room:
+
+- A token's keys and values are written once, by the graph, into the slot behind those of the token before. What the
+  graph sees is a view of the memory, [heads, slots], that begins with the oldest token still needed. So nothing that
+  was not written in this stream is ever read, and a reset has nothing to clear.
+- The view slides on through the memory as tokens are forgotten. Heads lie `slots` rows apart and slide together, each
+  into what the next one has left behind: for all heads together, only `spare_rows` more rows than one view are kept.
+  At the end of the memory, the window is copied back to its beginning, once in half a context.
+- Memory is taken from the system zeroed, and becomes resident only as it is written: short streams stay small.
+- How many frames a stream has seen is the caller's to remember. Told the same number again after a run that failed,
+  everything is as it was before that run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, and more memory
+LAZINESS = 32  # 1/32 of a context may lie unneeded in front of the window before the view slides: binding costs, too
+CACHE_WAY_VALUES = 1024  # rows of scores that lie so many float32 apart push each other out of the first-level cache
+CACHE_LINE_VALUES = 16
+
+
+@dataclass(frozen=True)
+class RingSpec:
+    """One transformer, as far as its keys and values go."""
+
+    number: int
+    first_layer: int
+    layers: int
+    heads: int
+    ring_dim: int
+    context_tokens: int
+    tokens_per_frame: int
+    angles: tuple[float, ...]  # by which the pairs of a token turn further than those of the token before
+
+    @property
+    def needed_tokens(self) -> int:
+        """How many tokens before its own a query can see."""
+        return self.context_tokens - 1
+
+    @property
+    def lazy_tokens(self) -> int:
+        return self.context_tokens // LAZINESS
+
+    @property
+    def slots(self) -> int:
+        """The longest that a view gets in one run."""
+        slots = self.needed_tokens + self.lazy_tokens + MAX_RUN_FRAMES * self.tokens_per_frame
+        return slots + CACHE_LINE_VALUES if slots % CACHE_WAY_VALUES == 0 else slots
+
+    @property
+    def spare_rows(self) -> int:
+        """How far the view slides through the memory."""
+        return self.context_tokens // 2 + self.lazy_tokens
+
+    @cached_property
+    def turns(self) -> NDArray[np.complex128]:
+        """RoPE of the tokens of one run, as if they were a stream's first: [tokens, ring_dim / 2]."""
+        tokens = np.arange(MAX_RUN_FRAMES * self.tokens_per_frame)
+        turns: NDArray[np.complex128] = np.exp(1j * np.outer(tokens, self.angles))
+        return turns
+
+
+class Rings:
+    """Keys and values of one transformer's layers. `binding` is told where they are."""
+
+    def __init__(self, spec: RingSpec, binding: Any, *, in_place: bool) -> None:
+        self._spec = spec
+        self._binding = binding
+        values = (spec.heads * spec.slots + spec.spare_rows) * spec.ring_dim
+        # Where the graph cannot write in place, it reads one memory and writes the other, by turns.
+        self._memories = [
+            [np.zeros(values, dtype=np.float32) for _ in range(2 * spec.layers)] for _ in range(1 if in_place else 2)
+        ]
+        layers = range(spec.first_layer, spec.first_layer + spec.layers)
+        self._names = [f"{kind}_{{}}{layer}" for layer in layers for kind in ("keys", "values")]
+        self._in_place = in_place
+        self._first_row = 0  # where in the memory the view begins
+        self._first_token = 0  # and with which token of the stream
+        self._cosines, self._sines = np.zeros((2, spec.slots, spec.ring_dim // 2), dtype=np.float32)
+        self._last, self._total = np.zeros((2, 1), dtype=np.int32)
+        for name in ("cosines", "sines", "last", "total"):
+            binding.bind_ortvalue_input(f"{name}_{spec.number}", _native(getattr(self, f"_{name}")))
+        self._bind()
+
+    def reset(self) -> None:
+        """The next token is a stream's first."""
+        self._first_token = 0
+        self._move_view(0)
+
+    def prepare(self, seen_frames: int, frames: int, position_frames: int) -> None:
+        """Make room for more frames behind those seen. The first of them stands at `position_frames`."""
+        per_frame = self._spec.tokens_per_frame
+        seen, tokens, position = seen_frames * per_frame, frames * per_frame, position_frames * per_frame
+        self._slide(seen)
+        held = seen - self._first_token
+        self._last[0], self._total[0] = held + tokens - 1, held + tokens
+        # Angles grow with the age of the stream. They are exact: integers times float32, in float64.
+        turns = self._spec.turns[:tokens] * np.exp(1j * position * np.asarray(self._spec.angles))
+        self._cosines[held : held + tokens], self._sines[held : held + tokens] = turns.real, turns.imag
+
+    def commit(self) -> None:
+        """The run succeeded."""
+        if not self._in_place:
+            self._memories.reverse()
+            self._first_row = 0
+            self._bind()
+
+    def window(self, seen_frames: int) -> Floats:
+        """A copy of what the next token can see, [2 * layers, heads, tokens, ring_dim]."""
+        seen = seen_frames * self._spec.tokens_per_frame
+        tokens = min(seen, self._spec.needed_tokens)
+        start = seen - tokens - self._first_token
+        views = [self._view(part, self._first_row) for part in self._memories[0]]
+        return np.stack([view[:, start : start + tokens] for view in views])
+
+    def restore(self, seen_frames: int, window: Floats) -> None:
+        """Go back to when `window` was taken, after `seen_frames`."""
+        tokens = window.shape[2]
+        self._first_token = seen_frames * self._spec.tokens_per_frame - tokens
+        self._move_view(0)
+        for part, values in zip(self._memories[0], window, strict=True):
+            self._view(part, 0)[:, :tokens] = values
+
+    def _slide(self, seen: int) -> None:
+        """Leave behind what no token sees any more, if it is enough to be worth it."""
+        unneeded = seen - self._spec.needed_tokens - self._first_token
+        if unneeded <= self._spec.lazy_tokens:
+            return
+        row = self._first_row + unneeded
+        if row > self._spec.spare_rows:
+            for part in self._memories[0]:
+                needed = self._view(part, self._first_row)[:, unneeded : unneeded + self._spec.needed_tokens]
+                self._view(part, 0)[:, : self._spec.needed_tokens] = needed.copy()
+            row = 0
+        self._first_token += unneeded
+        self._move_view(row)
+
+    def _move_view(self, row: int) -> None:
+        if row != self._first_row:
+            self._first_row = row
+            self._bind()
+
+    def _bind(self) -> None:
+        """Tell the binding where the view lies. The outputs lie there too, or else in the other memory."""
+        inputs = self._natives(self._memories[0], self._first_row)
+        outputs = inputs if self._in_place else self._natives(self._memories[1], 0)
+        for name, source, target in zip(self._names, inputs, outputs, strict=True):
+            self._binding.bind_ortvalue_input(name.format(""), source)
+            self._binding.bind_ortvalue_output(name.format("out_"), target)
+
+    def _natives(self, memory: Sequence[Floats], row: int) -> list[Any]:
+        return [_native(self._view(part, row)[np.newaxis]) for part in memory]
+
+    def _view(self, part: Floats, row: int) -> Floats:
+        """[heads, slots, ring_dim] from a row of the memory on."""
+        spec = self._spec
+        values = spec.heads * spec.slots * spec.ring_dim
+        return part[row * spec.ring_dim :][:values].reshape(spec.heads, spec.slots, spec.ring_dim)
+
+
+def _native(array: NDArray[Any]) -> Any:
+    """The array's own memory as onnxruntime takes it."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
