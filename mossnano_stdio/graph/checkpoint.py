@@ -117,9 +117,7 @@ def _modules(side: str, configs: tuple[ModuleConfig, ...], tensors: _Tensors) ->
 def _transformer(prefix: str, config: TransformerConfig, tensors: _Tensors) -> TransformerWeights:
     return TransformerWeights(
         input_proj=tensors.take(f"{prefix}.input_proj.weight", config.model, config.inputs),
-        layers=tuple(
-            _layer(f"{prefix}.transformer.layers.{layer}", config, tensors) for layer in range(config.layers)
-        ),
+        layers=tuple(_layer(f"{prefix}.transformer.layers.{layer}", config, tensors) for layer in range(config.layers)),
         output_proj=tensors.take(f"{prefix}.output_proj.weight", config.outputs, config.model),
         heads=config.heads,
         context=config.context,
@@ -239,7 +237,5 @@ def _weight_map(index_path: Path) -> dict[str, str]:
         raise BundleError(f"{index_path}: weight_map must be an object that gives each tensor's file")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise BundleError(
-                f"{index_path}: {name} is placed in {shard!r}; a file name in the same folder is needed"
-            )
+            raise BundleError(f"{index_path}: {name} is placed in {shard!r}; a file name in the same folder is needed")
     return weight_map

@@ -169,9 +169,7 @@ def _encoder_modules(top: _Section, codec: CodecFormat) -> tuple[ModuleConfig, .
         module = _module(section, tokens, codec)
         if isinstance(module, PatchStep):
             if tokens % module.patch:
-                raise BundleError(
-                    f"{section.where}: patch_size {module.patch} does not divide {tokens} tokens a frame"
-                )
+                raise BundleError(f"{section.where}: patch_size {module.patch} does not divide {tokens} tokens a frame")
             tokens //= module.patch
         modules.append(module)
     return tuple(modules)

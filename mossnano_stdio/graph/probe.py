@@ -16,7 +16,7 @@ import numpy as np
 
 import mossnano_stdio
 from mossnano_stdio.graph.builder import Dimension, GraphBuilder
-from mossnano_stdio.graph.fast import Slots, attend
+from mossnano_stdio.graph.stack import Slots, attend
 
 PROBE_PATH = Path(mossnano_stdio.__file__).parent / "codec" / "attention_probe.onnx"
 
