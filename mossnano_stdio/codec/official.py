@@ -2,48 +2,29 @@
 
 Rules of this room:
 
-- A decoder's state is one DecoderState. It is born in `DecoderState.initial` and nowhere else, each tensor goes by its
-  name from the output that gave it to the input that takes it, and a new state replaces the old one as a whole, after
-  every run of a step succeeded. So a step that fails leaves the decoder where it was.
-- Arrays in a state are never written to: a snapshot is the state itself.
+- A decoder's state is one StreamState, and a new one replaces the old one after every run of a step succeeded. So a
+  step that fails leaves the decoder where it was.
 - Many decoders share one OfficialRuntime. Each belongs to one thread at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.bundle import Bundle, StateSpec
+from mossnano_stdio.bundle import Bundle
 from mossnano_stdio.codec.contract import check_audio, check_codes, check_decode_contract, codes_feed, joined
 from mossnano_stdio.codec.memory import attention_bytes, check_fits
-from mossnano_stdio.codec.runtime import Array, Engine, open_session
+from mossnano_stdio.codec.runtime import Engine, open_session
+from mossnano_stdio.codec.state import StreamState
 from mossnano_stdio.layout import CodecFormat, Codes
 
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, not less
 ALWAYS_FITTING_FRAMES = 25  # two seconds as a whole need 64 MB of the official weights
-
-
-@dataclass(frozen=True)
-class DecoderState:
-    """Everything a stream has left behind: each state tensor by the name of the input that takes it."""
-
-    tensors: Mapping[str, Array]
-    next_frame: int  # counted from where the stream began
-
-    @classmethod
-    def initial(cls, states: tuple[StateSpec, ...]) -> DecoderState:
-        return cls({state.input_name: state.initial_value() for state in states}, next_frame=0)
-
-    def starting_at(self, frame: int, tokens_per_frame: Mapping[str, int]) -> DecoderState:
-        """The same, with the counters of tokens as they are after `frame` frames."""
-        counters = {name: np.full_like(self.tensors[name], frame * tokens) for name, tokens in tokens_per_frame.items()}
-        return DecoderState({**self.tensors, **counters}, next_frame=frame)
 
 
 class OfficialRuntime:
@@ -65,6 +46,13 @@ class OfficialRuntime:
         return StreamDecoder(self)
 
     @cached_property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        tokens_per_frame = self.tokens_per_frame
+        return tuple(
+            math.ceil(cache.context_tokens / tokens_per_frame[cache.offset_input_name]) for cache in self.bundle.caches
+        )
+
+    @cached_property
     def tokens_per_frame(self) -> dict[str, int]:
         """By the name of each counter's input: what one frame adds to it, found by decoding one."""
         decoder = self.new_decoder()
@@ -80,7 +68,7 @@ class StreamDecoder:
 
     def __init__(self, runtime: OfficialRuntime) -> None:
         self.runtime = runtime
-        self._state = DecoderState.initial(runtime.states)
+        self._state = StreamState.initial(runtime.states)
         self._names = [*runtime.session.graph.output_names, *(state.output_name for state in runtime.states)]
 
     @property
@@ -108,22 +96,21 @@ class StreamDecoder:
 
     def reset(self, start_frame: int = 0) -> None:
         """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
-        state = DecoderState.initial(self.runtime.states)
+        state = StreamState.initial(self.runtime.states)
         self._state = state.starting_at(start_frame, self.runtime.tokens_per_frame) if start_frame else state
 
-    def snapshot(self) -> DecoderState:
+    def snapshot(self) -> StreamState:
         return self._state
 
-    def restore(self, state: DecoderState) -> None:
+    def restore(self, state: StreamState) -> None:
         self._state = state
 
-    def _run(self, codes: Codes, state: DecoderState) -> tuple[NDArray[np.float32], DecoderState]:
+    def _run(self, codes: Codes, state: StreamState) -> tuple[NDArray[np.float32], StreamState]:
         session = self.runtime.session
         feed = {**codes_feed(session, codes), **state.tensors}
         audio, lengths, *tensors = session.run(self._names, feed)
         check_audio(session, audio, lengths, len(codes), self.format)
-        names = (spec.input_name for spec in self.runtime.states)
-        return audio[0].T, DecoderState(dict(zip(names, tensors, strict=True)), state.next_frame + len(codes))
+        return audio[0].T, state.after(tensors, self.runtime.states, len(codes))
 
 
 class FullDecoder:

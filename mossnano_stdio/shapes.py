@@ -1,0 +1,114 @@
+"""How arrays of codes and of audio are read when they come from a caller, in whatever order their axes lie.
+
+The quantizers' axis of an array is as long as the weights have quantizers, or as long as `num_quantizers` asks for.
+It is the first axis or the last one:
+
+    (quantizers, frames) or (frames, quantizers)
+    (quantizers, batch, frames) or (batch, frames, quantizers)
+
+Where both ends fit, the first axis is taken, the canonical order; except that, where `num_quantizers` is less than the
+whole length of one end only, that end is taken: whoever asks for a prefix has more than the prefix.
+
+Rules of this room:
+
+- An array is read in one way or refused. Whatever is wrong with it is a ValueError that says what was found.
+- Inside, codes of a batch are (quantizers, batch, frames), and audio is float32 [samples, channels].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.layout import Codes
+
+MONO, STEREO = 1, 2
+
+
+def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
+    """How many quantizers are asked for; None: all.
+
+    >>> checked_quantizers(None, 16), checked_quantizers(8, 16)
+    (16, 8)
+    """
+    if num_quantizers is None:
+        return quantizers
+    is_whole = isinstance(num_quantizers, int | np.integer) and not isinstance(num_quantizers, bool)
+    if not is_whole or not 1 <= num_quantizers <= quantizers:
+        raise ValueError(f"num_quantizers is {num_quantizers!r}, allowed is a whole number from 1 to {quantizers}")
+    return int(num_quantizers)
+
+
+def normalised_codes(codes: Any, quantizers: int, codebook_size: int, num_quantizers: int | None = None) -> Codes:
+    """Codes in any order -> (num_quantizers, batch, frames), a prefix where one is asked for.
+
+    >>> normalised_codes(np.zeros((16, 30), int), 16, 1024).shape
+    (16, 1, 30)
+    >>> normalised_codes(np.zeros((30, 16), int), 16, 1024, num_quantizers=8).shape
+    (8, 1, 30)
+    >>> normalised_codes(np.zeros((4, 30, 16), int), 16, 1024).shape
+    (16, 4, 30)
+    """
+    wanted = checked_quantizers(num_quantizers, quantizers)
+    array = integer_array(codes, "codes")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"codes have {array.ndim} axes, allowed are 2 or 3: (quantizers, frames) or with a batch")
+    if not array.size:
+        raise ValueError(f"codes are empty: their shape is {array.shape}")
+    if _quantizers_come_first(array.shape, quantizers, wanted):
+        ordered = array if array.ndim == 3 else array[:, np.newaxis]
+    else:
+        ordered = np.moveaxis(array if array.ndim == 3 else array[np.newaxis], 2, 0)
+    _check_range(array, codebook_size)
+    return ordered[:wanted].astype(np.uint16)
+
+
+def integer_array(values: Any, name: str) -> NDArray[np.integer]:
+    """An array of integers, from whatever numpy takes for one."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} are ragged: their rows differ in length ({error})") from None
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} are {array.dtype}, allowed are integers")
+    return array
+
+
+def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
+    """float [channels, samples], or [samples] of one channel -> float32 [samples, channels]; mono goes to all.
+
+    >>> normalised_wave(np.zeros(480), channels=2).shape
+    (480, 2)
+    """
+    array = np.asarray(wave)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"the wave is {array.dtype}, allowed are floats, full scale being 1")
+    if array.ndim == 1:
+        array = array[np.newaxis]
+    if array.ndim != 2 or array.shape[0] not in (MONO, channels):
+        raise ValueError(f"the wave is {array.shape}, allowed are ({channels}, samples), (1, samples) and (samples,)")
+    if not np.isfinite(array).all():
+        raise ValueError("the wave holds NaN or infinity, allowed are finite numbers")
+    planar = np.broadcast_to(array, (channels, array.shape[1]))
+    return np.ascontiguousarray(planar.T, dtype=np.float32)
+
+
+def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int) -> bool:
+    first, last = shape[0], shape[-1]
+    fits_first, fits_last = first in (wanted, quantizers), last in (wanted, quantizers)
+    if not (fits_first or fits_last):
+        allowed = f"{quantizers}" if wanted == quantizers else f"{wanted} or {quantizers}"
+        few = f"; for codes of fewer quantizers give num_quantizers={first}" if first < quantizers else ""
+        raise ValueError(f"codes are {shape}: neither the first nor the last axis has {allowed} quantizers{few}")
+    if fits_first and fits_last and wanted < max(first, last):
+        return first >= last  # the prefix is taken from the longer end; from the first, where both are as long
+    return fits_first
+
+
+def _check_range(codes: NDArray[np.integer], codebook_size: int) -> None:
+    least, most = int(codes.min()), int(codes.max())
+    if least < 0 or most >= codebook_size:
+        wrong = least if least < 0 else most
+        raise ValueError(f"codes hold {wrong}, allowed are 0 to {codebook_size - 1}")
