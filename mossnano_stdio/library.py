@@ -1,0 +1,366 @@
+"""`mossnano_stdio.Codec`: the codec for those who import it.
+
+Rules of this room:
+
+- Arrays of codes come in any sensible order (shapes.py has the rule). What leaves has one order: codes are
+  [quantizers, frames], audio is float32 [channels, samples], with the batch in front where there is more than one.
+- An argument that makes no sense is a ValueError that says which and why. What is wrong with weights, with a file, or
+  with a run, is a MossnanoError.
+- A Codec has no stream. Every call steps a decoder of its own over the graph that all share, so calls may come from
+  any number of threads. No call's memory grows with the length of what it decodes, but for the result.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.bundle import Bundle, find_weights, load_bundle
+from mossnano_stdio.codec import GraphName, Runtime, StreamDecoder, load_runtime, seek
+from mossnano_stdio.container import Artifact, ArtifactHeader, build_artifact, load_artifact
+from mossnano_stdio.errors import BundleError
+from mossnano_stdio.files import open_input, open_output
+from mossnano_stdio.layout import CodecFormat, Codes, to_frame_major, to_quantizer_major
+from mossnano_stdio.shapes import checked_quantizers, integer_array, normalised_codes
+
+Audio = NDArray[np.float32]
+
+STEP_FRAMES = 8  # of decoding what is there as a whole
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedAudio(ArtifactHeader):
+    """A recording as codes, [quantizers, frames], and what the header of its file says.
+
+    >>> encoded = EncodedAudio(48000, 2, 5000, 16, 2, 1024, codes=np.zeros((16, 2), np.uint16))
+    >>> encoded.original_samples, encoded.duration_seconds, encoded.artifact.codes.shape
+    (5000, 0.10416666666666667, (2, 16))
+    """
+
+    codes: Codes
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        return cls(
+            sample_rate=artifact.sample_rate,
+            channels=artifact.channels,
+            original_samples=artifact.original_samples,
+            quantizers=artifact.quantizers,
+            frames=artifact.frames,
+            codebook_size=artifact.codebook_size,
+            codes=to_quantizer_major(artifact.codes),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """A `.mossnano` file."""
+        with open_input(path) as file:
+            return cls.of(load_artifact(file, str(path)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the `.mossnano` file."""
+        with open_output(path) as file:
+            file.write(build_artifact(self.artifact))
+
+    @property
+    def artifact(self) -> Artifact:
+        """The same, frame by frame, as the rest of this package has it."""
+        return Artifact(
+            sample_rate=self.sample_rate,
+            channels=self.channels,
+            original_samples=self.original_samples,
+            quantizers=self.quantizers,
+            frames=self.frames,
+            codebook_size=self.codebook_size,
+            codes=to_frame_major(self.codes),
+        )
+
+
+class Codec:
+    """The codec, loaded. Use it as a context manager, or `close` it.
+
+    >>> with Codec.load("demo") as codec:
+    ...     codes = np.zeros((codec.quantizers, 25), dtype=np.uint16)
+    ...     codec.decode(codes).shape
+    (2, 96000)
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
+        self.bundle = bundle
+        self._maybe_runtime: Runtime | None = runtime
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | os.PathLike[str] | None = None,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        graph: GraphName | None = None,
+    ) -> Self:
+        """Load `weights`: a folder, "demo", or None for the places that `mossnano fetch` writes to."""
+        bundle = load_bundle(find_weights(None if weights is None else os.fspath(weights)))
+        return cls(bundle, load_runtime(bundle, provider=provider, threads=threads, graph=graph))
+
+    def close(self) -> None:
+        """Let go of the graphs. Calls that are under way finish."""
+        self._maybe_runtime = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what it is -----------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> CodecFormat:
+        return self.bundle.format
+
+    @property
+    def sample_rate(self) -> int:
+        return self.format.sample_rate
+
+    @property
+    def channels(self) -> int:
+        return self.format.channels
+
+    @property
+    def quantizers(self) -> int:
+        return self.format.quantizers
+
+    @property
+    def codebook_size(self) -> int:
+        return self.format.codebook_size
+
+    @property
+    def frame_samples(self) -> int:
+        return self.format.frame_samples
+
+    @property
+    def context_seconds(self) -> float:
+        """How far the layer that looks back furthest does; the longest `chunk_duration`."""
+        return self._seconds(max(self._runtime.layer_context_frames))
+
+    @property
+    def warm_up_seconds(self) -> float:
+        """How far back all layers together look: what decoding from the middle has to begin with."""
+        return self._seconds(sum(self._runtime.layer_context_frames))
+
+    # --- decoding -------------------------------------------------------------------------------------------------
+
+    def decode(self, codes: Any, num_quantizers: int | None = None, chunk_duration: float | None = None) -> Audio:
+        """Codes -> float32 [channels, samples]; for a batch of B > 1, [B, channels, samples].
+
+        `codes`: integers (quantizers, frames) or (frames, quantizers), with a batch (quantizers, B, frames) or
+        (B, frames, quantizers); or an EncodedAudio, which comes back as long as the recording was.
+        `num_quantizers`: decode only the first so many.
+        `chunk_duration`: seconds decoded at a time. The result is the same.
+
+        >>> with Codec.load("demo") as codec:
+        ...     codec.decode(np.zeros((25, 16), int)).shape, codec.decode(np.zeros((3, 25, 16), int)).shape
+        ((2, 96000), (3, 2, 96000))
+        """
+        batch = self._batch(codes, num_quantizers)
+        step_frames = self._step_frames(chunk_duration, batch.shape[1])
+        runtime = self._runtime
+        decoded = [self._decoded(runtime.new_decoder(), item, step_frames) for item in _frame_major_items(batch)]
+        audio = decoded[0] if len(decoded) == 1 else np.stack(decoded)
+        return audio[..., : _original_samples(codes)]
+
+    def batch_decode(self, codes_list: Iterable[Any], num_quantizers: int | None = None) -> list[Audio]:
+        """Decode one after the other; each may have another length, none may be a batch itself.
+
+        >>> with Codec.load("demo") as codec:
+        ...     [audio.shape for audio in codec.batch_decode([np.zeros((16, 3), int), np.zeros((16, 5), int)])]
+        [(2, 11520), (2, 19200)]
+        """
+        entries = list(codes_list)
+        for number, entry in enumerate(entries):
+            self._single(entry, num_quantizers, f"entry {number}")  # all are looked at before the first is decoded
+        return [self.decode(entry, num_quantizers) for entry in entries]
+
+    def streaming_decode(self, codes: Any, chunk_frames: int = 1, num_quantizers: int | None = None) -> Iterator[Audio]:
+        """Decode bit by bit: a generator of float32 [channels, samples], `chunk_frames` frames each but for the last.
+
+        `codes`: an array as `decode` takes it, or anything that gives one frame of codes after the other, for as long
+        as it likes. Closing the generator is all that is needed to stop half way.
+
+        >>> with Codec.load("demo") as codec:
+        ...     [audio.shape for audio in codec.streaming_decode(np.zeros((16, 5), int), chunk_frames=2)]
+        [(2, 7680), (2, 7680), (2, 3840)]
+        """
+        if isinstance(chunk_frames, bool) or not isinstance(chunk_frames, int) or chunk_frames < 1:
+            raise ValueError(f"chunk_frames is {chunk_frames!r}, allowed is a whole number from 1")
+        if _is_whole(codes):
+            frames: Iterable[Codes] = self._single(codes, num_quantizers, "codes")
+        else:
+            wanted = self._wanted_quantizers(num_quantizers)
+            frames = (self._frame(frame, wanted, number) for number, frame in enumerate(codes))
+        return self._stream(self._runtime.new_decoder(), frames, chunk_frames)
+
+    def decode_range(
+        self,
+        codes: Any,
+        start: float,
+        duration: float | None = None,
+        *,
+        warm_up: float | None = None,
+        num_quantizers: int | None = None,
+    ) -> Audio:
+        """Decode `duration` seconds (None: all that is left) from `start` seconds on: float32 [channels, samples].
+
+        The frames before it are decoded, too, for what they leave behind: `warm_up` seconds of them, by default as
+        many as it takes to be within one 16-bit step of a decode from the start (`warm_up_seconds`).
+
+        >>> with Codec.load("demo") as codec:
+        ...     codec.decode_range(np.zeros((16, 50), int), start=1.0, duration=0.5).shape
+        (2, 24000)
+        """
+        frames = self._single(codes, num_quantizers, "codes")
+        maybe_samples = _original_samples(codes)
+        total_samples = len(frames) * self.frame_samples if maybe_samples is None else maybe_samples
+        samples = self._range_samples(start, duration, total_samples)
+        first_frame = samples.start // self.frame_samples
+        end_frame = math.ceil(samples.stop / self.frame_samples)
+        decoder = self._runtime.new_decoder()
+        seek(decoder, frames, first_frame, self._warm_up_frames(warm_up))
+        audio = self._decoded(decoder, frames[first_frame:end_frame], STEP_FRAMES)
+        skipped = samples.start - first_frame * self.frame_samples
+        return audio[:, skipped : skipped + len(samples)]
+
+    # --- how ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _runtime(self) -> Runtime:
+        runtime = self._maybe_runtime
+        if runtime is None:
+            raise ValueError("this Codec is closed")
+        return runtime
+
+    def _batch(self, codes: Any, num_quantizers: int | None) -> Codes:
+        """(num_quantizers, batch, frames), whatever came in."""
+        if isinstance(codes, ArtifactHeader):
+            codes.check_fits(self.format, self._runtime.decodes_prefix)
+            wanted = checked_quantizers(num_quantizers, codes.quantizers)
+            return _quantizer_major(codes)[: self._wanted_quantizers(wanted), np.newaxis]
+        wanted = self._wanted_quantizers(num_quantizers)
+        return normalised_codes(codes, self.quantizers, self.codebook_size, wanted)
+
+    def _single(self, codes: Any, num_quantizers: int | None, name: str) -> Codes:
+        """[frames, num_quantizers] of one stream."""
+        batch = self._batch(codes, num_quantizers)
+        if batch.shape[1] > 1:
+            raise ValueError(f"{name}: a batch of {batch.shape[1]}, allowed is one stream")
+        return batch[:, 0].T
+
+    def _wanted_quantizers(self, num_quantizers: int | None) -> int:
+        wanted = checked_quantizers(num_quantizers, self.quantizers)
+        if wanted < self.quantizers and not self._runtime.decodes_prefix:
+            raise BundleError(
+                f"{self.bundle.folder}: its {self._runtime.graph_name} graph decodes all {self.quantizers} quantizers "
+                f"only; `mossnano build {self.bundle.folder} DIR` makes a graph that decodes any prefix"
+            )
+        return wanted
+
+    def _frame(self, frame: Any, wanted: int, number: int) -> Codes:
+        """One frame of an iterable, checked: [num_quantizers]."""
+        array = integer_array(frame, f"frame {number}")
+        if array.shape not in ((wanted,), (self.quantizers,)):
+            raise ValueError(f"frame {number} is {array.shape}, allowed is ({self.quantizers},)")
+        if array.min() < 0 or array.max() >= self.codebook_size:
+            raise ValueError(f"frame {number} holds {array.max()}, allowed are 0 to {self.codebook_size - 1}")
+        return array[:wanted].astype(np.uint16)
+
+    def _stream(self, decoder: StreamDecoder, frames: Iterable[Codes], chunk_frames: int) -> Iterator[Audio]:
+        chunk: list[Codes] = []
+        for frame in frames:
+            chunk.append(frame)
+            if len(chunk) == chunk_frames:
+                yield np.ascontiguousarray(decoder.step(np.stack(chunk)).T)
+                chunk.clear()
+        if chunk:
+            yield np.ascontiguousarray(decoder.step(np.stack(chunk)).T)
+
+    def _decoded(self, decoder: StreamDecoder, frames: Codes, step_frames: int) -> Audio:
+        """[frames, quantizers] -> [channels, samples], in steps that end in one array."""
+        audio = np.empty((self.channels, len(frames) * self.frame_samples), dtype=np.float32)
+        for first in range(0, len(frames), step_frames):
+            step = frames[first : first + step_frames]
+            start = first * self.frame_samples
+            audio[:, start : start + len(step) * self.frame_samples] = decoder.step(step).T
+        return audio
+
+    def _step_frames(self, chunk_duration: float | None, batch: int) -> int:
+        if chunk_duration is None:
+            return STEP_FRAMES
+        if batch > 1:
+            raise ValueError(f"chunk_duration is for one stream, the codes are a batch of {batch}")
+        return self._chunk_frames(chunk_duration)
+
+    def _chunk_frames(self, chunk_duration: float) -> int:
+        """Whole frames in `chunk_duration` seconds, within the context."""
+        if not 0 < chunk_duration <= self.context_seconds:
+            raise ValueError(f"chunk_duration is {chunk_duration}, allowed is above 0 and up to {self.context_seconds}")
+        samples = round(chunk_duration * self.sample_rate)
+        if samples % self.frame_samples or not math.isclose(samples, chunk_duration * self.sample_rate):
+            raise ValueError(
+                f"chunk_duration is {chunk_duration}, allowed are multiples of a frame, {self._seconds(1)} seconds"
+            )
+        return samples // self.frame_samples
+
+    def _range_samples(self, start: float, duration: float | None, total_samples: int) -> range:
+        total = total_samples / self.sample_rate
+        if not 0 <= start < total:
+            raise ValueError(f"start is {start}, allowed is 0 up to the end at {total} seconds")
+        if duration is not None and not 0 < duration < math.inf:
+            raise ValueError(f"duration is {duration}, allowed is any number of seconds above 0")
+        first = round(start * self.sample_rate)
+        last = total_samples if duration is None else round((start + duration) * self.sample_rate)
+        return range(first, min(last, total_samples))
+
+    def _warm_up_frames(self, warm_up: float | None) -> int:
+        if warm_up is None:
+            return sum(self._runtime.layer_context_frames)
+        if not 0 <= warm_up < math.inf:
+            raise ValueError(f"warm_up is {warm_up}, allowed is any number of seconds from 0")
+        return math.ceil(warm_up * self.format.frames_per_second)
+
+    def _seconds(self, frames: int) -> float:
+        return frames * self.frame_samples / self.sample_rate
+
+
+def _frame_major_items(batch: Codes) -> Iterator[Codes]:
+    """(quantizers, batch, frames) -> each [frames, quantizers]."""
+    for number in range(batch.shape[1]):
+        yield batch[:, number].T
+
+
+def _is_whole(codes: Any) -> bool:
+    """Are all frames there? Whatever is no array and no recording gives one frame after the other."""
+    return isinstance(codes, list | tuple | ArtifactHeader) or hasattr(codes, "__array__")
+
+
+def _quantizer_major(recording: ArtifactHeader) -> Codes:
+    match recording:
+        case EncodedAudio():
+            return to_quantizer_major(recording.artifact.codes)  # which checks that they are what the header says
+        case Artifact():
+            return to_quantizer_major(recording.codes)
+    raise ValueError(f"codes are a {type(recording).__name__}, which holds none")
+
+
+def _original_samples(codes: Any) -> int | None:
+    return codes.original_samples if isinstance(codes, ArtifactHeader) else None
