@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from mossnano_stdio.bundle import Bundle
 from mossnano_stdio.codec.runtime import PROVIDERS, Engine, default_threads
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.renderer import Decoder
 
 if TYPE_CHECKING:
@@ -33,11 +33,14 @@ __all__ = [
     "load_full_decoder",
     "load_full_encoder",
     "load_runtime",
+    "seek",
 ]
 
 log = logging.getLogger("mossnano")
 
 GraphName = Literal["official", "fast"]
+
+WARM_UP_STEP_FRAMES = 8
 
 
 class StreamDecoder(Decoder, Protocol):
@@ -71,6 +74,10 @@ class Runtime(Protocol):
     @property
     def decodes_prefix(self) -> bool: ...
 
+    @property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        """How far each layer looks back."""
+
     def new_decoder(self) -> StreamDecoder:
         """A stream of its own, at its start."""
 
@@ -98,6 +105,18 @@ def load_runtime(
         except UnfitRuntimeError as error:
             log.warning("%s; the official graph runs instead", error)
     return OfficialRuntime(bundle, engine)
+
+
+def seek(decoder: StreamDecoder, codes: Codes, start_frame: int, warm_up_frames: int) -> None:
+    """Bring a decoder to `start_frame` of a stream by decoding only the last `warm_up_frames` before it.
+
+    What lies further back is missing from the caches. The sum of a runtime's `layer_context_frames` is enough to lose
+    nothing that could be heard: each layer looks back from where the one after it does.
+    """
+    begin = max(0, start_frame - warm_up_frames)
+    decoder.reset(begin)
+    for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
+        decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])
 
 
 def load_decoder(
