@@ -91,8 +91,9 @@ def load_runtime(
     spin: bool = False,
 ) -> Runtime:
     """Load what decodes: by default the fast graph where the bundle has it, else the official one."""
-    from mossnano_stdio.codec.fast import FastRuntime, UnfitRuntimeError
+    from mossnano_stdio.codec.fast import FastRuntime
     from mossnano_stdio.codec.official import OfficialRuntime
+    from mossnano_stdio.codec.stack import UnfitRuntimeError
 
     engine = Engine.of(provider, threads, spin)
     if graph == "fast":
