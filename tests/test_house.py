@@ -26,8 +26,8 @@ PACKAGE = ROOT / "mossnano_stdio"
 
 # A room imports from lower layers only, never from its own.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "layout", "facts", "logs", "digest", "pinned", "initializers", "shapes"}),
-    frozenset({"bits", "pcm", "schedule", "protocol", "files", "backlog", "entry"}),
+    frozenset({"errors", "layout", "facts", "logs", "digest", "pinned", "initializers"}),
+    frozenset({"shapes", "bits", "pcm", "schedule", "protocol", "files", "backlog", "entry"}),
     frozenset({"container", "bundle", "renderer", "recorder", "codefiles", "comparison", "inbox", "options"}),
     frozenset({"codec", "session", "playback", "tally", "metrics", "fetch"}),
     frozenset({"stdio", "library", "client", "sources", "outputs"}),
@@ -56,7 +56,8 @@ ONLY_IN = {
     "msvcrt": {"stdio", "client"},
     "subprocess": {"client", "conformance"},
     # stdio and client start threads; inbox is what stdio's threads meet at; playback waits for a device's own thread;
-    # codec hashes weights while they load; library may be called by many; `play` shows its progress; conformance has a watchdog.
+    # codec hashes weights while they load; library may be called by many; `play` shows its progress; conformance has
+    # a watchdog.
     "threading": {"stdio", "client", "inbox", "playback", "codec", "library", "tools", "conformance"},
     "asyncio": set(),
     "multiprocessing": set(),

@@ -314,9 +314,9 @@ class Conversation(ABC):
 
     def _count(self, frames: int, samples: int) -> None:
         """The open stream has come so much further."""
-        if self._maybe_open is not None:
-            self._maybe_open.frames += frames
-            self._maybe_open.samples += samples
+        assert self._maybe_open is not None, "a chunk came of no stream"
+        self._maybe_open.frames += frames
+        self._maybe_open.samples += samples
 
     def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: Any) -> Message:
         return json_message(

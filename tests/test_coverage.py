@@ -1,0 +1,35 @@
+"""Every branch of what reads bytes of strangers is taken by these rooms' own tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("test_protocol.py", "test_container.py", "test_session.py", "test_encode_session.py", "test_session_asked.py")
+ROOMS = ("protocol.py", "container.py", "session")
+
+
+def test_all_branches_of_protocol_container_and_session(tmp_path: Path) -> None:
+    data_file, report = tmp_path / "coverage", tmp_path / "report.json"
+    arguments = ["-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *(f"tests/{name}" for name in TESTS)]
+    run_coverage("run", f"--data-file={data_file}", "-m", "pytest", *arguments)
+    run_coverage("json", f"--data-file={data_file}", "-o", str(report))
+    files = json.loads(report.read_text())["files"]
+    seen = set()
+    gaps = []
+    for name, facts in files.items():
+        room = Path(name).parts[1]
+        if room in ROOMS:
+            seen.add(room)
+            gaps += [f"{name}: line {line}" for line in facts["missing_lines"]]
+            gaps += [f"{name}: branch {start} -> {end}" for start, end in facts["missing_branches"]]
+    assert seen == set(ROOMS)
+    assert not gaps
+
+
+def run_coverage(*arguments: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "coverage", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
