@@ -16,6 +16,7 @@ from mossnano_stdio.bundle import Bundle
 from mossnano_stdio.codec.runtime import PROVIDERS, Engine, default_threads
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.layout import CodecFormat, Codes
+from mossnano_stdio.recorder import Encoder
 from mossnano_stdio.renderer import Decoder
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROVIDERS",
+    "EncoderRuntime",
     "Engine",
     "GraphName",
     "Runtime",
     "StreamDecoder",
     "default_threads",
     "load_decoder",
+    "load_encoder_runtime",
     "load_full_decoder",
     "load_full_encoder",
     "load_runtime",
@@ -82,6 +85,22 @@ class Runtime(Protocol):
         """A stream of its own, at its start."""
 
 
+class EncoderRuntime(Protocol):
+    """A loaded streaming encoder, shared by all encoders over it."""
+
+    bundle: Bundle
+    engine: Engine
+    format: CodecFormat
+    precision: str
+
+    @property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        """How far each layer looks back."""
+
+    def new_encoder(self) -> Encoder:
+        """A stream of its own, at its start."""
+
+
 def load_runtime(
     bundle: Bundle,
     *,
@@ -130,6 +149,15 @@ def load_decoder(
 ) -> StreamDecoder:
     """A decoder with a runtime of its own, for whoever needs only one."""
     return load_runtime(bundle, provider=provider, threads=threads, graph=graph, spin=spin).new_decoder()
+
+
+def load_encoder_runtime(
+    bundle: Bundle, *, provider: str = "cpu", threads: int | None = None, spin: bool = False
+) -> EncoderRuntime:
+    """Load what encodes frame after frame; no official bundle has that, `mossnano build` makes it."""
+    from mossnano_stdio.codec.encoder import StreamEncoderRuntime
+
+    return StreamEncoderRuntime(bundle, Engine.of(provider, threads, spin))
 
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:

@@ -1,15 +1,17 @@
-"""The official `encode` graph: a whole recording at once.
+"""Encoders: our own `encode_step`, frame after frame, and the official `encode`, a whole recording at once.
 
 Rules of this room:
 
-- Audio comes as float32 [samples, channels], codes leave as [frames, quantizers]. A last frame that is not full is
-  filled up with silence, so that nothing of the recording is lost; how long it was is the caller's to remember.
+- Audio comes as float32 [samples, channels], codes leave as [frames, quantizers].
+- A streaming encoder takes whole frames. A whole recording may end inside a frame, which is filled up with silence, so
+  that nothing is lost; how long it was is the caller's to remember.
 - A graph is trusted no further than it was checked, as in contract.py.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,74 @@ from mossnano_stdio.codec.contract import FLOAT32, INT32
 from mossnano_stdio.codec.memory import attention_bytes, check_fits
 from mossnano_stdio.codec.official import ALWAYS_FITTING_FRAMES, OfficialRuntime
 from mossnano_stdio.codec.runtime import Array, Engine, TensorSpec, check_contract, open_session
-from mossnano_stdio.errors import DecodeError, UsageError
+from mossnano_stdio.codec.stack import Stack
+from mossnano_stdio.errors import BundleError, DecodeError, UsageError
 from mossnano_stdio.layout import CodecFormat, Codes
+
+
+class StreamEncoderRuntime:
+    """A loaded `encode_step` (graph/encode_step.py has its contract), shared by the encoders that it makes."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        if not bundle.has_graph("encode_step"):
+            raise BundleError(f"{bundle.folder}: has no streaming encoder; `mossnano build` makes one")
+        self.bundle = bundle
+        self.engine = engine
+        self.format = bundle.format
+        graph = bundle.graph("encode_step")
+        self.path = graph.path
+        self.precision = graph.precision
+        self.stack = Stack(
+            graph,
+            engine,
+            inputs={"audio": TensorSpec((None, self.format.channels), FLOAT32)},
+            outputs={"codes": TensorSpec((None, self.format.quantizers), INT32)},
+        )
+
+    @property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        """How far each layer looks back."""
+        return self.stack.layer_context_frames
+
+    def new_encoder(self) -> StreamEncoder:
+        return StreamEncoder(self)
+
+
+class StreamEncoder:
+    """Samples in, frames out, chunk after chunk as if they came at once."""
+
+    def __init__(self, runtime: StreamEncoderRuntime) -> None:
+        self.runtime = runtime
+        self._stream = runtime.stack.open_stream()
+
+    @property
+    def format(self) -> CodecFormat:
+        return self.runtime.format
+
+    @property
+    def next_frame(self) -> int:
+        return self._stream.next_frame
+
+    def step(self, audio: NDArray[np.float32]) -> Codes:
+        """Whole frames of [samples, channels] -> [frames, quantizers]."""
+        check_audio_in(audio, self.format)
+        frame_samples = self.format.frame_samples
+        frames, rest = divmod(len(audio), frame_samples)
+        if rest:
+            raise UsageError(f"{len(audio)} samples, allowed are whole frames of {frame_samples}")
+        audio = np.ascontiguousarray(audio, dtype=np.float32)
+        codes = np.empty((frames, self.format.quantizers), dtype=np.int32)
+        self._stream.step(
+            frames,
+            lambda start, end: {"audio": audio[start * frame_samples : end * frame_samples]},
+            lambda start, end: {"codes": codes[start:end]},
+        )
+        check_codes_out(self.runtime.path, codes, self.format)
+        return codes.astype(np.uint16)
+
+    def reset(self) -> None:
+        """Forget everything: the next frame is the first of a stream."""
+        self._stream.reset()
 
 
 class FullEncoder:
@@ -70,17 +138,13 @@ class FullEncoder:
         return frame_major
 
     def _check_codes(self, codes: Array, lengths: Array, frames: int) -> None:
-        shape, codec = (1, frames, self.format.quantizers), self.format
+        shape = (1, frames, self.format.quantizers)
         if codes.shape != shape or lengths.tolist() != [frames]:
             raise DecodeError(
                 f"{self.session.graph.path}: {frames} frames of audio gave codes {list(codes.shape)} "
                 f"of length {lengths.tolist()}, {list(shape)} of length {[frames]} was due"
             )
-        if codes.min() < 0 or codes.max() >= codec.codebook_size:
-            raise DecodeError(
-                f"{self.session.graph.path}: gave codes from {codes.min()} to {codes.max()}, "
-                f"allowed are 0 to {codec.codebook_size - 1}"
-            )
+        check_codes_out(self.session.graph.path, codes, self.format)
 
     @cached_property
     def _tokens_per_frame(self) -> dict[str, int]:
@@ -92,6 +156,13 @@ def check_audio_in(audio: NDArray[np.float32], codec: CodecFormat) -> None:
         raise UsageError(f"audio is {list(audio.shape)}, allowed is [samples, {codec.channels}]")
     if not np.isfinite(audio).all():
         raise UsageError("audio holds NaN or infinity; allowed are finite numbers")
+
+
+def check_codes_out(path: Path, codes: Array, codec: CodecFormat) -> None:
+    if codes.size and (codes.min() < 0 or codes.max() >= codec.codebook_size):
+        raise DecodeError(
+            f"{path}: gave codes from {codes.min()} to {codes.max()}, allowed are 0 to {codec.codebook_size - 1}"
+        )
 
 
 def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.float32]:
