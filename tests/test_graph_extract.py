@@ -71,7 +71,7 @@ def test_any_number_of_heads(tmp_path: Path, heads: int) -> None:
     size = dataclasses.replace(SIZES["tiny"], heads=heads, layers=(1, 2, 1, 3))
     save_standin(tmp_path / "checkpoint", size, seed=4)
     weights = load_checkpoint(tmp_path / "checkpoint")
-    save_bundle(tmp_path / "bundle", weights, name="heads", checkpoint_name="heads")
+    save_bundle(tmp_path / "bundle", weights, name="heads", checkpoint_name="heads", trial=False)
     assert_same(extract_weights(load_bundle(tmp_path / "bundle")), weights)
 
 
@@ -222,7 +222,7 @@ def test_metadata_that_says_something_else(copy: Path) -> None:
 def test_encoder_of_another_model(copy: Path, tmp_path: Path) -> None:
     save_standin(tmp_path / "other", SIZES["tiny"], seed=5)
     other = load_checkpoint(tmp_path / "other")
-    save_bundle(tmp_path / "built", other, name="other", checkpoint_name="other")
+    save_bundle(tmp_path / "built", other, name="other", checkpoint_name="other", trial=False)
     for name in (ENCODE, contract.ENCODE_DATA):
         shutil.copy(tmp_path / "built" / name, copy / name)
     with pytest.raises(BundleError, match="different codebooks"):
@@ -264,5 +264,5 @@ def test_dimensions_of_any_kind(tmp_path: Path) -> None:
     )
     save_standin(tmp_path / "checkpoint", size, seed=6)
     weights = load_checkpoint(tmp_path / "checkpoint")
-    save_bundle(tmp_path / "bundle", weights, name="odd", checkpoint_name="odd")
+    save_bundle(tmp_path / "bundle", weights, name="odd", checkpoint_name="odd", trial=False)
     assert_same(extract_weights(load_bundle(tmp_path / "bundle")), weights)

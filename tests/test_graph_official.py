@@ -47,7 +47,7 @@ ODD = Size(
 def built(tiny_reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint as a bundle of our own making."""
     folder = tmp_path_factory.mktemp("built")
-    save_bundle(folder, load_checkpoint(tiny_reference), name="tiny", checkpoint_name="tiny")
+    save_bundle(folder, load_checkpoint(tiny_reference), name="tiny", checkpoint_name="tiny", trial=False)
     return folder
 
 
@@ -57,7 +57,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CodecWeights]:
     folder = tmp_path_factory.mktemp("odd")
     save_standin(folder / "checkpoint", ODD, seed=3)
     weights = load_checkpoint(folder / "checkpoint")
-    save_bundle(folder, weights, name="odd", checkpoint_name="odd")
+    save_bundle(folder, weights, name="odd", checkpoint_name="odd", trial=False)
     return folder, weights
 
 

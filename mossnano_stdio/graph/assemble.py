@@ -2,10 +2,11 @@
 
 Rules of this room:
 
-- Everything is written into a folder of its own within the target and moved from there when it is whole: what was
-  in the target before stays until then, and of a failed build nothing stays.
+- Everything is written into a folder of its own within the target and moved from there when it is whole and was
+  tried out. Of a failed build nothing stays, and what was there before does.
 - `mossnano.json` comes last. Until it is there, what an older one says about sizes and SHA-256 does not fit the new
   files, so a half-moved bundle is refused and never decoded.
+- Official files are never changed: built from a bundle, our graphs land beside its files, or beside copies of them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mossnano_stdio import pinned
-from mossnano_stdio.bundle import SIDECAR_NAME, Sidecar, record_files, save_sidecar
+from mossnano_stdio.bundle import SIDECAR_NAME, Bundle, Sidecar, SidecarGraph, load_bundle, record_files, save_sidecar
 from mossnano_stdio.errors import OutputError
 from mossnano_stdio.graph import contract, official
 from mossnano_stdio.graph.builder import save_graphs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
+from mossnano_stdio.graph.encode_step import save_encode_step
+from mossnano_stdio.graph.extract import extract_weights
+from mossnano_stdio.graph.fast import save_fast_graph
 from mossnano_stdio.graph.standin import SIZES, save_standin
+from mossnano_stdio.graph.trial import try_decoder
 from mossnano_stdio.graph.weights import CodecWeights
 
 PUBLISHED_CHECKPOINT_NAME = pinned.CHECKPOINT.repository.rpartition("/")[2]
@@ -35,21 +41,51 @@ def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
     save_bundle(folder, load_checkpoint(checkpoint), name=name, checkpoint_name=name)
 
 
-def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str) -> None:
-    """Build all graphs into `folder`: the official contract, our own, metadata and `mossnano.json`."""
+def build_from_bundle(source: Path, folder: Path) -> None:
+    """Our own graphs into `folder`, their weights taken out of the official graphs in `source`; it may be the same."""
+    bundle = load_bundle(source)
+    weights = extract_weights(bundle)
+    with staged(folder) as stage:
+        beside = folder.samefile(source)
+        if not beside:
+            _copy_official_files(bundle, stage)
+        graphs = _save_own_graphs(stage, weights)
+        sidecar = replace(
+            bundle.sidecar,
+            codebook_size=weights.format.codebook_size,
+            graphs={**bundle.sidecar.graphs, **graphs},
+            files={**bundle.sidecar.files, **record_files(stage, _files_of(graphs))},
+        )
+        save_sidecar(stage, sidecar)
+        shutil.copyfile(bundle.folder / contract.METADATA_NAME, stage / contract.METADATA_NAME)
+        try_decoder(bundle, load_bundle(stage))
+        if beside:
+            (stage / contract.METADATA_NAME).unlink()
+
+
+def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str, trial: bool = True) -> None:
+    """All graphs into `folder`: those of the official contract, our own, metadata and `mossnano.json`.
+
+    Without a trial they are kept unheard, for who tries them anyway.
+    """
     with staged(folder) as stage:
         names = _save_official_graphs(stage, weights)
         metadata = contract.metadata(weights, checkpoint_name)
         (stage / contract.METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        graphs = _save_own_graphs(stage, weights)
         sidecar = Sidecar(
             name=name,
             codebook_size=weights.format.codebook_size,
-            files=record_files(stage, [*names, contract.METADATA_NAME]),
+            graphs=graphs,
+            files=record_files(stage, [*names, contract.METADATA_NAME, *_files_of(graphs)]),
         )
         save_sidecar(stage, sidecar)
+        if trial:
+            built = load_bundle(stage)
+            try_decoder(built, built)
 
 
-def build_standin(folder: Path, size: str, seed: int) -> None:
+def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
     """Make up a stand-in: its checkpoint in `folder`/checkpoint, and the bundle built from that in `folder`."""
     checkpoint = folder / "checkpoint"
     with staged(checkpoint) as stage:
@@ -59,6 +95,7 @@ def build_standin(folder: Path, size: str, seed: int) -> None:
         load_checkpoint(checkpoint),
         name=f"{size} stand-in, seed {seed}",
         checkpoint_name=PUBLISHED_CHECKPOINT_NAME,
+        trial=trial,
     )
 
 
@@ -89,3 +126,21 @@ def _save_official_graphs(folder: Path, weights: CodecWeights) -> list[str]:
     if maybe_encoder is not None:
         names += save_graphs(folder, {contract.ENCODE_FILE: official.encode(maybe_encoder)}, contract.ENCODE_DATA)
     return names
+
+
+def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, SidecarGraph]:
+    graphs = {"fast": save_fast_graph(folder, weights.decoder)}
+    if weights.maybe_encoder is not None:
+        graphs["encode_step"] = save_encode_step(folder, weights.maybe_encoder)
+    return graphs
+
+
+def _files_of(graphs: dict[str, SidecarGraph]) -> list[str]:
+    return [name for graph in graphs.values() for name in (graph.file, *graph.data)]
+
+
+def _copy_official_files(bundle: Bundle, folder: Path) -> None:
+    for name in ("decode_step", "decode_full", "encode"):
+        if bundle.has_graph(name):
+            for file in bundle.graph(name).files:
+                shutil.copyfile(file.path, folder / file.path.name)

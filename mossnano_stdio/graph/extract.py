@@ -64,8 +64,9 @@ def _decoder(graph: TracedGraph, bundle: Bundle) -> DecoderWeights:
     modules.append(PatchStep(features))
     quantizers, codebook_size, _ = dequantizer.codebooks.shape
     _agree(graph, "quantizers", quantizers, bundle.format.quantizers)
+    _agree(graph, "rows of a codebook", codebook_size, bundle.format.codebook_size)
     _check_caches(graph, modules, bundle)
-    return DecoderWeights(replace(bundle.format, codebook_size=codebook_size), dequantizer, tuple(modules))
+    return DecoderWeights(bundle.format, dequantizer, tuple(modules))
 
 
 def _encoder(graph: TracedGraph, codec: CodecFormat) -> EncoderWeights:
