@@ -6,8 +6,8 @@ Rules of this room:
   HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE. It is imported when something has to be fetched.
 - A file counts when its size and its SHA-256 are the pinned ones. One that is wrong is removed from the hub's cache,
   so that the next run gets it anew.
-- The weights folder gets hard links to what the cache holds, or copies where there can be none: weights survive when
-  the cache is emptied. A file appears under its name only when it is whole and right.
+- The weights folder gets copies of what the cache holds: they outlive it, and the onnx package refuses data that is a
+  link, symbolic or hard. A file appears under its name only when it is whole and right.
 - The metadata comes last: a folder that has it has all the files that were asked for.
 """
 
@@ -76,8 +76,9 @@ def _part_of_bundle(direction: str) -> Selection:
     return Selection(pinned.BUNDLE, WEIGHTS_NAME, (*names, pinned.METADATA_NAME))
 
 
-def fetch(selection: Selection, folder: Path, report: Report) -> None:
-    """Have every file of `selection` in `folder`, right to the byte; what is there and right is left as it is."""
+def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
+    """Have every file of `selection` in `folder`, right to the byte; the names of those that were not so before."""
+    placed = []
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name in selection.file_names:
@@ -89,7 +90,9 @@ def fetch(selection: Selection, folder: Path, report: Report) -> None:
         cached = _cached_file(selection.repository, name, record)
         with _writing(destination):
             _place(cached, destination)
+        placed.append(name)
         report(f"{name}: {record.size_bytes:,} bytes, verified")
+    return placed
 
 
 def _cached_file(repository: PinnedRepository, name: str, record: FileRecord) -> Path:
@@ -187,10 +190,7 @@ def _remove_from_cache(path: Path) -> None:
 def _place(cached: Path, destination: Path) -> None:
     unfinished = destination.with_name(f".{destination.name}.{os.getpid()}{UNFINISHED_SUFFIX}")
     try:
-        try:
-            os.link(cached.resolve(), unfinished)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(cached, unfinished)
+        shutil.copyfile(cached, unfinished)
         unfinished.replace(destination)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio import pinned
+from mossnano_stdio.bundle import load_bundle
 from mossnano_stdio.errors import OutputError
 from mossnano_stdio.fetch import Selection, fetch, selections
 from tests.hub import CDN_HOST, HUB_HOST, Hub, serving
@@ -34,6 +35,7 @@ DRIVER = """
 import json, sys, time
 import huggingface_hub.constants
 from mossnano_stdio import pinned
+from mossnano_stdio.bundle import load_bundle
 from mossnano_stdio.cli import main
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
 time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
@@ -89,7 +91,8 @@ class Place:
         }
 
     def fetch(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return self.run(self.command(*arguments), **more)
+        """Without building graphs: what is fetched here are no graphs but noise."""
+        return self.run(self.command(*arguments, "--no-build"), **more)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-c", DRIVER, json.dumps(facts()), *arguments]
@@ -157,7 +160,8 @@ def test_the_metadata_comes_last(place: Place, hub: Hub) -> None:
 
 def test_files_outlive_the_hub_cache(place: Place) -> None:
     assert place.fetch("--to", "there").returncode == 0
-    assert (place.root / "there" / SHARED).stat().st_nlink == 2  # no second copy on the disk
+    copy = place.root / "there" / SHARED
+    assert (copy.is_symlink(), copy.stat().st_nlink) == (False, 1)  # the onnx package refuses both kinds of links
     shutil.rmtree(place.hub_cache)
     assert found_in(place.root / "there") == {name: BUNDLE_FILES[name] for name in DECODE_NAMES}
 
@@ -337,6 +341,58 @@ def test_hf_xet_says_its_errno_in_words(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(OutputError, match=r"\(ENOSPC\)"):
         fetch(Selection(pinned.BUNDLE, "any", (pinned.METADATA_NAME,)), tmp_path, report=lambda line: None)
+
+
+# --- graphs of our own -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_place(hub: Hub, place: Place, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A hub that publishes graphs."""
+    monkeypatch.setattr(sys.modules[__name__], "BUNDLE_FILES", {})
+    for name in pinned.BUNDLE.files:
+        BUNDLE_FILES[name] = hub.files[BUNDLE, name] = (tiny_bundle / name).read_bytes()
+    return place
+
+
+def test_our_own_graphs_are_built_beside_the_official_files(tiny_place: Place) -> None:
+    pytest.importorskip("onnx", reason="the extra `build` is not installed")
+    result = tiny_place.run(tiny_place.command("--to", "there"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "there\n"
+    assert last_line(result) == "mossnano fetch: building our own graphs"
+    there = tiny_place.root / "there"
+    assert {name: (there / name).read_bytes() for name in DECODE_NAMES} == {
+        name: BUNDLE_FILES[name] for name in DECODE_NAMES
+    }
+    fast = load_bundle(there).graph("fast")
+    assert all(file.origin == "recorded" for file in fast.files)
+    built = fast.path.stat().st_mtime_ns
+    assert "building" not in tiny_place.run(tiny_place.command("--to", "there")).stderr
+    assert fast.path.stat().st_mtime_ns == built
+    encoder_too = tiny_place.run(tiny_place.command("--what", "encode", "--to", "there"))
+    assert last_line(encoder_too) == "mossnano fetch: building our own graphs"
+
+
+def test_an_encoder_alone_is_fetched_without_graphs_of_our_own(tiny_place: Place) -> None:
+    result = tiny_place.run(tiny_place.command("--what", "encode", "--to", "there"))
+    assert (result.returncode, "building" in result.stderr) == (0, False)
+
+
+def test_graphs_that_cannot_be_built_are_left_out(place: Place) -> None:
+    """What came is whole, so it is no failure of the fetching; what is wrong with it is said."""
+    result = place.run(place.command("--to", "there"))
+    assert result.returncode == 0
+    assert "our own graphs are left out: " in last_line(result)
+    assert set(found_in(place.root / "there")) == set(DECODE_NAMES)
+
+
+def test_without_the_extra_to_build(tiny_place: Place) -> None:
+    program, driver, *rest = tiny_place.command("--to", "there")[1:]
+    command = [sys.executable, program, "import sys; sys.modules['onnx'] = None\n" + driver, *rest]
+    result = tiny_place.run(command)
+    assert result.returncode == 0
+    assert "pip install 'mossnano-stdio[build]', then mossnano build --from-bundle there there" in last_line(result)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

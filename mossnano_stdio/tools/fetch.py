@@ -7,6 +7,9 @@
 They come through huggingface_hub: its cache serves what it holds, a cut download is resumed, and HF_ENDPOINT (a
 mirror), HF_TOKEN, HF_HUB_CACHE and HF_HUB_OFFLINE mean what they mean everywhere. Progress goes to stderr, the folder
 to stdout.
+
+Where the extra `build` is installed, our own faster graphs are built beside the official files, as by
+`mossnano build --from-bundle`; mossnano-stdio then takes them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.bundle import load_bundle
+from mossnano_stdio.errors import ExitStatus, MossnanoError
 from mossnano_stdio.fetch import fetch, selections
 
 
@@ -28,14 +32,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where they go (default: ./weights/... where ./weights exists, else the user's cache folder; "
         "mossnano-stdio finds both)",
     )
+    parser.add_argument("--no-build", action="store_true", help="the official files only, no graphs of our own")
 
 
 def run(args: argparse.Namespace) -> int:
     selection = selections()[args.what]
     folder = args.to or selection.default_folder
-    fetch(selection, folder, _say)
+    placed = fetch(selection, folder, _say)
+    if args.what != "checkpoint" and not args.no_build:
+        try:
+            _build_own_graphs(folder, are_files_new=bool(placed))
+        except MossnanoError as error:  # what was asked for is there, and decodes without
+            _say(f"our own graphs are left out: {error}")
     print(folder)
     return ExitStatus.DONE
+
+
+def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:
+    bundle = load_bundle(folder)
+    if not bundle.has_graph("decode_step") or (bundle.has_graph("fast") and not are_files_new):
+        return
+    try:
+        from mossnano_stdio.graph.assemble import build_from_bundle
+    except ModuleNotFoundError as error:
+        _say(
+            f"our own graphs are left out, as {error.name} is not installed: pip install 'mossnano-stdio[build]', "
+            f"then mossnano build --from-bundle {folder} {folder}"
+        )
+        return
+    _say("building our own graphs")
+    build_from_bundle(folder, folder)
 
 
 def _say(line: str) -> None:
