@@ -13,12 +13,14 @@ Rules of this room:
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import wave
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,6 +200,89 @@ def read_audio(file: BinaryIO, name: str) -> Recording:
     return recording
 
 
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """An audio file that is read while its samples are used: [samples, channels], as floats."""
+
+    sample_rate: int
+    channels: int
+    samples: int  # as its header says
+    blocks: Iterator[NDArray[np.float32]]
+
+
+def read_sound(file: BinaryIO, name: str) -> Sound:
+    """Like `read_audio`, but block by block where the file can seek. `name` is for the errors."""
+    maybe_soundfile = _import_soundfile()
+    if not file.seekable():
+        recording = read_audio(file, name)
+        samples, channels = recording.samples.shape
+        return Sound(recording.sample_rate, channels, samples, iter([recording.audio]))
+    if maybe_soundfile is None:
+        return _sound_by_wave(file, name)
+    return _sound_by(maybe_soundfile, file, name)
+
+
+def _sound_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Sound:
+    try:
+        sound = soundfile.SoundFile(file)
+    except soundfile.SoundFileError as error:
+        raise InputError(f"{name} is no audio file that can be read: {error}") from None
+    dtype = "int16" if sound.subtype == "PCM_16" else "float32"
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        start = 0
+        with sound:
+            while len(block := _next_block(soundfile, sound, dtype, name, start)):
+                audio = Recording(sound.samplerate, block).audio
+                if not np.isfinite(audio).all():
+                    raise InputError(f"{name}: {_not_finite(audio, start)}")
+                yield audio
+                start += len(audio)
+
+    return Sound(sound.samplerate, sound.channels, sound.frames, blocks())
+
+
+def _next_block(soundfile: ModuleType, sound: Any, dtype: str, name: str, start: int) -> NDArray[Any]:
+    try:
+        block: NDArray[Any] = sound.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise InputError(f"{name} cannot be read on from sample {start}: {error}") from None
+    return block
+
+
+def _sound_by_wave(file: BinaryIO, name: str) -> Sound:
+    with _wave_errors(name):
+        sound = wave.open(file, "rb")  # noqa: SIM115 - closed where the last block was read
+    sample_rate, channels, width_bytes = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        with sound:
+            while data := sound.readframes(BLOCK_SAMPLES):
+                yield _wave_recording(data, sample_rate, channels, width_bytes).audio
+
+    return Sound(sample_rate, channels, sound.getnframes(), blocks())
+
+
+def resampled(
+    blocks: Iterable[NDArray[np.float32]], channels: int, sample_rate: int, wanted_rate: int
+) -> Iterator[NDArray[np.float32]]:
+    """The same sound at another rate. n samples become n * wanted_rate / sample_rate, half up, for any blocks."""
+    if sample_rate == wanted_rate:
+        yield from blocks
+        return
+    try:
+        import soxr
+    except ImportError:
+        raise UsageError(
+            f"audio at {sample_rate} Hz has to be resampled to {wanted_rate} Hz, and soxr is not installed: "
+            "pip install 'mossnano-stdio[audio]'"
+        ) from None
+    stream = soxr.ResampleStream(sample_rate, wanted_rate, channels, dtype="float32")
+    for block in blocks:
+        yield stream.resample_chunk(np.ascontiguousarray(block), last=False)
+    yield stream.resample_chunk(np.zeros((0, channels), dtype=np.float32), last=True)
+
+
 def _import_soundfile() -> ModuleType | None:
     try:
         import soundfile
@@ -216,16 +301,23 @@ def _read_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Recording:
 
 
 def _read_by_wave(file: BinaryIO, name: str) -> Recording:
+    with _wave_errors(name), wave.open(file, "rb") as sound:
+        data = sound.readframes(sound.getnframes())
+        return _wave_recording(data, sound.getframerate(), sound.getnchannels(), sound.getsampwidth())
+
+
+@contextlib.contextmanager
+def _wave_errors(name: str) -> Iterator[None]:
     try:
-        with wave.open(file, "rb") as sound:
-            width_bytes, channels = sound.getsampwidth(), sound.getnchannels()
-            data = sound.readframes(sound.getnframes())
-            sample_rate = sound.getframerate()
+        yield
     except (wave.Error, EOFError) as error:
         raise InputError(
             f"{name} is no WAV of whole numbers ({error or 'it ends too early'}); "
             "for FLAC, OGG, MP3 and other WAVs: pip install 'mossnano-stdio[audio]'"
         ) from None
+
+
+def _wave_recording(data: bytes, sample_rate: int, channels: int, width_bytes: int) -> Recording:
     data = data[: len(data) - len(data) % (width_bytes * channels)]  # a file that was cut may end inside a sample
     return Recording(sample_rate, _samples_of_width(data, width_bytes).reshape(-1, channels))
 

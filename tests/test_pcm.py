@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 
 from mossnano_stdio import pcm
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
-from mossnano_stdio.pcm import BLOCK_SAMPLES, WavWriter, from_pcm16, pcm16_samples, read_audio, to_pcm16, wav_header
+from mossnano_stdio.pcm import (
+    BLOCK_SAMPLES,
+    WavWriter,
+    from_pcm16,
+    pcm16_samples,
+    read_audio,
+    read_sound,
+    resampled,
+    to_pcm16,
+    wav_header,
+)
 
 RATE = 48000
 EVERY_INT16 = np.arange(-32768, 32768, dtype=np.int16)
@@ -274,3 +284,68 @@ def test_a_wav_is_read_from_a_pipe(reader: str) -> None:
         pipe.write(written(samples, to_pipe=True))
     with os.fdopen(reading_end, "rb") as pipe:
         assert np.array_equal(read_audio(pipe, "-").samples, samples)
+
+
+# --- block by block ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [0, 1, BLOCK_SAMPLES, 2 * BLOCK_SAMPLES + 17])
+def test_blocks_make_the_whole(reader: str, samples: int) -> None:
+    file = io.BytesIO(written(noise(samples), to_pipe=False))
+    sound = read_sound(file, "x.wav")
+    assert (sound.sample_rate, sound.channels, sound.samples) == (RATE, 2, samples)
+    blocks = list(sound.blocks)
+    assert all(0 < len(block) <= BLOCK_SAMPLES for block in blocks)
+    file.seek(0)
+    assert np.array_equal(np.concatenate([np.zeros((0, 2)), *blocks]), read_audio(file, "x.wav").audio)
+
+
+def test_blocks_of_a_pipe(reader: str) -> None:
+    reading_end, writing_end = os.pipe()
+    with os.fdopen(writing_end, "wb") as pipe:
+        pipe.write(written(noise(50), to_pipe=True))
+    with os.fdopen(reading_end, "rb") as pipe:
+        [block] = read_sound(pipe, "-").blocks
+    assert np.array_equal(block, from_pcm16(noise(50).astype("<i2").tobytes(), 2))
+
+
+@pytest.mark.parametrize("data", [b"", b"RIFF", b"no audio at all" * 10])
+def test_what_is_no_audio_has_no_blocks(reader: str, data: bytes) -> None:
+    with pytest.raises(InputError, match=r"^x\.wav is no "):
+        read_sound(io.BytesIO(data), "x.wav")
+
+
+def test_blocks_with_nan_are_refused_by_their_place() -> None:
+    audio = np.zeros((BLOCK_SAMPLES + 10, 1), dtype=np.float32)
+    audio[BLOCK_SAMPLES + 3] = np.nan
+    file = io.BytesIO()
+    soundfile.write(file, audio, RATE, subtype="FLOAT", format="WAV")
+    file.seek(0)
+    with pytest.raises(InputError, match=rf"x\.wav: sample {BLOCK_SAMPLES + 3} of channel 0 is nan"):
+        list(read_sound(file, "x.wav").blocks)
+
+
+@pytest.mark.parametrize("sample_rate", [8000, 16000, 22050, 44100, 47999, 48000, 96000])
+@pytest.mark.parametrize("samples", [1, 3, 1000, 44100])
+def test_resampling_keeps_the_length_and_does_not_see_the_blocks(sample_rate: int, samples: int) -> None:
+    audio = np.random.default_rng(samples).uniform(-1, 1, (samples, 2)).astype(np.float32)
+    whole = np.concatenate(list(resampled([audio], 2, sample_rate, RATE)))
+    assert len(whole) == int(Fraction(samples * RATE, sample_rate) + Fraction(1, 2))
+    pieces = [audio[start : start + 331] for start in range(0, samples, 331)]
+    assert np.allclose(np.concatenate(list(resampled(pieces, 2, sample_rate, RATE))), whole, atol=1e-6)
+
+
+def test_resampling_keeps_a_tone() -> None:
+    times = np.arange(44100) / 44100
+    tone = np.stack([np.sin(2 * np.pi * 440 * times), np.cos(2 * np.pi * 1000 * times)], axis=1).astype(np.float32)
+    found = np.concatenate(list(resampled([tone], 2, 44100, RATE)))[1000:-1000]
+    times = np.arange(RATE)[1000:-1000] / RATE
+    expected = np.stack([np.sin(2 * np.pi * 440 * times), np.cos(2 * np.pi * 1000 * times)], axis=1)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_resampling_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    assert len(list(resampled([np.zeros((5, 2), np.float32)], 2, RATE, RATE))) == 1
+    with pytest.raises(UsageError, match=r"mossnano-stdio\[audio\]"):
+        list(resampled([np.zeros((5, 2), np.float32)], 2, 16000, RATE))
