@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mossnano_stdio.errors import DeviceError, ExitStatus, UsageError
@@ -145,6 +145,7 @@ moves = st.one_of(
 
 @given(st.lists(moves, max_size=120), st.sampled_from([0, 1, 7, 30, 48]))
 @settings(max_examples=300)
+@example([("push", 1), ("block", 1), ("block", 1), ("end", 0), ("push", 1)], 0)  # two ends between two blocks
 def test_whatever_comes_when_all_is_played_in_order_and_every_gap_is_counted(
     script: list[tuple[str, int]], prebuffer: int
 ) -> None:
@@ -160,11 +161,10 @@ def test_whatever_comes_when_all_is_played_in_order_and_every_gap_is_counted(
                 queue.extend(stream * 100_000 + value for value in values[:taken])
                 number += taken
             case "end":
-                feed.ended_at = feed.ring.written
+                feed.end_stream()
                 stream += 1
             case "flush":
-                feed.drop_until = feed.ring.written
-                feed.ended_at = feed.ring.written
+                feed.drop_stream()
                 queue.clear()
                 stream += 1
             case "block":
@@ -203,7 +203,7 @@ def test_a_stream_shorter_than_the_prebuffer_is_played_once_it_ended() -> None:
     feed = make_feed(prebuffer=5)
     push(feed, 1, 2)
     assert next_block(feed, 3) == [0, 0, 0]
-    feed.ended_at = feed.ring.written
+    feed.end_stream()
     assert next_block(feed, 3) == [1, 2, 0]
     assert feed.underruns == 0
 
@@ -225,7 +225,7 @@ def test_each_underrun_doubles_the_prebuffer_up_to_a_bound() -> None:
         prebuffers.append(feed.prebuffer_samples)
         push(feed, *range(1, 16))  # more than the first prebuffer, not enough for the next one
         assert not any(next_block(feed, 20))
-        feed.ended_at = feed.ring.written
+        feed.end_stream()
         assert any(next_block(feed, 20))
     assert prebuffers == [10, 20, 30]
     assert feed.underruns == 3
@@ -246,7 +246,7 @@ def test_an_end_that_comes_late_is_no_underrun() -> None:
     feed = make_feed()
     push(feed, 1, 2)
     assert next_block(feed, 4) == [1, 2, 0, 0]
-    feed.ended_at = feed.ring.written
+    feed.end_stream()
     push(feed, 3)
     assert next_block(feed, 1) == [3]
     assert feed.underruns == 0
@@ -271,7 +271,7 @@ def test_played_out_means_heard() -> None:
     """By the clock, and by as much silence behind the last sample as the device could throw away."""
     feed = make_feed(latency=4)
     push(feed, 1)
-    feed.ended_at = feed.ring.written
+    feed.end_stream()
     feed.stopping = True
     out: Samples = np.zeros((2, 1), np.int16)
     verdicts = [feed.fill(out, now, 0.004) for now in (0.0, 0.001, 0.002, 0.004, 0.0051)]
@@ -279,7 +279,7 @@ def test_played_out_means_heard() -> None:
 
     feed = make_feed(latency=4)
     push(feed, 1)
-    feed.ended_at = feed.ring.written
+    feed.end_stream()
     feed.stopping = True
     verdicts = [feed.fill(out, now, 0.004) for now in (0.0, 1.0, 2.0)]
     assert verdicts == [Verdict.GO_ON, Verdict.GO_ON, Verdict.PLAYED_OUT]
@@ -299,7 +299,7 @@ def test_a_mark_that_was_dropped_is_not_timed() -> None:
     feed = make_feed()
     push(feed, 1, 2)
     feed.mark_since, feed.mark_at = 9.0, 1
-    feed.drop_until = feed.ended_at = 2
+    feed.drop_stream()
     next_block(feed, 2)
     push(feed, 3, 4)
     next_block(feed, 2)

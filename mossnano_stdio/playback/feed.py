@@ -10,6 +10,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+from collections import deque
 from enum import Enum, auto
 
 import numpy as np
@@ -39,7 +40,8 @@ class Feed:
         self.latency_samples = 0  # what the device buffers by itself; known once it is open
         # Wishes: written by the pushing side only.
         self.ended_at = 0  # everything before this position belongs to streams that are whole
-        self.drop_until = 0  # everything before this position is not wanted any more
+        self._ends: deque[int] = deque()  # where streams end that were not played to their end; taken by the callback
+        self._drop_until = 0  # everything before this position is not wanted any more
         self.stopping = False
         self.aborting = False
         self.mark_at = -1  # the position whose way to the speaker is to be timed
@@ -61,8 +63,20 @@ class Feed:
         self._max_prebuffer_samples = max_prebuffer_samples
         self._primed = False
         self._dry_inside = False  # the ring ran dry while a stream was open
+        self._last_end = 0  # the last of the ends that playing has reached
         self._silence_run = 0  # silent samples since the last one that was not
         self._heard_until = 0.0
+
+    def end_stream(self) -> None:
+        """What was written is whole. The pushing side's."""
+        if self.ended_at != self.ring.written:
+            self._ends.append(self.ring.written)
+            self.ended_at = self.ring.written
+
+    def drop_stream(self) -> None:
+        """What was written and not yet played is not wanted, and what is written next is a new stream. Likewise."""
+        self._drop_until = self.ring.written
+        self.end_stream()
 
     def is_ready(self) -> bool:
         """Whether what lies in the ring is enough to start, or to go on after a wait."""
@@ -81,6 +95,8 @@ class Feed:
         if not 0.0 <= lead_seconds <= _MAX_LEAD_SECONDS:
             lead_seconds = self.latency_samples / self.sample_rate
         self.drop_what_is_not_wanted()
+        while self._ends and self._ends[0] <= self.ring.read:
+            self._last_end = self._ends.popleft()
         count = self._play(out, now + lead_seconds) if self._is_primed(len(out), lead_seconds) else 0
         out[count:] = 0
         self._silence_run = len(out) - count + (0 if count else self._silence_run)
@@ -90,7 +106,8 @@ class Feed:
         return Verdict.GO_ON
 
     def drop_what_is_not_wanted(self) -> None:
-        unwanted = self.drop_until - self.ring.read
+        """The callback's; the pushing side's while there is none."""
+        unwanted = self._drop_until - self.ring.read
         if unwanted > 0:
             self.ring.read += unwanted
             self.dropped_samples += unwanted
@@ -122,7 +139,7 @@ class Feed:
         return count
 
     def _go_on(self) -> bool:
-        if self._dry_inside and self.ended_at == self.ring.read:
+        if self._last_end == self.ring.read:
             self._dry_inside = False  # nothing followed but the end: no silence inside the stream after all
         if not self.is_ready():
             return False

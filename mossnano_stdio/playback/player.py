@@ -121,7 +121,7 @@ class Player:
         self._refuse_if_finished()
         if not self._write(self._converter.finish(), should_stop):
             return False
-        self._feed.ended_at = self._feed.ring.written
+        self._feed.end_stream()
         self._start_when_ready()
         return True
 
@@ -129,11 +129,9 @@ class Player:
         """Drop what is queued. The device goes on with what it holds itself, then with silence."""
         self._refuse_if_finished()
         self._converter.reset()
-        feed = self._feed
-        feed.drop_until = feed.ring.written
-        feed.ended_at = feed.ring.written
+        self._feed.drop_stream()
         if self._maybe_started_at is None:
-            feed.drop_what_is_not_wanted()  # nobody else does yet
+            self._feed.drop_what_is_not_wanted()
 
     def finish(self, should_stop: ShouldStop | None = None) -> bool:
         """Play out to the last sample, then close. False: `should_stop` or an abort cut it short."""
