@@ -7,7 +7,7 @@ Rules of this room:
   was not written in this stream is ever read, and a reset has nothing to clear.
 - The view slides on through the memory as tokens are forgotten. Heads lie `slots` rows apart and slide together, each
   into what the next one has left behind: for all heads together, only `spare_rows` more rows than one view are kept.
-  At the end of the memory, the window is copied back to its beginning, once in half a context.
+  At the end of the memory, the window is copied back to its beginning, once in a context.
 - Memory is taken from the system zeroed, and becomes resident only as it is written: short streams stay small.
 - How many frames a stream has seen is the caller's to remember. Told the same number again after a run that failed,
   everything is as it was before that run.
@@ -61,14 +61,26 @@ class RingSpec:
 
     @property
     def spare_rows(self) -> int:
-        """How far the view slides through the memory."""
-        return self.context_tokens // 2 + self.lazy_tokens
+        """How far the view slides through the memory: so far that the window, copied back, is clear of where it was."""
+        return self.context_tokens
 
     @cached_property
-    def turns(self) -> NDArray[np.complex128]:
+    def _angles(self) -> NDArray[np.float64]:
+        return np.array(self.angles)
+
+    @cached_property
+    def _turns(self) -> NDArray[np.complex128]:
         """RoPE of the tokens of one run, as if they were a stream's first: [tokens, ring_dim / 2]."""
         tokens = np.arange(MAX_RUN_FRAMES * self.tokens_per_frame)
-        turns: NDArray[np.complex128] = np.exp(1j * np.outer(tokens, self.angles))
+        turns: NDArray[np.complex128] = np.exp(1j * np.outer(tokens, self._angles))
+        return turns
+
+    def turns_at(self, position: int, tokens: int) -> NDArray[np.complex128]:
+        """RoPE of `tokens` tokens from `position` on: cosines, and sines as imaginary parts. [tokens, ring_dim / 2]
+
+        However old a stream is, its angles are exact: whole numbers times float32, in float64.
+        """
+        turns: NDArray[np.complex128] = self._turns[:tokens] * np.exp(1j * (position * self._angles))
         return turns
 
 
@@ -106,8 +118,7 @@ class Rings:
         self._slide(seen)
         held = seen - self._first_token
         self._last[0], self._total[0] = held + tokens - 1, held + tokens
-        # Angles grow with the age of the stream. They are exact: integers times float32, in float64.
-        turns = self._spec.turns[:tokens] * np.exp(1j * position * np.asarray(self._spec.angles))
+        turns = self._spec.turns_at(position, tokens)
         self._cosines[held : held + tokens], self._sines[held : held + tokens] = turns.real, turns.imag
 
     def commit(self) -> None:
@@ -138,14 +149,25 @@ class Rings:
         unneeded = seen - self._spec.needed_tokens - self._first_token
         if unneeded <= self._spec.lazy_tokens:
             return
-        row = self._first_row + unneeded
-        if row > self._spec.spare_rows:
-            for part in self._memories[0]:
-                needed = self._view(part, self._first_row)[:, unneeded : unneeded + self._spec.needed_tokens]
-                self._view(part, 0)[:, : self._spec.needed_tokens] = needed.copy()
-            row = 0
         self._first_token += unneeded
-        self._move_view(row)
+        row = self._first_row + unneeded
+        if row <= self._spec.spare_rows:
+            self._move_view(row)
+        else:
+            self._copy_back(row)
+
+    def _copy_back(self, row: int) -> None:
+        """Copy the window, which begins at `row`, to the beginning of the memory.
+
+        Head by head, the first one first: what is written over was copied before, or is needed no more.
+        """
+        spec = self._spec
+        for part in self._memories[0]:
+            rows = part.reshape(-1, spec.ring_dim)
+            for target in range(0, spec.heads * spec.slots, spec.slots):
+                source = target + row
+                rows[target : target + spec.needed_tokens] = rows[source : source + spec.needed_tokens]
+        self._move_view(0)
 
     def _move_view(self, row: int) -> None:
         if row != self._first_row:
