@@ -516,8 +516,8 @@ def test_lost_framing_drains_what_is_whole() -> None:
     talk = Conversation(schedule=Fixed(2))
     talk.say(tokens(FRAMES))
     answers = list(talk.session.close(ProtocolError("lost")))
-    assert outline(answers) == ["framing_lost", "AUDIO", "END 0"]
-    assert fields(answers[0]) == {"code": "framing_lost", "message": "lost", "stream": 0, "fatal": True}
+    assert outline(answers) == ["AUDIO", "framing_lost", "END 0"]
+    assert fields(answers[1]) == {"code": "framing_lost", "message": "lost", "stream": 0, "fatal": True}
     assert fields(answers[-1]) == end_of(0, 5, errors=1)
 
 

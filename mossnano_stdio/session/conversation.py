@@ -203,7 +203,9 @@ class Conversation(ABC):
         yield from perform(message)
 
     def close(self, maybe_fault: MossnanoError | None = None) -> Answers:
-        """End of input, or of what can be read of it: drain, and end the stream that is open."""
+        """End of input, or of what can be read of it: drain, tell the fault, and end the stream that is open."""
+        if self.state not in (State.IDLE, State.SKIP):
+            self._finish_loop()  # no chunk fills up any more
         yield from self._compute_due()
         maybe_fault = maybe_fault or self._maybe_cut()
         if maybe_fault is not None:
