@@ -1,0 +1,132 @@
+"""The table of cases, and what comes of trying them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Final
+
+from mossnano_stdio.conformance.cases import (
+    artifacts,
+    cancelling,
+    endings,
+    errors,
+    framing,
+    handshakes,
+    pings,
+    settings,
+    streams,
+    tokens,
+)
+from mossnano_stdio.conformance.peer import DepartureError, NotApplicableError, Peer
+from mossnano_stdio.conformance.talk import Talk, describe, fields_of
+from mossnano_stdio.protocol import Kind
+
+ROOMS: Final[tuple[ModuleType, ...]] = (
+    handshakes,
+    framing,
+    tokens,
+    streams,
+    pings,
+    artifacts,
+    errors,
+    cancelling,
+    settings,
+    endings,
+)
+
+
+class Status(Enum):
+    """What came of a case."""
+
+    PASSED = "pass"
+    FAILED = "FAIL"
+    NOT_APPLICABLE = "n/a"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One promise of protocol.md."""
+
+    name: str
+    promise: str
+    run: Callable[[Talk], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a case, and why, where it did not pass."""
+
+    case: Case
+    status: Status
+    seconds: float
+    expected: str = ""
+    seen: str = ""
+    is_mute: bool = False  # there was no HANDSHAKE
+
+
+class _MuteError(DepartureError):
+    """The first message is no HANDSHAKE."""
+
+
+def _cases_in(room: ModuleType) -> Iterator[Case]:
+    """The functions of a room that have a promise, in the order in which they stand there."""
+    subject = room.__name__.rpartition(".")[2]
+    for name, value in vars(room).items():
+        if callable(value) and getattr(value, "__module__", "") == room.__name__ and not name.startswith("_"):
+            assert value.__doc__, f"{subject}.{name} promises nothing"
+            yield Case(f"{subject}-{name}".replace("_", "-"), " ".join(value.__doc__.split()), value)
+
+
+CASES: Final[tuple[Case, ...]] = tuple(case for room in ROOMS for case in _cases_in(room))
+
+
+def try_cases(
+    cases: Sequence[Case], command: Sequence[str], *, start_seconds: float, case_seconds: float, jobs: int
+) -> Iterator[Verdict]:
+    """Each case with a child of its own, `jobs` of them at a time; the verdicts in the order of the cases.
+
+    A child gets `start_seconds` for its HANDSHAKE, and a case `case_seconds` from then on. Where the first child says
+    no HANDSHAKE, there is nobody to talk to, and no other case is tried.
+    """
+
+    def try_one(case: Case) -> Verdict:
+        return _try(case, command, start_seconds, case_seconds)
+
+    first = try_one(cases[0])
+    yield first
+    if not first.is_mute:
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(try_one, cases[1:])
+
+
+def _try(case: Case, command: Sequence[str], start_seconds: float, case_seconds: float) -> Verdict:
+    started = time.monotonic()
+    expected = seen = ""
+    status = Status.PASSED
+    is_mute = False
+    try:
+        with Peer(command) as peer:
+            peer.allow(start_seconds)
+            talk = _begin(peer)
+            peer.allow(case_seconds)
+            case.run(talk)
+    except DepartureError as departure:
+        status, expected, seen = Status.FAILED, departure.expected, departure.seen
+        is_mute = isinstance(departure, _MuteError)
+    except NotApplicableError as reason:
+        status, seen = Status.NOT_APPLICABLE, str(reason)
+    return Verdict(case, status, time.monotonic() - started, expected, seen, is_mute)
+
+
+def _begin(peer: Peer) -> Talk:
+    maybe_message = peer.maybe_read()
+    if maybe_message is None:
+        raise _MuteError("HANDSHAKE as the first message", peer.describe_end())
+    if maybe_message.kind != Kind.HANDSHAKE:
+        raise _MuteError("HANDSHAKE as the first message", describe(maybe_message))
+    return Talk(peer, fields_of(maybe_message))
