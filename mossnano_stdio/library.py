@@ -18,18 +18,38 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.bundle import Bundle, find_weights, load_bundle
-from mossnano_stdio.codec import GraphName, Runtime, StreamDecoder, load_runtime, seek
+from mossnano_stdio.codec import (
+    EncoderRuntime,
+    GraphName,
+    Runtime,
+    StreamDecoder,
+    load_encoder,
+    load_runtime,
+    seek,
+)
 from mossnano_stdio.container import Artifact, ArtifactHeader, build_artifact, load_artifact
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.layout import CodecFormat, Codes, to_frame_major, to_quantizer_major
-from mossnano_stdio.shapes import checked_quantizers, integer_array, normalised_codes
+from mossnano_stdio.pcm import resampled
+from mossnano_stdio.recorder import Recorder
+from mossnano_stdio.schedule import Fixed
+from mossnano_stdio.shapes import (
+    checked_quantizers,
+    checked_rate,
+    integer_array,
+    normalised_codes,
+    normalised_wave,
+)
+
+if TYPE_CHECKING:
+    from mossnano_stdio.codec import FullEncoder
 
 Audio = NDArray[np.float32]
 
@@ -96,7 +116,8 @@ class Codec:
     def __init__(self, bundle: Bundle, runtime: Runtime) -> None:
         self.bundle = bundle
         self._maybe_runtime: Runtime | None = runtime
-        self._lock = threading.Lock()
+        self._maybe_encoder: EncoderRuntime | FullEncoder | None = None
+        self._encoder_lock = threading.Lock()
 
     @classmethod
     def load(
@@ -113,7 +134,7 @@ class Codec:
 
     def close(self) -> None:
         """Let go of the graphs. Calls that are under way finish."""
-        self._maybe_runtime = None
+        self._maybe_runtime = self._maybe_encoder = None
 
     def __enter__(self) -> Self:
         return self
@@ -241,6 +262,48 @@ class Codec:
         skipped = samples.start - first_frame * self.frame_samples
         return audio[:, skipped : skipped + len(samples)]
 
+    # --- encoding -------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        wave: Any,
+        sample_rate: int | None = None,
+        num_quantizers: int | None = None,
+        chunk_duration: float | None = None,
+    ) -> EncodedAudio:
+        """float32 [channels, samples], full scale 1 -> codes, and all that the header of their file says.
+
+        `wave`: of one channel, [samples] or [1, samples], it goes to all channels.
+        `sample_rate`: that of the wave, where it is not the codec's: then it is resampled.
+        `num_quantizers`: keep only the first so many.
+        `chunk_duration`: seconds encoded at a time. The result is the same.
+
+        A last frame that is not full is filled up. `original_samples` remembers the length, so that `decode` gives as
+        many samples as came in.
+        """
+        audio = normalised_wave(wave, self.channels)
+        rate = self.sample_rate if sample_rate is None else checked_rate(sample_rate)
+        quantizers = checked_quantizers(num_quantizers, self.quantizers)
+        chunk_frames = STEP_FRAMES if chunk_duration is None else self._chunk_frames(chunk_duration)
+        encoder = self._encoder
+        if chunk_duration is not None and not isinstance(encoder, EncoderRuntime):
+            raise BundleError(
+                f"{self.bundle.folder}: its graph encodes recordings as a whole; "
+                f"`mossnano build {self.bundle.folder} DIR` makes one that encodes chunk after chunk"
+            )
+        blocks = resampled([audio], self.channels, rate, self.sample_rate)
+        return encode_blocks(encoder, blocks, quantizers, chunk_frames)
+
+    def batch_encode(
+        self,
+        waves: Iterable[Any],
+        sample_rate: int | None = None,
+        num_quantizers: int | None = None,
+        chunk_duration: float | None = None,
+    ) -> list[EncodedAudio]:
+        """Encode one after the other; each may have another length."""
+        return [self.encode(wave, sample_rate, num_quantizers, chunk_duration) for wave in waves]
+
     # --- how ------------------------------------------------------------------------------------------------------
 
     @property
@@ -249,6 +312,15 @@ class Codec:
         if runtime is None:
             raise ValueError("this Codec is closed")
         return runtime
+
+    @property
+    def _encoder(self) -> EncoderRuntime | FullEncoder:
+        """Loaded when it is first asked for: whoever only decodes does without."""
+        engine = self._runtime.engine
+        with self._encoder_lock:
+            if self._maybe_encoder is None:
+                self._maybe_encoder = load_encoder(self.bundle, provider=engine.provider, threads=engine.threads)
+            return self._maybe_encoder
 
     def _batch(self, codes: Any, num_quantizers: int | None) -> Codes:
         """(num_quantizers, batch, frames), whatever came in."""
@@ -340,6 +412,43 @@ class Codec:
 
     def _seconds(self, frames: int) -> float:
         return frames * self.frame_samples / self.sample_rate
+
+
+def encode_blocks(
+    encoder: EncoderRuntime | FullEncoder, blocks: Iterable[Audio], quantizers: int, chunk_frames: int = STEP_FRAMES
+) -> EncodedAudio:
+    """A recording that comes block by block, [samples, channels] at the codec's rate: its codes, and its length."""
+    if isinstance(encoder, EncoderRuntime):
+        recorder = Recorder(encoder.new_encoder(), Fixed(chunk_frames))
+        chunks = list(_recorded(recorder, blocks))
+        codes, samples = np.concatenate([_no_codes(encoder.format), *chunks]), recorder.original_samples
+    else:
+        audio = np.concatenate([np.zeros((0, encoder.format.channels), np.float32), *blocks])
+        codes, samples = encoder.encode(audio), len(audio)
+    return EncodedAudio(
+        sample_rate=encoder.format.sample_rate,
+        channels=encoder.format.channels,
+        original_samples=samples,
+        quantizers=quantizers,
+        frames=len(codes),
+        codebook_size=encoder.format.codebook_size,
+        codes=to_quantizer_major(codes[:, :quantizers]),
+    )
+
+
+def _recorded(recorder: Recorder, blocks: Iterable[Audio]) -> Iterator[Codes]:
+    """Chunk after chunk, while the blocks come."""
+    for block in blocks:
+        recorder.push(block)
+        while (codes := recorder.record()) is not None:
+            yield codes
+    recorder.finish()
+    while (codes := recorder.record()) is not None:
+        yield codes
+
+
+def _no_codes(codec: CodecFormat) -> Codes:
+    return np.zeros((0, codec.quantizers), dtype=np.uint16)
 
 
 def _frame_major_items(batch: Codes) -> Iterator[Codes]:

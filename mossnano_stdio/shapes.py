@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.layout import Codes
 
-MONO, STEREO = 1, 2
+MONO = 1
+HIGHEST_RATE = 1 << 20
 
 
 def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
@@ -39,6 +40,18 @@ def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
     if not is_whole or not 1 <= num_quantizers <= quantizers:
         raise ValueError(f"num_quantizers is {num_quantizers!r}, allowed is a whole number from 1 to {quantizers}")
     return int(num_quantizers)
+
+
+def checked_rate(sample_rate: int) -> int:
+    """A sample rate, in Hz.
+
+    >>> checked_rate(44100)
+    44100
+    """
+    is_whole = isinstance(sample_rate, int | np.integer) and not isinstance(sample_rate, bool)
+    if not is_whole or not 1 <= sample_rate <= HIGHEST_RATE:
+        raise ValueError(f"sample_rate is {sample_rate!r}, allowed is a whole number from 1 to {HIGHEST_RATE}")
+    return int(sample_rate)
 
 
 def normalised_codes(codes: Any, quantizers: int, codebook_size: int, num_quantizers: int | None = None) -> Codes:
@@ -89,6 +102,8 @@ def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
         array = array[np.newaxis]
     if array.ndim != 2 or array.shape[0] not in (MONO, channels):
         raise ValueError(f"the wave is {array.shape}, allowed are ({channels}, samples), (1, samples) and (samples,)")
+    if not array.size:
+        raise ValueError(f"the wave is empty: its shape is {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError("the wave holds NaN or infinity, allowed are finite numbers")
     planar = np.broadcast_to(array, (channels, array.shape[1]))

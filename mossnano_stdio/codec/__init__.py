@@ -10,10 +10,10 @@ Rules of this room:
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mossnano_stdio.bundle import Bundle
-from mossnano_stdio.codec.runtime import PROVIDERS, Engine, default_threads
+from mossnano_stdio.codec.runtime import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.recorder import Encoder
@@ -30,8 +30,10 @@ __all__ = [
     "GraphName",
     "Runtime",
     "StreamDecoder",
+    "UnfitRuntimeError",
     "default_threads",
     "load_decoder",
+    "load_encoder",
     "load_encoder_runtime",
     "load_full_decoder",
     "load_full_encoder",
@@ -85,6 +87,7 @@ class Runtime(Protocol):
         """A stream of its own, at its start."""
 
 
+@runtime_checkable
 class EncoderRuntime(Protocol):
     """A loaded streaming encoder, shared by all encoders over it."""
 
@@ -112,7 +115,6 @@ def load_runtime(
     """Load what decodes: by default the fast graph where the bundle has it, else the official one."""
     from mossnano_stdio.codec.fast import FastRuntime
     from mossnano_stdio.codec.official import OfficialRuntime
-    from mossnano_stdio.codec.stack import UnfitRuntimeError
 
     engine = Engine.of(provider, threads, spin)
     if graph == "fast":
@@ -158,6 +160,21 @@ def load_encoder_runtime(
     from mossnano_stdio.codec.encoder import StreamEncoderRuntime
 
     return StreamEncoderRuntime(bundle, Engine.of(provider, threads, spin))
+
+
+def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> EncoderRuntime | FullEncoder:
+    """Load what encodes: frame after frame where the bundle has such a graph, else recordings as a whole."""
+    if provider == "cpu" and bundle.has_graph("encode_step"):
+        try:
+            return load_encoder_runtime(bundle, provider=provider, threads=threads)
+        except UnfitRuntimeError as error:
+            log.warning("%s; recordings are encoded as a whole instead", error)
+    if not bundle.has_graph("encode"):
+        raise BundleError(
+            f"{bundle.folder}: has no encoder; `mossnano fetch --what encode` gets the official one, "
+            "`mossnano build` makes a streaming one"
+        )
+    return load_full_encoder(bundle, provider=provider, threads=threads)
 
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:

@@ -49,6 +49,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 Array = NDArray[Any]
 
 
+class UnfitRuntimeError(BundleError):
+    """This onnxruntime cannot run such a graph, whatever the weights."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """Where graphs run, on how many threads, and whether idle threads spin: a little sooner, at a core each."""

@@ -25,17 +25,21 @@ from mossnano_stdio.bundle import Graph
 from mossnano_stdio.codec.contract import FLOAT32, INT32
 from mossnano_stdio.codec.probe import attention_support
 from mossnano_stdio.codec.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec
-from mossnano_stdio.codec.runtime import Engine, Session, TensorSpec, check_contract, open_session, translated_errors
+from mossnano_stdio.codec.runtime import (
+    Engine,
+    Session,
+    TensorSpec,
+    UnfitRuntimeError,
+    check_contract,
+    open_session,
+    translated_errors,
+)
 from mossnano_stdio.entry import Entry
-from mossnano_stdio.errors import BundleError, UsageError
+from mossnano_stdio.errors import UsageError
 
 log = logging.getLogger("mossnano")
 
 BindRun = Callable[[int, int], Mapping[str, NDArray[Any]]]  # first and end frame of a run -> arrays by their names
-
-
-class UnfitRuntimeError(BundleError):
-    """This onnxruntime cannot run such a graph, whatever the weights."""
 
 
 @dataclass(frozen=True)
