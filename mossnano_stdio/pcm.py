@@ -20,7 +20,7 @@ import wave
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from mossnano_stdio.layout import SAMPLE_BYTES
 FULL_SCALE: Final = 32767
 BLOCK_SAMPLES: Final = 1 << 15  # converted at a time, so that an hour needs no float64 copy of itself
 UNKNOWN_BYTES: Final = 0xFFFFFFFF
+WIDEST_PCM_BYTES: Final = 4
 
 _WAV_HEADER: Final = struct.Struct("<4sI4s4sIHHIIHH4sI")
 _WAV_RIFF_SIZE_AT: Final = 4
@@ -189,17 +190,6 @@ class Recording:
         return part * np.float64(FULL_SCALE)
 
 
-def read_audio(file: BinaryIO, name: str) -> Recording:
-    """A WAV, or whatever else the extra `audio` reads (FLAC, OGG, MP3, ...). `name` is for the errors."""
-    if not file.seekable():
-        file = io.BytesIO(file.read())
-    maybe_soundfile = _import_soundfile()
-    recording = _read_by_wave(file, name) if maybe_soundfile is None else _read_by(maybe_soundfile, file, name)
-    if not np.isfinite(recording.samples).all():
-        raise InputError(f"{name}: {_not_finite(recording.audio, 0)}")
-    return recording
-
-
 @dataclass(frozen=True, eq=False)
 class Sound:
     """An audio file that is read while its samples are used: [samples, channels], as floats."""
@@ -210,57 +200,18 @@ class Sound:
     blocks: Iterator[NDArray[np.float32]]
 
 
+def read_audio(file: BinaryIO, name: str) -> Recording:
+    """A WAV, or whatever else the extra `audio` reads (FLAC, OGG, MP3, ...). `name` is for the errors."""
+    opened = _opened(file, name)
+    blocks = [np.empty((0, opened.channels), dtype=opened.dtype), *opened.blocks]
+    return Recording(opened.sample_rate, np.concatenate(blocks))
+
+
 def read_sound(file: BinaryIO, name: str) -> Sound:
-    """Like `read_audio`, but block by block where the file can seek. `name` is for the errors."""
-    maybe_soundfile = _import_soundfile()
-    if not file.seekable():
-        recording = read_audio(file, name)
-        samples, channels = recording.samples.shape
-        return Sound(recording.sample_rate, channels, samples, iter([recording.audio]))
-    if maybe_soundfile is None:
-        return _sound_by_wave(file, name)
-    return _sound_by(maybe_soundfile, file, name)
-
-
-def _sound_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Sound:
-    try:
-        sound = soundfile.SoundFile(file)
-    except soundfile.SoundFileError as error:
-        raise InputError(f"{name} is no audio file that can be read: {error}") from None
-    dtype = "int16" if sound.subtype == "PCM_16" else "float32"
-
-    def blocks() -> Iterator[NDArray[np.float32]]:
-        start = 0
-        with sound:
-            while len(block := _next_block(soundfile, sound, dtype, name, start)):
-                audio = Recording(sound.samplerate, block).audio
-                if not np.isfinite(audio).all():
-                    raise InputError(f"{name}: {_not_finite(audio, start)}")
-                yield audio
-                start += len(audio)
-
-    return Sound(sound.samplerate, sound.channels, sound.frames, blocks())
-
-
-def _next_block(soundfile: ModuleType, sound: Any, dtype: str, name: str, start: int) -> NDArray[Any]:
-    try:
-        block: NDArray[Any] = sound.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise InputError(f"{name} cannot be read on from sample {start}: {error}") from None
-    return block
-
-
-def _sound_by_wave(file: BinaryIO, name: str) -> Sound:
-    with _wave_errors(name):
-        sound = wave.open(file, "rb")  # noqa: SIM115 - closed where the last block was read
-    sample_rate, channels, width_bytes = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
-
-    def blocks() -> Iterator[NDArray[np.float32]]:
-        with sound:
-            while data := sound.readframes(BLOCK_SAMPLES):
-                yield _wave_recording(data, sample_rate, channels, width_bytes).audio
-
-    return Sound(sample_rate, channels, sound.getnframes(), blocks())
+    """Like `read_audio`, but block by block. `name` is for the errors."""
+    opened = _opened(file, name)
+    blocks = (Recording(opened.sample_rate, block).audio for block in opened.blocks)
+    return Sound(opened.sample_rate, opened.channels, opened.samples, blocks)
 
 
 def resampled(
@@ -291,19 +242,65 @@ def _import_soundfile() -> ModuleType | None:
     return soundfile  # type: ignore[no-any-return]
 
 
-def _read_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Recording:
+class _Opened(NamedTuple):
+    """An audio file whose header was read. Its blocks are int16 or float32, and found finite."""
+
+    sample_rate: int
+    channels: int
+    samples: int
+    dtype: type[np.int16] | type[np.float32]
+    blocks: Iterator[NDArray[Any]]
+
+
+def _opened(file: BinaryIO, name: str) -> _Opened:
+    if not file.seekable():
+        file = io.BytesIO(file.read())
+    maybe_soundfile = _import_soundfile()
+    return _opened_by_wave(file, name) if maybe_soundfile is None else _opened_by(maybe_soundfile, file, name)
+
+
+def _opened_by(soundfile: ModuleType, file: BinaryIO, name: str) -> _Opened:
     try:
-        with soundfile.SoundFile(file) as sound:
-            dtype = "int16" if sound.subtype == "PCM_16" else "float32"
-            return Recording(sound.samplerate, sound.read(dtype=dtype, always_2d=True))
+        sound = soundfile.SoundFile(file)
     except soundfile.SoundFileError as error:
         raise InputError(f"{name} is no audio file that can be read: {error}") from None
+    dtype = np.int16 if sound.subtype == "PCM_16" else np.float32
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        start = 0
+        with sound:
+            while len(block := _next_block(soundfile, sound, dtype.__name__, name, start)):
+                if not np.isfinite(block).all():
+                    raise InputError(f"{name}: {_not_finite(block, start)}")
+                yield block
+                start += len(block)
+
+    return _Opened(sound.samplerate, sound.channels, sound.frames, dtype, blocks())
 
 
-def _read_by_wave(file: BinaryIO, name: str) -> Recording:
-    with _wave_errors(name), wave.open(file, "rb") as sound:
-        data = sound.readframes(sound.getnframes())
-        return _wave_recording(data, sound.getframerate(), sound.getnchannels(), sound.getsampwidth())
+def _next_block(soundfile: ModuleType, sound: Any, dtype: str, name: str, start: int) -> NDArray[Any]:
+    try:
+        block: NDArray[Any] = sound.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise InputError(f"{name} cannot be read on from sample {start}: {error}") from None
+    return block
+
+
+def _opened_by_wave(file: BinaryIO, name: str) -> _Opened:
+    with _wave_errors(name):
+        sound = wave.open(file, "rb")  # noqa: SIM115 - closed where the last block was read
+    sample_rate, channels, width_bytes = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
+    if width_bytes > WIDEST_PCM_BYTES or sample_rate < 1:
+        raise InputError(f"{name} has {8 * width_bytes} bits at {sample_rate} Hz, allowed are 8 to 32 at 1 Hz or more")
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        with sound:
+            while data := sound.readframes(BLOCK_SAMPLES):
+                data = data[: len(data) - len(data) % (width_bytes * channels)]  # a cut file may end inside a sample
+                yield _samples_of_width(data, width_bytes).reshape(-1, channels)
+
+    dtype = np.int16 if width_bytes == SAMPLE_BYTES else np.float32
+    return _Opened(sample_rate, channels, sound.getnframes(), dtype, blocks())
 
 
 @contextlib.contextmanager
@@ -315,11 +312,6 @@ def _wave_errors(name: str) -> Iterator[None]:
             f"{name} is no WAV of whole numbers ({error or 'it ends too early'}); "
             "for FLAC, OGG, MP3 and other WAVs: pip install 'mossnano-stdio[audio]'"
         ) from None
-
-
-def _wave_recording(data: bytes, sample_rate: int, channels: int, width_bytes: int) -> Recording:
-    data = data[: len(data) - len(data) % (width_bytes * channels)]  # a file that was cut may end inside a sample
-    return Recording(sample_rate, _samples_of_width(data, width_bytes).reshape(-1, channels))
 
 
 def _samples_of_width(data: bytes, width_bytes: int) -> NDArray[np.int16] | NDArray[np.float32]:
