@@ -4,7 +4,7 @@ Rules of this room:
 
 - Durations go into buckets two per cent wide, so a percentile is right to one per cent, and nothing is kept per chunk.
 - `snapshot` is a plain dict of JSON values with units in its names. It may be taken at any time.
-- A decoder is timed from outside, by a decoder that wraps it: the decode loop knows no clock.
+- A codec is timed from outside, by one that wraps it: the loops know no clock.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mossnano_stdio.layout import Codes
+from mossnano_stdio.recorder import Audio, Encoder
 from mossnano_stdio.renderer import Decoder
 
 _BUCKET_RATIO: Final = math.log(1.02)
@@ -55,38 +53,66 @@ class Durations:
         return None
 
 
+class StepTimes:
+    """How many frames were computed, and how long their steps took."""
+
+    def __init__(self, frames_per_second: float) -> None:
+        self._frames_per_second = frames_per_second
+        self.frames = 0
+        self.seconds = 0.0
+        self.durations = Durations()
+
+    def add(self, frames: int, seconds: float) -> None:
+        self.frames += frames
+        self.seconds += seconds
+        self.durations.add(seconds)
+
+    def snapshot(self) -> dict[str, Any]:
+        audio_seconds = self.frames / self._frames_per_second
+        return {
+            "frames": self.frames,
+            "seconds": round(audio_seconds, 3),
+            "real_time_factor": round(audio_seconds / self.seconds, 2) if self.seconds else None,
+            "step_p50_ms": self.durations.percentile_ms(50),
+            "step_p95_ms": self.durations.percentile_ms(95),
+        }
+
+
 class TimedDecoder:
-    """A decoder whose steps are counted and timed. It is a Decoder as renderer.py wants one."""
+    """A decoder whose steps are timed. It is a Decoder as renderer.py wants one."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self.format = decoder.format
         self.decodes_prefix = decoder.decodes_prefix
-        self.frames = 0
-        self.step_seconds = 0.0
-        self.steps = Durations()
+        self.times = StepTimes(decoder.format.frames_per_second)
 
-    def step(self, codes: Codes) -> NDArray[np.float32]:
+    def step(self, codes: Codes) -> Audio:
         started = time.perf_counter()
         audio = self._decoder.step(codes)
-        seconds = time.perf_counter() - started
-        self.frames += len(codes)
-        self.step_seconds += seconds
-        self.steps.add(seconds)
+        self.times.add(len(codes), time.perf_counter() - started)
         return audio
 
     def reset(self) -> None:
         self._decoder.reset()
 
-    def snapshot(self) -> dict[str, Any]:
-        audio_seconds = self.frames / self.format.frames_per_second
-        return {
-            "frames": self.frames,
-            "seconds": round(audio_seconds, 3),
-            "real_time_factor": round(audio_seconds / self.step_seconds, 2) if self.step_seconds else None,
-            "step_p50_ms": self.steps.percentile_ms(50),
-            "step_p95_ms": self.steps.percentile_ms(95),
-        }
+
+class TimedEncoder:
+    """An encoder whose steps are timed. It is an Encoder as recorder.py wants one."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.format = encoder.format
+        self.times = StepTimes(encoder.format.frames_per_second)
+
+    def step(self, audio: Audio) -> Codes:
+        started = time.perf_counter()
+        codes = self._encoder.step(audio)
+        self.times.add(len(codes), time.perf_counter() - started)
+        return codes
+
+    def reset(self) -> None:
+        self._encoder.reset()
 
 
 def peak_resident_bytes() -> int | None:

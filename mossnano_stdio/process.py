@@ -27,7 +27,7 @@ from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemo
 from mossnano_stdio.inbox import Arrival, Ending, Inbox
 from mossnano_stdio.layout import CodecFormat
 from mossnano_stdio.logs import LEVELS, log, start_logging, write_stderr
-from mossnano_stdio.metrics import Durations, TimedDecoder, peak_resident_bytes
+from mossnano_stdio.metrics import Durations, StepTimes, TimedDecoder, TimedEncoder, peak_resident_bytes
 from mossnano_stdio.options import (
     add_chunk_arguments,
     add_decoder_arguments,
@@ -44,26 +44,56 @@ from mossnano_stdio.protocol import (
     MessageReader,
     parse_json,
 )
+from mossnano_stdio.recorder import Encoder, Recorder
 from mossnano_stdio.renderer import Decoder, Renderer
-from mossnano_stdio.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Schedule
-from mossnano_stdio.session import Conversation, DecodeSession, State, error_message
+from mossnano_stdio.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES
+from mossnano_stdio.session import Conversation, DecodeSession, EncodeSession, State, error_message
 from mossnano_stdio.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
 
 if TYPE_CHECKING:
+    from mossnano_stdio.bundle import Bundle
+    from mossnano_stdio.codec import EncoderRuntime, Runtime
     from mossnano_stdio.playback import Player
 
 PROGRAM: Final = "mossnano-stdio"
+_OPENING_KINDS: Final = (Kind.TOKENS, Kind.ARTIFACT, Kind.AUDIO)
 
 
 @dataclass(frozen=True)
-class LoadedDecoder:
-    """A decoder, warmed up or not, and what the HANDSHAKE says of where it came from."""
+class Loaded:
+    """A codec that has done its first step, the slowest of all, and how a conversation with it is opened."""
 
-    decoder: Decoder
-    identity: Mapping[str, Any]
+    format: CodecFormat
+    identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
+    times: StepTimes
+    open_session: Callable[..., Conversation]  # (schedule, identity, **what every Conversation takes)
 
 
-Loader = Callable[[argparse.Namespace], LoadedDecoder]
+Loader = Callable[[argparse.Namespace], Loaded]
+
+
+def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
+    decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
+    decoder.reset()
+    timed = TimedDecoder(decoder)
+    return Loaded(
+        decoder.format,
+        identity,
+        timed.times,
+        lambda schedule, identity, **more: DecodeSession(Renderer(timed, schedule), identity, **more),
+    )
+
+
+def ready_to_encode(encoder: Encoder, identity: Mapping[str, Any]) -> Loaded:
+    encoder.step(np.zeros((encoder.format.frame_samples, encoder.format.channels), np.float32))
+    encoder.reset()
+    timed = TimedEncoder(encoder)
+    return Loaded(
+        encoder.format,
+        identity,
+        timed.times,
+        lambda schedule, identity, **more: EncodeSession(Recorder(timed, schedule), identity, **more),
+    )
 
 
 def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
@@ -85,25 +115,32 @@ def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loa
             process.report()
 
 
-def load_codec(options: argparse.Namespace) -> LoadedDecoder:
-    """The weights that the command line asks for, as a decoder."""
+def load_codec(options: argparse.Namespace) -> Loaded:
+    """The weights that the command line asks for, as a decoder, or as an encoder."""
     from mossnano_stdio.bundle import find_weights, load_bundle
-    from mossnano_stdio.codec import load_runtime
+    from mossnano_stdio.codec import load_encoder_runtime, load_runtime
 
     bundle = load_bundle(find_weights(options.weights))
-    runtime = load_runtime(bundle, provider=options.provider, threads=options.threads, graph=options.graph)
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
-    identity = {
+    engine = {"provider": options.provider, "threads": options.threads}
+    if options.encode:
+        encoding = load_encoder_runtime(bundle, **engine)
+        return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
+    decoding = load_runtime(bundle, graph=options.graph, **engine)
+    return ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+
+
+def _identity(bundle: Bundle, graph: str, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
+    return {
         "codec": bundle.name,
         "weights": str(bundle.folder),
         "demo": bundle.demo,
-        "graph": runtime.graph_name,
+        "graph": graph,
         "precision": runtime.precision,
         "provider": runtime.engine.provider,
         "threads": runtime.engine.threads,
     }
-    return LoadedDecoder(runtime.new_decoder(), identity)
 
 
 class _StopOnErrorError(Exception):
@@ -121,10 +158,10 @@ class _Process:
         self._output = self._open_output()
         self._stops_on_error = options.on_error == "stop"
         self._maybe_session: Conversation | None = None
-        self._maybe_decoder: TimedDecoder | None = None
+        self._maybe_times: StepTimes | None = None
         self._first_audio = Durations()
         self._ready_seconds = 0.0
-        self._maybe_opened_seconds: float | None = None  # when the stream that has no audio yet was opened
+        self._maybe_opened_seconds: float | None = None  # when the stream that has no answer yet was opened
 
     def serve(self, load: Loader) -> int:
         """From start to end; the exit status."""
@@ -152,7 +189,7 @@ class _Process:
         """One JSON line on stderr: what was done so far."""
         stats = {
             "streams": self._maybe_session.streams_opened if self._maybe_session else 0,
-            **(self._maybe_decoder.snapshot() if self._maybe_decoder else {}),
+            **(self._maybe_times.snapshot() if self._maybe_times else {}),
             "first_audio_p50_ms": self._first_audio.percentile_ms(50),
             "first_audio_p95_ms": self._first_audio.percentile_ms(95),
             "peak_resident_bytes": peak_resident_bytes(),
@@ -199,26 +236,21 @@ class _Process:
         self._signals.check()
         return self._inbox.cancel_waits()
 
-    def _start_session(self, loaded: LoadedDecoder) -> Conversation:
-        decoder = loaded.decoder
-        decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))  # the first step of all takes longer
-        decoder.reset()
-        self._maybe_decoder = TimedDecoder(decoder)
-        return DecodeSession(
-            Renderer(self._maybe_decoder, self._schedule(decoder.format)),
-            {
-                "protocol": VERSION,
-                "name": PROGRAM,
-                "version": __version__,
-                **loaded.identity,
-                "max_message_bytes": self._options.max_message_bytes,
-            },
+    def _start_session(self, loaded: Loaded) -> Conversation:
+        identity = {
+            "protocol": VERSION,
+            "name": PROGRAM,
+            "version": __version__,
+            **loaded.identity,
+            "max_message_bytes": self._options.max_message_bytes,
+        }
+        self._maybe_times = loaded.times
+        return loaded.open_session(
+            chosen_schedule(self._options, loaded.format.frames_per_second, self._options.max_chunk_frames),
+            identity,
             ramp_max_frames=self._options.max_chunk_frames,
             cancel_waiting=self._inbox.cancel_waits,
         )
-
-    def _schedule(self, codec_format: CodecFormat) -> Schedule:
-        return chosen_schedule(self._options, codec_format.frames_per_second, self._options.max_chunk_frames)
 
     def _next_event(self, session: Conversation) -> Arrival | Ending:
         """The next message, once every chunk is out that no waiting message could make larger."""
@@ -228,7 +260,7 @@ class _Process:
             return self._inbox.get()
 
     def _note_opening(self, session: Conversation, arrival: Arrival) -> None:
-        if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in (Kind.TOKENS, Kind.ARTIFACT):
+        if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in _OPENING_KINDS:
             self._maybe_opened_seconds = max(arrival.seconds, self._ready_seconds)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
@@ -237,7 +269,7 @@ class _Process:
 
     def _put(self, answer: Message) -> None:
         self._output.put(answer)
-        if answer.kind == Kind.AUDIO and self._maybe_opened_seconds is not None:
+        if answer.kind in (Kind.AUDIO, Kind.TOKENS) and self._maybe_opened_seconds is not None:
             self._first_audio.add(time.monotonic() - self._maybe_opened_seconds)
             self._maybe_opened_seconds = None
         if answer.kind == Kind.ERROR:
@@ -283,6 +315,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     add_decoder_arguments(parser)
+    parser.add_argument("--encode", action="store_true", help="the other way round: PCM in, tokens out")
     parser.add_argument(
         "--output",
         choices=(*STDOUT_FORMS, "none"),
@@ -309,4 +342,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stats", action="store_true", help="one line of JSON on stderr at the end (always on SIGUSR1)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
+        parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
+    return options

@@ -28,16 +28,18 @@ from collections.abc import Callable
 from typing import Any
 
 from mossnano_stdio import process, stdio
-from tests.doubles import NANO, SMALL, CountingDecoder
+from tests.doubles import NANO, SMALL, CountingDecoder, CountingEncoder
 
 
 def main() -> None:
     plan: dict[str, Any] = json.loads(sys.argv[1])
 
-    def load(options: argparse.Namespace) -> process.LoadedDecoder:
+    def load(options: argparse.Namespace) -> process.Loaded:
         if "load_seconds" in plan:
             print("loading", file=sys.stderr, flush=True)
             time.sleep(plan["load_seconds"])
+        if options.encode:
+            return process.ready_to_encode(CountingEncoder(), {"demo": False})
         decoder = CountingDecoder(
             NANO if plan.get("nano") else SMALL,
             step_seconds=plan.get("step_seconds", 0),
@@ -45,7 +47,7 @@ def main() -> None:
             failing_steps=plan.get("failing_steps", ()),
             on_step=lambda step: on_step(plan, step),
         )
-        return process.LoadedDecoder(decoder, {"demo": False})
+        return process.ready_to_decode(decoder, {"demo": False})
 
     spoil_descriptors(plan)
     signals = stdio.StopSignals()

@@ -14,12 +14,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mossnano_stdio.protocol import INBOX_BYTES, Kind, Message, encode_message
 from mossnano_stdio.session import DECODING, State
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, run
-from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
+from tests.doubles import NANO, SMALL, artifact_bytes, expected_codes, expected_pcm, some_frames, tokens_payload
 
 END = Message(Kind.END)
 FRAMES = some_frames(20)
@@ -417,3 +418,35 @@ def test_the_conversation_of_the_document() -> None:
             else:
                 assert message.payload.hex(" ") == what
         assert child.finish()[:2] == (0, [])
+
+
+# --- the other direction ---------------------------------------------------------------------------
+
+
+def noise_pcm(samples: int) -> bytes:
+    return np.random.default_rng(0).integers(-32767, 32768, samples * 2).astype("<i2").tobytes()
+
+
+def test_encoding_answers_each_frame_as_it_fills() -> None:
+    pcm = noise_pcm(10)
+    with Child(double({}, "--encode")) as child:
+        assert fields(child.next())["direction"] == "encode"
+        child.say(Message(Kind.AUDIO, pcm[:17]))
+        assert child.next() == Message(Kind.TOKENS, tokens_payload(expected_codes(pcm[:16])))
+        child.say(Message(Kind.AUDIO, pcm[17:]), END)
+        answers = child.until(Kind.END)
+    assert b"".join(answer.payload for answer in answers[:-1]) == tokens_payload(expected_codes(pcm)[1:])
+    assert fields(answers[-1])["original_samples"] == 10
+
+
+def test_an_encoder_piped_into_a_decoder_is_understood() -> None:
+    pcm = noise_pcm(50)
+    encoder = run(double({}, "--encode"), encoded(Message(Kind.AUDIO, pcm)))
+    decoder = run(double({}, "--output", "raw"), encoder.stdout)
+    assert (encoder.returncode, decoder.returncode, decoder.stderr) == (0, 0, b"")
+    assert decoder.stdout == expected_pcm(expected_codes(pcm), SMALL)
+
+
+@pytest.mark.parametrize("arguments", [["--output", "raw"], ["--output", "wav"], ["--play"], ["--graph", "fast"]])
+def test_what_only_decoding_knows_is_refused_when_encoding(arguments: list[str]) -> None:
+    assert run([*PROCESS, "--encode", *arguments]).returncode == 2
