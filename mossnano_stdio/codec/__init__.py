@@ -97,6 +97,9 @@ class EncoderRuntime(Protocol):
     precision: str
 
     @property
+    def graph_name(self) -> Literal["encode_step"]: ...
+
+    @property
     def layer_context_frames(self) -> tuple[int, ...]:
         """How far each layer looks back."""
 

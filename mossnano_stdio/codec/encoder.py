@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ from mossnano_stdio.layout import CodecFormat, Codes
 
 class StreamEncoderRuntime:
     """A loaded `encode_step` (graph/encode_step.py has its contract), shared by the encoders that it makes."""
+
+    graph_name: Literal["encode_step"] = "encode_step"
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         if not bundle.has_graph("encode_step"):
@@ -93,6 +96,8 @@ class StreamEncoder:
 
 class FullEncoder:
     """A loaded `encode`. It has no state: any number of threads may share it."""
+
+    graph_name: Literal["encode"] = "encode"
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle = bundle

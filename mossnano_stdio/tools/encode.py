@@ -1,0 +1,137 @@
+"""Encode a recording to an artifact.
+
+IN is a WAV, FLAC, OGG, MP3 or whatever else soundfile reads (without soundfile: a WAV of whole numbers); `-` is stdin.
+Other sample rates are resampled, and one channel goes to all. How long the recording was is kept in the artifact.
+
+With a streaming encoder, which `mossnano build` makes, a recording of any length takes the same memory. The official
+graph encodes recordings as a whole and needs memory with the square of their length: 5 GB for 20 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.container import build_artifact
+from mossnano_stdio.errors import ExitStatus, InputError, UsageError
+from mossnano_stdio.facts import as_json
+from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
+from mossnano_stdio.options import add_engine_arguments, whole_number
+from mossnano_stdio.pcm import Sound, read_sound, resampled
+
+if TYPE_CHECKING:
+    from mossnano_stdio.codec import EncoderRuntime, FullEncoder
+    from mossnano_stdio.library import EncodedAudio
+
+MONO = 1
+MOST_QUANTIZERS = 1024
+
+Audio = NDArray[np.float32]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sound", metavar="IN", help="the recording")
+    parser.add_argument("artifact", metavar="OUT", help="where the .mossnano goes")
+    parser.add_argument(
+        "--quantizers", type=whole_number(1, MOST_QUANTIZERS), metavar="N", help="keep only the first N (all)"
+    )
+    parser.add_argument("--weights", metavar="DIR", help="a weights folder")
+    add_engine_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="a summary as one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mossnano_stdio.library import encode_blocks
+
+    if args.json and args.artifact == STANDARD_STREAM:
+        raise UsageError("--json and the artifact both want stdout; give the artifact a file")
+    name = "stdin" if args.sound == STANDARD_STREAM else args.sound
+    with open_input(args.sound) as file:
+        sound = read_sound(file, name)
+        encoder = _load(args, sound, name)
+        quantizers = args.quantizers or encoder.format.quantizers
+        started = time.perf_counter()
+        with _progress(sound) as blocks:
+            wide = (_with_channels(block, encoder.format.channels) for block in blocks)
+            at_rate = resampled(wide, encoder.format.channels, sound.sample_rate, encoder.format.sample_rate)
+            encoded = encode_blocks(encoder, at_rate, quantizers)
+        took_seconds = time.perf_counter() - started
+    with open_output(args.artifact) as output:
+        output.write(build_artifact(encoded.artifact))
+    facts = _facts(encoded, took_seconds)
+    if args.json:
+        print(as_json(facts | _identity(encoder)))
+    else:
+        _say(f"{args.artifact}: {facts['seconds']:.2f} s, encoded {facts['real_time_factor'] or 0:.1f} x real time")
+    return ExitStatus.DONE
+
+
+def _load(args: argparse.Namespace, sound: Sound, name: str) -> EncoderRuntime | FullEncoder:
+    """An encoder that takes this recording and gives as many quantizers as are asked for."""
+    from mossnano_stdio.bundle import find_weights, load_bundle
+    from mossnano_stdio.codec import load_encoder
+
+    bundle = load_bundle(find_weights(args.weights))
+    if sound.channels not in (MONO, bundle.format.channels):
+        raise InputError(
+            f"{name} has {sound.channels} channels, allowed are 1 and {bundle.format.channels}; mix it down first"
+        )
+    if args.quantizers and args.quantizers > bundle.format.quantizers:
+        raise UsageError(f"--quantizers is {args.quantizers}, these weights have {bundle.format.quantizers}")
+    return load_encoder(bundle, provider=args.provider, threads=args.threads)
+
+
+def _with_channels(block: Audio, channels: int) -> Audio:
+    """A single channel goes to all."""
+    return np.broadcast_to(block, (len(block), channels))
+
+
+def _facts(encoded: EncodedAudio, took_seconds: float) -> dict[str, Any]:
+    return {
+        "frames": encoded.frames,
+        "seconds": encoded.duration_seconds,
+        "original_samples": encoded.original_samples,
+        "quantizers": encoded.quantizers,
+        "file_bytes": encoded.file_bytes,
+        "encode_seconds": round(took_seconds, 6),
+        "real_time_factor": round(encoded.duration_seconds / took_seconds, 2) if encoded.frames else None,
+    }
+
+
+def _identity(encoder: EncoderRuntime | FullEncoder) -> dict[str, Any]:
+    return {
+        "weights": str(encoder.bundle.folder),
+        "graph": encoder.graph_name,
+        "provider": encoder.engine.provider,
+        "threads": encoder.engine.threads,
+    }
+
+
+@contextmanager
+def _progress(sound: Sound) -> Iterator[Iterator[Audio]]:
+    """The blocks, and a bar on a terminal's stderr that follows them, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield sound.blocks
+        return
+    seconds = sound.samples / sound.sample_rate
+    with tqdm(total=round(seconds, 1), unit="s", leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield _told(sound, bar.update)
+
+
+def _told(sound: Sound, advance: Callable[[float], object]) -> Iterator[Audio]:
+    for block in sound.blocks:
+        yield block
+        advance(len(block) / sound.sample_rate)
+
+
+def _say(line: str) -> None:
+    print(f"mossnano encode: {line}", file=sys.stderr)
