@@ -1,4 +1,4 @@
-"""What several rooms' tests share: weights folders."""
+"""What several rooms' tests share: weights folders, and something to play on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.sound import FileDevice, SoundServer
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny"
 
@@ -51,3 +53,17 @@ def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
     build_standin(folder, "nano", seed=0, trial=False)  # which takes seconds, and which tests do themselves
     return folder
+
+
+@pytest.fixture
+def file_device(tmp_path: Path) -> FileDevice:
+    """A sound card that writes what it plays to a file."""
+    return FileDevice(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoundServer]:
+    """A sound server that plays in real time and can be recorded."""
+    server = SoundServer(tmp_path_factory.mktemp("sound"), is_recorded=True)
+    yield server
+    server.stop()

@@ -93,7 +93,7 @@ class FileDevice:
 class SoundServer:
     """A PulseAudio of our own with one sink, `heard`, which leads nowhere but can be recorded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_recorded: bool) -> None:
         self.folder = folder
         self._socket = folder / "socket"
         folder.chmod(0o700)
@@ -117,10 +117,10 @@ class SoundServer:
             "JACK_NO_START_SERVER": "1",
         }
         self._server = self._start_server()
-        self._silence = self._start_silence()
+        self._others = [self._start_silence()] if is_recorded else []
 
     def stop(self) -> None:
-        for process in (self._silence, self._server):
+        for process in (*self._others, self._server):
             process.send_signal(signal.SIGCONT)
             process.kill()
             process.wait()

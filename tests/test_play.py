@@ -44,18 +44,6 @@ END = json_message(Kind.END, {"stream": 0, "cancelled": False})
 CANCELLED = json_message(Kind.END, {"stream": 0, "cancelled": True})
 
 
-@pytest.fixture
-def file_device(tmp_path: Path) -> FileDevice:
-    return FileDevice(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def sound_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoundServer]:
-    server = SoundServer(tmp_path_factory.mktemp("sound"))
-    yield server
-    server.stop()
-
-
 def play(
     environment: dict[str, str], *arguments: object, stdin: bytes = b"", timeout: float = 60
 ) -> subprocess.CompletedProcess[bytes]:
@@ -271,7 +259,7 @@ def read_terminal(leader: int) -> str:
 
 @needs_sound_server
 def test_a_device_that_is_lost_ends_us_with_69_and_whoever_feeds_us_learns_of_it(tmp_path: Path) -> None:
-    server = SoundServer(tmp_path)
+    server = SoundServer(tmp_path, is_recorded=False)
     try:
         with subprocess.Popen(
             [*PLAY, "--raw"], env=server.environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
