@@ -69,9 +69,9 @@ def pack_frames(codes: NDArray[np.integer], codebook_size: int) -> bytes:
     """
     if codes.ndim != 2:
         raise UsageError(f"frames to pack have {codes.ndim} axes, allowed are 2: [frames, quantizers]")
-    _check_codes(codes, codebook_size)
-    bits = bits_per_code(codebook_size)
     frames, quantizers = codes.shape
+    bits = _checked_bits(quantizers, codebook_size)
+    _check_codes(codes, codebook_size)
     if quantizers * bits % 8 == 0:  # no frame has padding, so all of them are one row
         return pack_codes(codes.reshape(-1), bits)
     packed = np.empty((frames, frame_bytes(quantizers, codebook_size)), dtype=np.uint8)
@@ -89,7 +89,7 @@ def unpack_frames(payload: Bytes, quantizers: int, codebook_size: int) -> Codes:
     >>> unpack_frames(bytes.fromhex("21035406"), quantizers=3, codebook_size=16).tolist()
     [[1, 2, 3], [4, 5, 6]]
     """
-    bits = bits_per_code(codebook_size)
+    bits = _checked_bits(quantizers, codebook_size)
     whole_frame_bytes = frame_bytes(quantizers, codebook_size)
     source = np.frombuffer(payload, dtype=np.uint8)
     frames, rest_bytes = divmod(len(source), whole_frame_bytes)
@@ -144,6 +144,14 @@ def _codes_of(ones: NDArray[np.uint8], bits: int) -> NDArray[np.uint16]:
 
 def _packed_bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
+
+
+def _checked_bits(quantizers: int, codebook_size: int) -> int:
+    if quantizers < 1:
+        raise UsageError(f"frames of {quantizers} codes, allowed is 1 or more")
+    bits = bits_per_code(codebook_size)
+    _check_width(bits)
+    return bits
 
 
 def _check_width(bits: int) -> None:

@@ -25,6 +25,7 @@ from mossnano_stdio.layout import Codes, to_quantizer_major
 
 FORMS: Final = ("u16le", "npy", "json")
 LARGEST_CODE: Final = 0xFFFF
+JSON_BLOCK_FRAMES: Final = 1 << 12  # made into Python's numbers at a time, which are large
 
 _NPY_HEADER_READERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -58,7 +59,8 @@ def save_codes(codes: Codes, form: str) -> bytes:
             np.save(file, np.ascontiguousarray(codes, dtype="<u2"))
             return file.getvalue()
         case _:
-            return json.dumps(codes.tolist()).encode("ascii") + b"\n"
+            blocks = (codes[start : start + JSON_BLOCK_FRAMES] for start in range(0, len(codes), JSON_BLOCK_FRAMES))
+            return b"[" + b", ".join(json.dumps(block.tolist())[1:-1].encode("ascii") for block in blocks) + b"]\n"
 
 
 def load_codes(data: bytes, form: str, quantizers: int) -> Codes:
@@ -101,7 +103,7 @@ def _from_npy(data: bytes) -> NDArray[np.integer]:
         shape, is_fortran, dtype = _NPY_HEADER_READERS[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, SyntaxError, RecursionError) as error:
         raise InputError(f"the .npy file has no header that can be read: {error}") from None
-    if len(shape) != 2 or not np.issubdtype(dtype, np.integer):
+    if len(shape) != 2 or min(shape) < 0 or not np.issubdtype(dtype, np.integer):
         raise InputError(f"the .npy file holds {dtype} {list(shape)}, allowed are integers [frames, quantizers]")
     body = memoryview(data)[file.tell() :]
     if len(body) != math.prod(shape) * dtype.itemsize:
@@ -109,8 +111,9 @@ def _from_npy(data: bytes) -> NDArray[np.integer]:
             f"the .npy file has {len(body)} bytes behind its header, but {dtype} {list(shape)} are "
             f"{math.prod(shape) * dtype.itemsize}"
         )
-    codes = np.frombuffer(body, dtype=dtype)
-    return codes.reshape(shape, order="F" if is_fortran else "C")
+    if not len(body) and max(shape) > LARGEST_CODE:
+        raise InputError(f"the .npy file holds {list(shape)}, which are no codes at all")
+    return np.frombuffer(body, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _from_json(data: bytes, quantizers: int) -> NDArray[np.integer]:

@@ -43,7 +43,7 @@ _FIELDS: Final = struct.Struct("<6I")
 HEADER_BYTES: Final = len(MAGIC) + _FIELDS.size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArtifactHeader:
     """What stands before the codes, field by field in the order of the file.
 

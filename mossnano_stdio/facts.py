@@ -63,7 +63,7 @@ def _shown(value: Any) -> str:
         case list() | tuple():
             return ", ".join(map(str, value))
         case _:
-            return str(value)
+            return str(value).encode("utf-8", "backslashreplace").decode("utf-8")  # a file name may be no text
 
 
 def _strict(value: Any) -> Any:

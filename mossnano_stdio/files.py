@@ -14,6 +14,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with _standard_output() as file:
             yield file
         return
-    destination = Path(path).resolve()  # a symlink stays one, and what it points to is replaced
+    destination = Path(os.path.realpath(path))  # a symlink stays one, and what it points to is replaced
     if destination.exists() and not destination.is_file():
         with _opened_for_writing(destination) as file:
             yield file
@@ -53,6 +54,8 @@ def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         try:
             yield file
             file.close()
+            if destination.exists():
+                shutil.copymode(destination, unfinished)
             _rename(unfinished, destination)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -188,6 +188,11 @@ def test_misuse_is_told_apart_from_bad_data() -> None:
             pack_codes(np.array([0]), bits)
         with pytest.raises(UsageError, match="1 to 16"):
             unpack_codes(b"", bits, 0)
+    for quantizers, codebook_size in ((0, 1024), (3, 1), (3, 65537), (8, 65537)):
+        with pytest.raises(UsageError):
+            pack_frames(np.zeros((2, quantizers), dtype=np.uint16), codebook_size)
+        with pytest.raises(UsageError):
+            unpack_frames(bytes(64), quantizers, codebook_size)
     with pytest.raises(UsageError, match="axes"):
         pack_codes(np.zeros((2, 2), dtype=np.uint16), 4)
     with pytest.raises(UsageError, match="axes"):

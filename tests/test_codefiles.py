@@ -50,6 +50,8 @@ def npy(value: Any) -> bytes:
     return file.getvalue()
 
 
+NEGATIVE_NPY = npy([[1]]).replace(b"(1, 1), }  ", b"(-1, -1), }")
+EMPTY_NPY = npy([[1]]).replace(b"(1, 1), }" + b" " * 19, b"(0, 99999999999999999999), }")[:-8]
 HUGE_NPY = npy([[1]]).replace(b"(1, 1), }            ", b"(99999999999, 999), }")
 
 
@@ -62,6 +64,8 @@ HUGE_NPY = npy([[1]]).replace(b"(1, 1), }            ", b"(99999999999, 999), }"
         ("npy", npy([[1]])[:50], "no header that can be read"),
         ("npy", npy([[1, 2]])[:-1], "has 15 bytes behind its header, but int64 [1, 2] are 16"),
         ("npy", npy([[1, 2]]) + b"x", "has 17 bytes behind its header"),
+        ("npy", NEGATIVE_NPY, "holds int64 [-1, -1]"),
+        ("npy", EMPTY_NPY, "[0, 99999999999999999999], which are no codes"),
         ("npy", HUGE_NPY, "has 8 bytes behind its header"),
         ("npy", npy([1, 2]), "holds int64 [2], allowed are integers [frames, quantizers]"),
         ("npy", npy([[1.0]]), "holds float64 [1, 1]"),
@@ -91,9 +95,16 @@ def test_what_is_wrong_is_one_error(form: str, data: bytes, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_long_json_is_one_list() -> None:
+    codes = np.arange(40_000, dtype=np.uint16).reshape(-1, 2)
+    assert json.loads(save_codes(codes, "json")) == codes.tolist()
+
+
 def test_the_huge_claim_is_one() -> None:
     assert b"99999999999, 999" in HUGE_NPY
-    assert len(HUGE_NPY) == len(npy([[1]]))
+    assert b"(-1, -1)" in NEGATIVE_NPY
+    assert b"(0, 9999" in EMPTY_NPY
+    assert len(HUGE_NPY) == len(NEGATIVE_NPY) == len(EMPTY_NPY) + 8 == len(npy([[1]]))
 
 
 def test_the_form_is_in_the_name_or_said() -> None:

@@ -292,6 +292,10 @@ def test_what_could_not_be_parsed_is_not_built(codes: Any, fields: dict[str, int
         build_artifact(artifact_of(codes, **fields))
 
 
+def test_artifacts_with_equal_headers_are_not_taken_for_equal() -> None:
+    assert artifact_of([[1]]) != artifact_of([[2]])
+
+
 def test_codes_have_the_shape_that_the_header_says() -> None:
     with pytest.raises(ArtifactError, match=r"uint16 \[2, 3\], allowed are integers \[3, 2\]"):
         Artifact(48000, 2, 0, quantizers=2, frames=3, codebook_size=4, codes=np.zeros((2, 3), dtype=np.uint16))

@@ -45,3 +45,9 @@ def test_a_table_shows_every_fact() -> None:
         "yes       yes",
     ]
     assert as_table({}) == ""
+
+
+def test_a_file_name_that_is_no_text_can_be_shown() -> None:
+    name = b"\xff.wav".decode("utf-8", "surrogateescape")
+    assert as_table({"file": name}) == "file  \\udcff.wav"
+    assert json.loads(as_json({"file": name})) == {"file": name}

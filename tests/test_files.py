@@ -54,6 +54,22 @@ def test_a_symlink_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == b"after"
 
 
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "private").write_bytes(b"before")
+    (tmp_path / "private").chmod(0o600)
+    with open_output(tmp_path / "private") as file:
+        file.write(b"after")
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "private").read_bytes() == b"after"
+
+
+def test_a_symlink_that_leads_to_itself_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with open_output(tmp_path / "loop") as file:
+        file.write(b"after")
+    assert (tmp_path / "loop").read_bytes() == b"after"
+
+
 def test_a_named_pipe_is_written_and_stays_one(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)

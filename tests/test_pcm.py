@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -236,6 +238,26 @@ def test_other_widths_read_alike_with_and_without_the_extra(subtype: str, monkey
     steps = with_extra.steps_between(0, 300)
     assert steps.dtype == np.float64
     assert np.abs(steps / 32767 - audio).max() < {"PCM_U8": 1e-2}.get(subtype, 1e-6)
+
+
+def test_no_more_is_allocated_than_is_there(reader: str) -> None:
+    """A header that claims four gigabytes, and two samples behind it."""
+    file = io.BytesIO(wav_header(RATE, 2, 0xFFFFFF00) + bytes(8))
+    tracemalloc.start()
+    try:
+        assert len(read_audio(file, "x.wav").samples) == 2
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("place", "value", "words"), [(34, 64, "64 bits at 48000"), (24, 0, "16 bits at 0 Hz")])
+def test_widths_and_rates_that_are_none(place: int, value: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    data = bytearray(wav_header(RATE, 2, 32) + bytes(32))
+    data[place : place + 2] = struct.pack("<H", value)
+    with pytest.raises(InputError, match=words):
+        read_audio(io.BytesIO(data), "x.wav")
 
 
 def test_floats_and_flac_need_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
