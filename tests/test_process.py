@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import wave
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.protocol import INBOX_BYTES, Kind, Message, encode_message
-from mossnano_stdio.session import DECODING, State
+from mossnano_stdio.session import DECODING, ENCODING, Action, State
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_codes, expected_pcm, some_frames, tokens_payload
 
@@ -368,15 +369,26 @@ TOKENS_NANO = Message(Kind.TOKENS, tokens_payload(FRAMES_NANO))
 PROTOCOL = (ROOT / "protocol.md").read_text()
 
 
-def test_the_transition_table_of_the_document_is_that_of_the_program() -> None:
-    table = PROTOCOL.split("<!-- transitions -->")[1].split("Everything else")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
-    ]
+@pytest.mark.parametrize(
+    ("marker", "table"), [("<!-- transitions -->", DECODING), ("<!-- transitions encode -->", ENCODING)]
+)
+def test_the_transition_tables_of_the_document_are_those_of_the_program(
+    marker: str, table: Mapping[tuple[State, Kind], Action]
+) -> None:
+    text = PROTOCOL.split(marker)[1].split("Everything else")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     states = [State(name) for name in rows[0][1:]]
     documented = {(state, Kind[row[0]]): cell for row in rows[2:] for state, cell in zip(states, row[1:], strict=True)}
-    programmed = {cell: action.value.strip("_").replace("_", " ") for cell, action in DECODING.items()}
-    assert documented == programmed
+    assert documented == {cell: action.value.strip("_").replace("_", " ") for cell, action in table.items()}
+
+
+def test_the_hex_dump_of_the_encoder_is_audio() -> None:
+    (dump,) = re.findall(r"^```hex in encode$(.*?)^```$", PROTOCOL, re.M | re.S)
+    wire = bytes.fromhex(re.sub(r"#.*", "", dump))
+    done = run(double({}, "--encode"), wire)
+    (_, tokens, end) = decoded(done.stdout)
+    assert tokens.payload == tokens_payload(expected_codes(wire[5:]))
+    assert fields(end)["original_samples"] == 3
 
 
 @pytest.mark.parametrize(
