@@ -46,6 +46,8 @@ from mossnano_stdio.shapes import (
     integer_array,
     normalised_codes,
     normalised_wave,
+    sample_range,
+    warm_up_frames,
 )
 
 if TYPE_CHECKING:
@@ -253,7 +255,7 @@ class Codec:
         frames = self._single(codes, num_quantizers, "codes")
         maybe_samples = _original_samples(codes)
         total_samples = len(frames) * self.frame_samples if maybe_samples is None else maybe_samples
-        samples = self._range_samples(start, duration, total_samples)
+        samples = sample_range(start, duration, total_samples, self.sample_rate)
         first_frame = samples.start // self.frame_samples
         end_frame = math.ceil(samples.stop / self.frame_samples)
         decoder = self._runtime.new_decoder()
@@ -393,22 +395,10 @@ class Codec:
             )
         return samples // self.frame_samples
 
-    def _range_samples(self, start: float, duration: float | None, total_samples: int) -> range:
-        total = total_samples / self.sample_rate
-        if not 0 <= start < total:
-            raise ValueError(f"start is {start}, allowed is 0 up to the end at {total} seconds")
-        if duration is not None and not 0 < duration < math.inf:
-            raise ValueError(f"duration is {duration}, allowed is any number of seconds above 0")
-        first = round(start * self.sample_rate)
-        last = total_samples if duration is None else round((start + duration) * self.sample_rate)
-        return range(first, min(last, total_samples))
-
     def _warm_up_frames(self, warm_up: float | None) -> int:
         if warm_up is None:
             return sum(self._runtime.layer_context_frames)
-        if not 0 <= warm_up < math.inf:
-            raise ValueError(f"warm_up is {warm_up}, allowed is any number of seconds from 0")
-        return math.ceil(warm_up * self.format.frames_per_second)
+        return warm_up_frames(warm_up, self.format.frames_per_second)
 
     def _seconds(self, frames: int) -> float:
         return frames * self.frame_samples / self.sample_rate

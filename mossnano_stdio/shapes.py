@@ -1,4 +1,4 @@
-"""How arrays of codes and of audio are read when they come from a caller, in whatever order their axes lie.
+"""How what a caller gives is read: arrays of codes and of audio, in whatever order their axes lie, and times.
 
 The quantizers' axis of an array is as long as the weights have quantizers, or as long as `num_quantizers` asks for.
 It is the first axis or the last one:
@@ -17,6 +17,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,32 @@ def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
         raise ValueError("the wave holds NaN or infinity, allowed are finite numbers")
     planar = np.broadcast_to(array, (channels, array.shape[1]))
     return np.ascontiguousarray(planar.T, dtype=np.float32)
+
+
+def sample_range(start: float, duration: float | None, total_samples: int, sample_rate: int) -> range:
+    """The samples from `start` seconds on, for `duration` seconds or, as far as there are any, to the end.
+
+    >>> sample_range(1.5, 1.0, 48000 * 10, 48000), sample_range(9.5, None, 48000 * 10, 48000)
+    (range(72000, 120000), range(456000, 480000))
+    """
+    if not 0 <= start < total_samples / sample_rate:
+        raise ValueError(f"start is {start}, allowed is 0 up to the end, at {total_samples / sample_rate} seconds")
+    if duration is not None and not 0 < duration < math.inf:
+        raise ValueError(f"duration is {duration}, allowed is any number of seconds above 0")
+    first = min(round(start * sample_rate), total_samples - 1)
+    end = total_samples if duration is None else min(round((start + duration) * sample_rate), total_samples)
+    return range(first, max(end, first + 1))
+
+
+def warm_up_frames(seconds: float, frames_per_second: float) -> int:
+    """As many whole frames as it takes.
+
+    >>> warm_up_frames(1.0, 12.5)
+    13
+    """
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"warm_up is {seconds}, allowed is any number of seconds from 0")
+    return math.ceil(seconds * frames_per_second)
 
 
 def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int) -> bool:

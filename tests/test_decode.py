@@ -146,6 +146,73 @@ def test_flags_out_of_range(flags: list[str]) -> None:
     assert f"argument {flags[0]}" in outcome.err
 
 
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight seconds: more than all contexts of the tiny model together."""
+    codes = np.random.default_rng(7).integers(0, 1024, (100, 16)).astype(np.uint16)
+    path = tmp_path_factory.mktemp("long") / "long.mossnano"
+    path.write_bytes(build_artifact(Artifact(48000, 2, 100 * 3840 - 500, 16, 100, 1024, codes)))
+    return path
+
+
+@pytest.mark.parametrize("graph", ["official", "fast"])
+@pytest.mark.parametrize(("start", "duration"), [(5.013, 1.5), (0.0, 0.001), (7.9, 60.0), (4.0, None), (None, 2.0)])
+def test_a_part_is_what_the_whole_has_there(
+    long_artifact: Path, built_bundle: Path, graph: str, start: float | None, duration: float | None
+) -> None:
+    weights = ["--weights", built_bundle, "--graph", graph]
+    flags = [*(["--start", start] if start is not None else []), *(["--duration", duration] if duration else [])]
+    whole = from_pcm16(call_tool("decode", long_artifact, "-", *weights).out, 2)
+    part = from_pcm16(call_tool("decode", long_artifact, "-", *weights, *flags).out, 2)
+    first = round((start or 0) * 48000)
+    end = len(whole) if duration is None else min(len(whole), round(((start or 0) + duration) * 48000))
+    assert len(part) == end - first
+    assert np.abs(part - whole[first:end]).max() <= 1.01 / 32767
+
+
+def test_less_warm_up_is_further_off(long_artifact: Path, built_bundle: Path, tmp_path: Path) -> None:
+    weights = ["--weights", built_bundle]
+    whole = from_pcm16(call_tool("decode", long_artifact, "-", *weights).out, 2)[5 * 48000 : 6 * 48000]
+
+    def error_steps(*flags: object) -> float:
+        part = call_tool("decode", long_artifact, "-", *weights, "--start", 5, "--duration", 1, *flags).out
+        return float(np.abs(from_pcm16(part, 2) - whole).max() * 32767)
+
+    curve = [error_steps("--warm-up", seconds) for seconds in (0, 0.8, 2)]
+    assert curve[0] > curve[1] > curve[2]
+    assert curve[1] > 10
+    assert error_steps() <= 1.01
+
+
+def test_the_summary_of_a_part(long_artifact: Path, built_bundle: Path, tmp_path: Path) -> None:
+    flags = ["--weights", built_bundle, "--start", 1, "--duration", 0.5, "--json"]
+    summary = json.loads(call_tool("decode", long_artifact, tmp_path / "x.wav", *flags).out)
+    assert summary["seconds"] == 0.5
+    assert summary["frames"] == 7  # from inside frame 12 to inside frame 18
+    assert len((tmp_path / "x.wav").read_bytes()) == 44 + 24000 * 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--start", "8"], "start is 8.0, allowed is 0 up to the end, at 7.98"),
+        (["--start", "-1"], "'-1': a number of seconds from 0 is allowed"),
+        (["--start", "nan"], "'nan': a number of seconds from 0 is allowed"),
+        (["--duration", "0"], "duration is 0.0"),
+        (["--warm-up", "1"], "--warm-up is for what lies before --start"),
+        (["--start", "1", "--decoder", "full"], "leave --start, --duration and --warm-up out"),
+    ],
+)
+def test_parts_that_are_none(long_artifact: Path, built_bundle: Path, flags: list[str], words: str) -> None:
+    outcome = call_tool("decode", long_artifact, "-", "--weights", built_bundle, *flags)
+    assert outcome.status == ExitStatus.USAGE
+    assert words in outcome.err
+    assert outcome.out == b""
+
+
 def test_sound_that_is_none_is_an_error(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file must not hold silence where the graph failed."""
     from mossnano_stdio.codec.official import StreamDecoder

@@ -7,11 +7,15 @@ The sound is trimmed to the recording's original length, and for equal chunks it
 byte. Without --chunk-frames or --chunk-seconds chunks grow as in mossnano-stdio: 1, 2, 4, 8, 8, ... frames.
 `--decoder full` runs the whole artifact at once through decode_full, the reference; it needs memory with the square
 of the length, and is refused where that is not there.
+
+With --start or --duration only a part is decoded. So that it sounds as it does in the whole, the frames before it are
+decoded, too: as far back as all layers together look (84 s with the published weights), or --warm-up seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,15 +27,16 @@ from mossnano_stdio.container import Artifact, load_artifact
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.facts import as_json
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat, Codes
 from mossnano_stdio.options import add_chunk_arguments, add_decoder_arguments, chosen_schedule
 from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.renderer import Decoder, Renderer
 from mossnano_stdio.schedule import Fixed, Schedule
+from mossnano_stdio.shapes import sample_range, warm_up_frames
 
 if TYPE_CHECKING:
     from mossnano_stdio.bundle import Bundle
-    from mossnano_stdio.codec import Engine
+    from mossnano_stdio.codec import Engine, Runtime, StreamDecoder
 
 WAV_SUFFIX = ".wav"
 
@@ -40,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="IN", help="a .mossnano file")
     parser.add_argument("sound", metavar="OUT", help="where the sound goes; its name says the form")
     parser.add_argument("--decoder", choices=("step", "full"), default="step", help="(default: step)")
+    parser.add_argument("--start", type=_seconds, metavar="S", help="begin S seconds into the recording (0)")
+    parser.add_argument("--duration", type=_seconds, metavar="S", help="end S seconds later (at its end)")
+    parser.add_argument("--warm-up", type=_seconds, metavar="S", help="decode only S seconds before --start for it")
     add_chunk_arguments(parser)
     add_decoder_arguments(parser)
     parser.add_argument("--json", action="store_true", help="a summary as one JSON object on stdout")
@@ -51,10 +59,11 @@ def run(args: argparse.Namespace) -> int:
         artifact = load_artifact(file, "stdin" if args.artifact == STANDARD_STREAM else args.artifact)
     loaded = _load(args)
     artifact.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
-    renderer = Renderer(loaded.decoder, _schedule(args, artifact, loaded.decoder.format))
-    with open_output(args.sound) as output, _progress(artifact.frames) as advance:
-        write, finish = _sink(output, args.sound, artifact)
-        facts = _render(renderer, artifact, write, advance)
+    part = _seek(args, artifact, loaded)
+    renderer = Renderer(loaded.decoder, _schedule(args, part, loaded.decoder.format))
+    with open_output(args.sound) as output, _progress(len(part.codes)) as advance:
+        write, finish = _sink(output, args.sound, artifact, part)
+        facts = _render(renderer, part, write, advance)
         finish()
     if args.json:
         print(as_json(facts | loaded.identity))
@@ -68,6 +77,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--json and the sound both want stdout; give the sound a file")
     if args.decoder == "full" and (args.chunk_frames or args.chunk_seconds or args.graph):
         raise UsageError("--decoder full has no chunks and no other graph; leave those flags out")
+    if args.decoder == "full" and (args.start, args.duration, args.warm_up) != (None, None, None):
+        raise UsageError("--decoder full decodes all of it; leave --start, --duration and --warm-up out")
+    if args.warm_up is not None and args.start is None:
+        raise UsageError("--warm-up is for what lies before --start, which is not given")
 
 
 # --- decoders -----------------------------------------------------------------------------------------------------
@@ -77,6 +90,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 class _Loaded:
     decoder: Decoder
     identity: dict[str, Any]
+    maybe_stream: tuple[Runtime, StreamDecoder] | None = None  # where the decoder can begin in the middle
 
 
 def _load(args: argparse.Namespace) -> _Loaded:
@@ -90,7 +104,8 @@ def _load(args: argparse.Namespace) -> _Loaded:
         full = codec.load_full_decoder(bundle, provider=args.provider, threads=args.threads)
         return _Loaded(_AtOnce(full.format, full.decode), _identity(bundle, "decode_full", full.engine))
     runtime = codec.load_runtime(bundle, provider=args.provider, threads=args.threads, graph=args.graph)
-    return _Loaded(runtime.new_decoder(), _identity(bundle, runtime.graph_name, runtime.engine))
+    decoder = runtime.new_decoder()
+    return _Loaded(decoder, _identity(bundle, runtime.graph_name, runtime.engine), (runtime, decoder))
 
 
 def _identity(bundle: Bundle, graph: str, engine: Engine) -> dict[str, Any]:
@@ -116,24 +131,62 @@ class _AtOnce:
         """There is nothing to forget."""
 
 
-def _schedule(args: argparse.Namespace, artifact: Artifact, codec_format: CodecFormat) -> Schedule:
+def _schedule(args: argparse.Namespace, part: _Part, codec_format: CodecFormat) -> Schedule:
     if args.decoder == "full":
-        return Fixed(max(1, artifact.frames))
+        return Fixed(max(1, len(part.codes)))
     return chosen_schedule(args, codec_format.frames_per_second)
+
+
+# --- what is asked for --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The frames that are decoded, and which of their samples are wanted: the first `samples` after the skipped."""
+
+    codes: Codes
+    skipped_samples: int
+    samples: int
+
+
+def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Part:
+    """All of the artifact, or what --start and --duration leave of it, with the decoder brought there."""
+    if args.start is None and args.duration is None:
+        return _Part(artifact.codes, 0, artifact.original_samples)
+    from mossnano_stdio.codec import seek
+
+    assert loaded.maybe_stream is not None  # see _check_flags
+    runtime, decoder = loaded.maybe_stream
+    codec_format = decoder.format
+    try:
+        samples = sample_range(args.start or 0.0, args.duration, artifact.original_samples, codec_format.sample_rate)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    first_frame = samples.start // codec_format.frame_samples
+    end_frame = -(-samples.stop // codec_format.frame_samples)
+    seek(decoder, artifact.codes, first_frame, _warm_up_frames(args, runtime))
+    skipped_samples = samples.start - first_frame * codec_format.frame_samples
+    return _Part(artifact.codes[first_frame:end_frame], skipped_samples, len(samples))
+
+
+def _warm_up_frames(args: argparse.Namespace, runtime: Runtime) -> int:
+    if args.warm_up is None:
+        return sum(runtime.layer_context_frames)
+    return warm_up_frames(args.warm_up, runtime.format.frames_per_second)
 
 
 # --- sound --------------------------------------------------------------------------------------------------------
 
 
 def _render(
-    renderer: Renderer, artifact: Artifact, write: Callable[[bytes], object], advance: Callable[[int], object]
+    renderer: Renderer, part: _Part, write: Callable[[bytes], object], advance: Callable[[int], object]
 ) -> dict[str, Any]:
-    """Decode all of it; the facts of the summary."""
+    """Decode all of the part; the facts of the summary."""
     started = time.perf_counter()
     maybe_first_audio_ms = None
     chunks = 0
-    renderer.push(artifact.codes)
-    renderer.finish(artifact.original_samples)
+    renderer.push(part.codes)
+    renderer.finish(part.skipped_samples + part.samples)
     while chunk := renderer.render():
         if chunk.error:
             raise chunk.error
@@ -143,10 +196,11 @@ def _render(
         advance(chunk.frames)
         chunks += 1
     took_seconds = time.perf_counter() - started
-    audio_seconds = artifact.frames / renderer.decoder.format.frames_per_second
+    codec_format = renderer.decoder.format
+    audio_seconds = len(part.codes) / codec_format.frames_per_second
     return {
-        "frames": artifact.frames,
-        "seconds": artifact.duration_seconds,
+        "frames": len(part.codes),
+        "seconds": part.samples / codec_format.sample_rate,
         "chunks": chunks,
         "decode_seconds": round(took_seconds, 6),
         "real_time_factor": round(audio_seconds / took_seconds, 2) if chunks else None,
@@ -154,12 +208,27 @@ def _render(
     }
 
 
-def _sink(output: BinaryIO, name: str, artifact: Artifact) -> tuple[Callable[[bytes], object], Callable[[], object]]:
+def _sink(
+    output: BinaryIO, name: str, artifact: Artifact, part: _Part
+) -> tuple[Callable[[bytes], object], Callable[[], object]]:
     """How PCM is written, and what is to be done when all of it was."""
+    skipped_bytes = part.skipped_samples * SAMPLE_BYTES * artifact.channels
     if not name.lower().endswith(WAV_SUFFIX):
-        return output.write, output.flush
-    writer = WavWriter(output, artifact.sample_rate, artifact.channels, artifact.original_samples)
-    return writer.write, writer.finish
+        return _without_first(skipped_bytes, output.write), output.flush
+    writer = WavWriter(output, artifact.sample_rate, artifact.channels, part.samples)
+    return _without_first(skipped_bytes, writer.write), writer.finish
+
+
+def _without_first(count: int, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    """A `write` that leaves the first `count` bytes out."""
+    left = count
+
+    def write_rest(data: bytes) -> None:
+        nonlocal left
+        skipped, left = min(left, len(data)), max(0, left - len(data))
+        write(data[skipped:])
+
+    return write_rest
 
 
 @contextmanager
@@ -172,6 +241,17 @@ def _progress(frames: int) -> Iterator[Callable[[int], object]]:
         return
     with tqdm(total=frames, unit="frame", leave=False, disable=not sys.stderr.isatty()) as bar:
         yield bar.update
+
+
+def _seconds(text: str) -> float:
+    """Any number of seconds from 0; how long the recording is, is not known yet."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of seconds from 0 is allowed")
+    return seconds
 
 
 def _say(line: str) -> None:
