@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
 from pathlib import PurePath
 from typing import Any, Final
 
@@ -101,7 +102,7 @@ def _from_npy(data: bytes) -> NDArray[np.integer]:
     file = io.BytesIO(data)
     try:
         shape, is_fortran, dtype = _NPY_HEADER_READERS[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, SyntaxError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, tokenize.TokenError) as error:
         raise InputError(f"the .npy file has no header that can be read: {error}") from None
     if len(shape) != 2 or min(shape) < 0 or not np.issubdtype(dtype, np.integer):
         raise InputError(f"the .npy file holds {dtype} {list(shape)}, allowed are integers [frames, quantizers]")

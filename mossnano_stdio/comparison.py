@@ -137,15 +137,20 @@ def _joins(
     if maybe_chunk_samples < 1:
         raise UsageError(f"a chunk of {maybe_chunk_samples} samples, allowed is 1 or more")
     places = range(maybe_chunk_samples, samples, maybe_chunk_samples)
-    jumps, reference_jumps = _jumps(candidate, samples), _jumps(reference, samples)
-    joins = tuple(Join(place, float(jumps[place - 1]), float(reference_jumps[place - 1])) for place in places)
+    joins = tuple(Join(place, _jump_to(candidate, place), _jump_to(reference, place)) for place in places)
+    jumps = _jumps(candidate, samples)
     inside = np.delete(jumps, np.arange(maybe_chunk_samples, samples, maybe_chunk_samples) - 1)
     return joins, float(np.percentile(inside, INSIDE_PERCENTILE)) if inside.size else 0.0
 
 
-def _jumps(recording: Recording, samples: int) -> NDArray[np.float32]:
-    """How far each sample but the first is from the one before it, on the channel where that is furthest."""
-    jumps = np.empty(max(0, samples - 1), dtype=np.float32)
+def _jump_to(recording: Recording, sample: int) -> float:
+    """How far a sample is from the one before it, on the channel where that is furthest."""
+    return float(np.abs(np.diff(recording.steps_between(sample - 1, sample + 1), axis=0)).max())
+
+
+def _jumps(recording: Recording, samples: int) -> NDArray[np.float64]:
+    """The same of each sample but the first."""
+    jumps = np.empty(max(0, samples - 1), dtype=np.float64)
     for start in range(0, len(jumps), BLOCK_SAMPLES):
         steps = recording.steps_between(start, min(start + BLOCK_SAMPLES + 1, samples))
         jumps[start : start + BLOCK_SAMPLES] = np.abs(np.diff(steps, axis=0)).max(axis=1)

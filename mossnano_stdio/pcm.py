@@ -242,6 +242,22 @@ def _import_soundfile() -> ModuleType | None:
     return soundfile  # type: ignore[no-any-return]
 
 
+class _Patient:
+    """A file as libsndfile is given it. A damaged header makes it ask for places that no file has: nothing moves then,
+    where a file's own error would be printed from inside the library, and still not stop it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.read = file.read
+        self.tell = file.tell
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with contextlib.suppress(ValueError, OSError):
+            self._file.seek(offset, whence)
+        return self._file.tell()
+
+
 class _Opened(NamedTuple):
     """An audio file whose header was read. Its blocks are int16 or float32, and found finite."""
 
@@ -261,7 +277,7 @@ def _opened(file: BinaryIO, name: str) -> _Opened:
 
 def _opened_by(soundfile: ModuleType, file: BinaryIO, name: str) -> _Opened:
     try:
-        sound = soundfile.SoundFile(file)
+        sound = soundfile.SoundFile(_Patient(file))
     except soundfile.SoundFileError as error:
         raise InputError(f"{name} is no audio file that can be read: {error}") from None
     dtype = np.int16 if sound.subtype == "PCM_16" else np.float32
@@ -294,7 +310,7 @@ def _opened_by_wave(file: BinaryIO, name: str) -> _Opened:
         raise InputError(f"{name} has {8 * width_bytes} bits at {sample_rate} Hz, allowed are 8 to 32 at 1 Hz or more")
 
     def blocks() -> Iterator[NDArray[Any]]:
-        with sound:
+        with _wave_errors(name), sound:
             while data := sound.readframes(BLOCK_SAMPLES):
                 data = data[: len(data) - len(data) % (width_bytes * channels)]  # a cut file may end inside a sample
                 yield _samples_of_width(data, width_bytes).reshape(-1, channels)
@@ -307,7 +323,7 @@ def _opened_by_wave(file: BinaryIO, name: str) -> _Opened:
 def _wave_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that claims to end before it begins
         raise InputError(
             f"{name} is no WAV of whole numbers ({error or 'it ends too early'}); "
             "for FLAC, OGG, MP3 and other WAVs: pip install 'mossnano-stdio[audio]'"

@@ -64,6 +64,8 @@ HUGE_NPY = npy([[1]]).replace(b"(1, 1), }            ", b"(99999999999, 999), }"
         ("npy", npy([[1]])[:50], "no header that can be read"),
         ("npy", npy([[1, 2]])[:-1], "has 15 bytes behind its header, but int64 [1, 2] are 16"),
         ("npy", npy([[1, 2]]) + b"x", "has 17 bytes behind its header"),
+        ("npy", npy([[1]]).replace(b"'<i8'", b"(<i8'"), "no header that can be read"),
+        ("npy", npy([[1]]).replace(b"'<i8'", b"'<i9'"), "no header that can be read"),
         ("npy", NEGATIVE_NPY, "holds int64 [-1, -1]"),
         ("npy", EMPTY_NPY, "[0, 99999999999999999999], which are no codes"),
         ("npy", HUGE_NPY, "has 8 bytes behind its header"),

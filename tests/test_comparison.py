@@ -92,6 +92,14 @@ def test_a_sound_that_begins_at_a_join_is_no_click() -> None:
     ]
 
 
+def test_floats_far_beyond_full_scale_are_still_measured() -> None:
+    loud = np.array([[3e38], [-3e38], [0]], dtype=np.float32)
+    found = compare_recordings(recording(loud), recording(-loud), 1)
+    assert found.max_error_steps == pytest.approx(6e38 * 32767, rel=1e-6)
+    assert found.joins[0].jump_steps == pytest.approx(6e38 * 32767, rel=1e-6)
+    assert found.snr_db == pytest.approx(-6.02, abs=0.01)
+
+
 def test_what_cannot_be_compared() -> None:
     stereo, mono = recording(np.zeros((5, 2), dtype=np.int16)), recording(np.zeros((5, 1), dtype=np.int16))
     with pytest.raises(InputError, match="number of channels is 1 in the candidate and 2 in the reference"):

@@ -106,6 +106,13 @@ def test_frame_says_what_is_wrong(arguments: list[str], stdin: bytes, status: in
     assert list(tmp_path.iterdir()) == []
 
 
+def test_frames_that_no_message_holds() -> None:
+    wide = build_artifact(Artifact(48000, 2, 0, 600_000, 1, 65536, np.zeros((1, 600_000), dtype=np.uint16)))
+    outcome = call_tool("frame", "-", "--as", "tokens", stdin=wide)
+    assert outcome.status == ExitStatus.BAD_INPUT
+    assert "a frame of 600000 codes is 1200000 bytes, allowed are 1048575" in outcome.error_line
+
+
 def test_the_longest_message_is_allowed() -> None:
     arguments = ["frame", "-", "--as", "tokens", "--message-frames", 52428]
     assert call_tool(*arguments, stdin=ARTIFACT).status == 0

@@ -240,6 +240,30 @@ def test_other_widths_read_alike_with_and_without_the_extra(subtype: str, monkey
     assert np.abs(steps / 32767 - audio).max() < {"PCM_U8": 1e-2}.get(subtype, 1e-6)
 
 
+@pytest.mark.parametrize("place", range(0, 44, 4))
+@pytest.mark.parametrize("value", [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_every_field_of_a_wav_at_its_edges_is_read_or_refused(reader: str, place: int, value: int) -> None:
+    data = bytearray(written(noise(10), to_pipe=False))
+    struct.pack_into("<I", data, place, value)
+    try:
+        recording = read_audio(io.BytesIO(data), "x.wav")
+    except InputError as error:
+        assert str(error).startswith("x.wav ")
+    else:
+        assert recording.sample_rate >= 1
+        assert len(recording.samples) <= 40
+
+
+def test_a_damaged_header_makes_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, noise(200), RATE, format="AIFF")
+    damaged = file.getvalue().replace(b"SSND", b"SS\0\0")
+    for data in (damaged, damaged[:50]):
+        with pytest.raises(InputError):
+            read_audio(io.BytesIO(data), "x.aiff")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_no_more_is_allocated_than_is_there(reader: str) -> None:
     """A header that claims four gigabytes, and two samples behind it."""
     file = io.BytesIO(wav_header(RATE, 2, 0xFFFFFF00) + bytes(8))

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from mossnano_stdio.bits import pack_frames
 from mossnano_stdio.container import Artifact, build_artifact, load_artifact
-from mossnano_stdio.errors import ExitStatus, UsageError
+from mossnano_stdio.errors import ArtifactError, ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.layout import frame_bytes
 from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, VERSION, Kind, Message, encode_message, json_message
@@ -67,10 +67,16 @@ def _as_artifact(artifact: Artifact) -> Iterator[Message]:
 
 
 def _as_tokens(artifact: Artifact, message_frames: int) -> Iterator[Message]:
-    payload_bytes = message_frames * frame_bytes(artifact.quantizers, artifact.codebook_size)
+    one_frame_bytes = frame_bytes(artifact.quantizers, artifact.codebook_size)
+    if one_frame_bytes > LONGEST_PAYLOAD_BYTES:
+        raise ArtifactError(
+            f"a frame of {artifact.quantizers} codes is {one_frame_bytes} bytes, "
+            f"allowed are {LONGEST_PAYLOAD_BYTES} in one message"
+        )
+    payload_bytes = message_frames * one_frame_bytes
     if payload_bytes > LONGEST_PAYLOAD_BYTES:
         raise UsageError(
-            f"{message_frames} frames of {payload_bytes // message_frames} bytes are {payload_bytes} bytes, "
+            f"{message_frames} frames of {one_frame_bytes} bytes are {payload_bytes} bytes, "
             f"allowed are {LONGEST_PAYLOAD_BYTES} in one message: choose a smaller --message-frames"
         )
     payload = pack_frames(artifact.codes, artifact.codebook_size)
