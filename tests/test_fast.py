@@ -234,14 +234,14 @@ def test_a_step_that_fails_leaves_the_decoder_where_it_was(
 ) -> None:
     decoder, undisturbed = runtime.new_decoder(), runtime.new_decoder()
     for either in (decoder, undisturbed):
-        in_chunks(either, long_codes[:61], 8)
+        in_chunks(either, long_codes[:41], 8)
     native = runtime.stack.session.native
     monkeypatch.setattr(runtime.stack.session, "native", FailingNative(native, fails_in_run))
     with pytest.raises(DecodeError, match="as it was told to"):
-        decoder.step(long_codes[61 : 61 + frames])
+        decoder.step(long_codes[41 : 41 + frames])
     monkeypatch.undo()
-    assert decoder.next_frame == 61
-    found, expected = (in_chunks(either, long_codes[61:], 8) for either in (decoder, undisturbed))
+    assert decoder.next_frame == 41
+    found, expected = (in_chunks(either, long_codes[41:], 8) for either in (decoder, undisturbed))
     assert furthest(found, expected) < TOLERANCE
 
 
