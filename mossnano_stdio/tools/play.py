@@ -145,9 +145,6 @@ class _ProgressLine:
         return True
 
     def _text(self) -> str:
-        minutes, seconds = divmod(self._player.position_samples / self._player.sample_rate, 60)
+        minutes, seconds = divmod(round(self._player.position_samples / self._player.sample_rate, 1), 60)
         underruns = self._player.underruns
         return f"{minutes:.0f}:{seconds:04.1f}  buffer {self._player.buffered_ms:4.0f} ms  underruns {underruns}"
-
-
-# --- the command line --------------------------------------------------------------------------------------------
