@@ -7,7 +7,15 @@ from mossnano_stdio.recorder import Recorder
 from mossnano_stdio.renderer import Renderer
 from mossnano_stdio.schedule import Fixed, Ramp
 from mossnano_stdio.session import DecodeSession, EncodeSession
-from tests.doubles import SMALL, CountingDecoder, CountingEncoder, expected_codes, some_frames, tokens_payload
+from tests.doubles import (
+    SMALL,
+    CountingDecoder,
+    CountingEncoder,
+    artifact_bytes,
+    expected_codes,
+    some_frames,
+    tokens_payload,
+)
 
 AUDIO = Message(Kind.AUDIO, bytes(SMALL.frame_pcm_bytes * 3))
 TOKENS = Message(Kind.TOKENS, tokens_payload(some_frames(3)))
@@ -29,6 +37,19 @@ def test_an_encoder_with_nothing_due_says_nothing() -> None:
     assert list(session.handle(AUDIO)) == []
     assert list(session.advance()) == []
     assert session.streams_opened == 1
+
+
+def test_an_artifact_that_does_not_fit_is_refused_by_its_header() -> None:
+    session = DecodeSession(Renderer(CountingDecoder(), Ramp()), {})
+    data = artifact_bytes(some_frames(3), SMALL)
+    other_rate = data[:8] + (44100).to_bytes(4, "little") + data[12:]
+    assert list(session.handle(Message(Kind.ARTIFACT, other_rate[:31]))) == []
+    (error,) = session.handle(Message(Kind.ARTIFACT, other_rate[31:32]))
+    assert error.kind == Kind.ERROR
+    assert b"sample_rate is 44100, these weights decode 48000 only" in error.payload
+    assert list(session.handle(Message(Kind.ARTIFACT, other_rate[32:]))) == []
+    kinds = [answer.kind for answer in session.handle(Message(Kind.ARTIFACT, data))]
+    assert kinds[0] == kinds[-1] == Kind.END
 
 
 def test_what_is_due_is_dropped_when_a_cancel_waits_behind_it() -> None:

@@ -116,10 +116,13 @@ class DecodeSession(Conversation):
 
     def _grow_artifact(self, message: Message) -> Answers:
         try:
-            if self._artifact.push(message.payload):
+            missing_bytes = self._artifact.push(message.payload)
+            if self._artifact.maybe_header is not None:  # what does not fit is refused before its body takes memory
+                prefix_allowed = self._renderer.decoder.decodes_prefix
+                self._artifact.maybe_header.check_fits(self._weights, prefix_allowed)
+            if missing_bytes:
                 return
             artifact = self._artifact.artifact()
-            artifact.check_fits(self._weights, prefix_allowed=self._renderer.decoder.decodes_prefix)
         except ArtifactError as error:
             yield from self._fail_stream(error)
             return
