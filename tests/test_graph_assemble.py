@@ -5,14 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from mossnano_stdio.bundle import SIDECAR_NAME, load_bundle
+from mossnano_stdio.bundle import SIDECAR_NAME, SidecarGraph, load_bundle
+from mossnano_stdio.codec import load_decoder, load_encoder_runtime, load_runtime
 from mossnano_stdio.errors import BundleError, ExitStatus, OutputError
 from mossnano_stdio.graph import assemble, contract
 from mossnano_stdio.graph.assemble import staged
+from mossnano_stdio.graph.encode_step import ENCODE_STEP_DATA, ENCODE_STEP_FILE, save_encode_step
+from mossnano_stdio.graph.fast import FAST_DATA, FAST_FILE, save_fast_graph
+from mossnano_stdio.graph.weights import DecoderWeights, EncoderWeights, LayerWeights, TransformerWeights
+from mossnano_stdio.layout import Codes
 from tests.tool import call_tool
 
 
@@ -66,7 +74,12 @@ def test_a_failed_build_leaves_what_was_there(built: Path, tmp_path: Path) -> No
 def test_the_sidecar_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
     move = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, target: (moved.append(path.name), move(path, target))[1])
+
+    def noted(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
     with staged(tmp_path) as stage:
         for name in (SIDECAR_NAME, "a.onnx", "z.data"):
             (stage / name).touch()
@@ -88,6 +101,132 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(OutputError, match="out"), staged(tmp_path / "out"):
         pass
+
+
+def test_a_build_holds_our_own_graphs(built: Path) -> None:
+    bundle = load_bundle(built)
+    for name in ("fast", "encode_step"):
+        for file in bundle.graph(name).files:
+            assert file.origin == "recorded"
+            file.check_content()
+
+
+def official_copy(tiny_bundle: Path, folder: Path) -> Path:
+    """torch's files, as a download would leave them."""
+    return Path(shutil.copytree(tiny_bundle, folder))
+
+
+def codes_and_audio(reference: Path) -> tuple[Codes, np.ndarray[Any, Any]]:
+    return np.load(reference / "codes.npy").astype(np.uint16), np.load(reference / "audio.npy").T
+
+
+def test_from_bundle_beside_the_official_files(tiny_bundle: Path, tiny_reference: Path, tmp_path: Path) -> None:
+    folder = official_copy(tiny_bundle, tmp_path / "bundle")
+    before = contents(folder)
+    outcome = call_tool("build", "--from-bundle", folder, folder)
+    assert outcome.status == 0, outcome.err
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {
+        SIDECAR_NAME, FAST_FILE, FAST_DATA, ENCODE_STEP_FILE, ENCODE_STEP_DATA
+    }  # fmt: skip
+    bundle = load_bundle(folder)
+    codes, audio = codes_and_audio(tiny_reference)
+    assert load_runtime(bundle).graph_name == "fast"  # without being asked for
+    assert np.abs(load_decoder(bundle).step(codes) - audio).max() < 1e-5
+    wave = np.ascontiguousarray(np.load(tiny_reference / "wave.npy").T)[: 12 * 3840]
+    encoded = load_encoder_runtime(bundle).new_encoder().step(wave)
+    assert np.array_equal(encoded, np.load(tiny_reference / "encoded.npy")[:12])
+
+
+def test_from_bundle_beside_copies(tiny_bundle: Path, tiny_reference: Path, tmp_path: Path) -> None:
+    outcome = call_tool("build", "--from-bundle", tiny_bundle, tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    copied = contents(tmp_path / "out")
+    for name, content in contents(tiny_bundle).items():
+        assert copied[name] == content
+    codes, audio = codes_and_audio(tiny_reference)
+    for graph in ("official", "fast"):
+        found = load_decoder(load_bundle(tmp_path / "out"), graph=graph).step(codes)
+        assert np.abs(found - audio).max() < 1e-5
+
+
+def test_from_bundle_without_an_encoder(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = official_copy(tiny_bundle, tmp_path / "bundle")
+    (folder / contract.ENCODE_FILE).unlink()
+    (folder / contract.ENCODE_DATA).unlink()
+    assert call_tool("build", "--from-bundle", folder, folder).status == 0
+    assert set(load_bundle(folder).sidecar.graphs) == {"fast"}
+
+
+def test_from_bundle_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = official_copy(tiny_bundle, tmp_path / "bundle")
+    assert call_tool("build", "--from-bundle", folder, folder).status == 0
+    before = contents(folder)
+    assert call_tool("build", "--from-bundle", folder, folder).status == 0
+    assert contents(folder) == before
+
+
+def test_symlinked_official_files_stay_symlinks(tiny_bundle: Path, tmp_path: Path) -> None:
+    """As in the hub's cache."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for path in tiny_bundle.iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    assert call_tool("build", "--from-bundle", folder, folder).status == 0
+    assert all((folder / path.name).is_symlink() for path in tiny_bundle.iterdir())
+    assert load_runtime(load_bundle(folder)).graph_name == "fast"
+
+
+def test_a_source_that_is_no_bundle(tmp_path: Path) -> None:
+    outcome = call_tool("build", "--from-bundle", tmp_path / "nowhere", tmp_path / "out")
+    assert outcome.status == ExitStatus.NO_WEIGHTS
+    assert contract.METADATA_NAME in outcome.error_line
+    assert not (tmp_path / "out").exists()
+
+
+def wrong_by(decoder: DecoderWeights, **changes: Any) -> DecoderWeights:
+    """The decoder with something else in its last transformer, or in the first layer of it."""
+    *modules, last, patch = decoder.modules
+    assert isinstance(last, TransformerWeights)
+    layers = {name: value for name, value in changes.items() if name in LayerWeights.__dataclass_fields__}
+    first = replace(last.layers[0], **layers)
+    rest = {name: value for name, value in changes.items() if name not in layers}
+    return replace(decoder, modules=(*modules, replace(last, layers=(first, *last.layers[1:]), **rest), patch))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_period": 5_000.0}, {"context": 127}, {"context": 129}, {"scale1": np.full(32, 0.3, np.float32)}]
+)
+def test_a_decoder_that_departs_is_not_kept(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    folder = official_copy(tiny_bundle, tmp_path / "bundle")
+    before = contents(folder)
+    monkeypatch.setattr(
+        assemble, "save_fast_graph", lambda stage, decoder: save_fast_graph(stage, wrong_by(decoder, **changes))
+    )
+    outcome = call_tool("build", "--from-bundle", folder, folder)
+    assert outcome.status == ExitStatus.CHECK_FAILED
+    assert contract.DECODE_STEP_FILE in outcome.error_line
+    assert "departs" in outcome.error_line
+    assert "at frame " in outcome.error_line
+    assert contents(folder) == before
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+
+
+def test_an_encoder_that_departs_is_not_kept(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_wrong(stage: Path, encoder: EncoderWeights) -> SidecarGraph:
+        quantizer = replace(encoder.quantizer, in_proj_b=encoder.quantizer.in_proj_b + np.float32(0.01))
+        return save_encode_step(stage, replace(encoder, quantizer=quantizer))
+
+    monkeypatch.setattr(assemble, "save_encode_step", save_wrong)
+    outcome = call_tool("build", "--from-bundle", tiny_bundle, tmp_path / "out")
+    assert outcome.status == ExitStatus.CHECK_FAILED
+    assert contract.ENCODE_FILE in outcome.error_line
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_standin_tool(tmp_path: Path) -> None:

@@ -245,6 +245,16 @@ def test_files_that_are_no_graphs(copy: Path) -> None:
         extract_weights(load_bundle(copy))
 
 
+@pytest.mark.parametrize("location", ["", "../outside.data", "/etc/passwd"])
+def test_data_lies_beside_the_graph(copy: Path, location: str) -> None:
+    model = onnx.load(copy / STEP, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    onnx.save(model, copy / STEP)
+    with pytest.raises(BundleError, match="a file beside the graph is needed"):
+        extract_weights(load_bundle(copy))
+
+
 def test_dimensions_of_any_kind(tmp_path: Path) -> None:
     size = Size(
         features=30,

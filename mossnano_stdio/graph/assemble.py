@@ -29,7 +29,7 @@ from mossnano_stdio.graph.encode_step import save_encode_step
 from mossnano_stdio.graph.extract import extract_weights
 from mossnano_stdio.graph.fast import save_fast_graph
 from mossnano_stdio.graph.standin import SIZES, save_standin
-from mossnano_stdio.graph.trial import try_decoder
+from mossnano_stdio.graph.trial import try_decoder, try_encoder
 from mossnano_stdio.graph.weights import CodecWeights
 
 PUBLISHED_CHECKPOINT_NAME = pinned.CHECKPOINT.repository.rpartition("/")[2]
@@ -58,7 +58,7 @@ def build_from_bundle(source: Path, folder: Path) -> None:
         )
         save_sidecar(stage, sidecar)
         shutil.copyfile(bundle.folder / contract.METADATA_NAME, stage / contract.METADATA_NAME)
-        try_decoder(bundle, load_bundle(stage))
+        _try(bundle, load_bundle(stage))
         if beside:
             (stage / contract.METADATA_NAME).unlink()
 
@@ -82,7 +82,7 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
         save_sidecar(stage, sidecar)
         if trial:
             built = load_bundle(stage)
-            try_decoder(built, built)
+            _try(built, built)
 
 
 def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
@@ -116,6 +116,12 @@ def staged(folder: Path) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def _try(source: Bundle, built: Bundle) -> None:
+    try_decoder(source, built)
+    if "encode_step" in built.graphs:
+        try_encoder(source, built)
+
+
 def _save_official_graphs(folder: Path, weights: CodecWeights) -> list[str]:
     decoder, maybe_encoder = weights.decoder, weights.maybe_encoder
     decode = {
@@ -140,7 +146,6 @@ def _files_of(graphs: dict[str, SidecarGraph]) -> list[str]:
 
 
 def _copy_official_files(bundle: Bundle, folder: Path) -> None:
-    for name in ("decode_step", "decode_full", "encode"):
-        if bundle.has_graph(name):
-            for file in bundle.graph(name).files:
-                shutil.copyfile(file.path, folder / file.path.name)
+    names = (name for name in ("decode_step", "decode_full", "encode") if bundle.has_graph(name))
+    for path in {file.path for name in names for file in bundle.graph(name).files}:
+        shutil.copyfile(path, folder / path.name)

@@ -1,10 +1,12 @@
-"""Graphs of ours, tried against the official graphs that they replace, before they are kept.
+"""Graphs of ours, tried against the official graphs beside which they are to stand, before they are kept.
 
 Rules of this room:
 
-- Seeded codes of 15 s, long enough to fill every context of the published model: what is built must give the
-  sound of the bundle's own decode_step within MAX_ERROR, in chunks of mixed sizes. A code of random numbers uses
-  every codebook; real speech would not find more.
+- Decoding: seeded codes of 15 s, past every context of the published model, in chunks of mixed sizes. What is heard
+  must be the sound of the bundle's own decode_step within MAX_ERROR. Random codes use every row of every codebook.
+- Encoding: 5 s of seeded noise and tones, as the whole-file graph needs memory with the square of the length. The
+  codes must be the bundle's own, but for a frame in MIN_FRAMES_PER_TIE, where two rows are equally near within float
+  rounding: a code chosen the other way changes the codes after it in its frame, and nothing else.
 - A departure is an error that says at which frame it begins and how large it is.
 """
 
@@ -16,13 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.bundle import Bundle
-from mossnano_stdio.codec import StreamDecoder, load_decoder
+from mossnano_stdio.codec import StreamDecoder, load_decoder, load_encoder_runtime, load_full_encoder
 from mossnano_stdio.errors import CheckFailedError
 from mossnano_stdio.layout import CodecFormat, Codes
 
-SECONDS = 15
+DECODED_SECONDS = 15
+ENCODED_SECONDS = 5
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
 CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
+MIN_FRAMES_PER_TIE = 50
+LEVEL = 0.1  # RMS of what is encoded
+PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
 SEED = 0
 
 
@@ -41,10 +47,35 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
         )
 
 
+def try_encoder(source: Bundle, built: Bundle) -> None:
+    """Hold the streaming encoder of `built` against the whole-file encode of `source`."""
+    audio = _recording(source.format)
+    expected = load_full_encoder(source).encode(audio)
+    found = load_encoder_runtime(built).new_encoder().step(audio)
+    other = np.flatnonzero((found != expected).any(axis=1))
+    if other.size * MIN_FRAMES_PER_TIE > len(expected):
+        raise CheckFailedError(
+            f"the streaming encoder departs from {source.graph('encode').path} at frame {other[0]} "
+            f"(in {other.size} of {len(expected)} frames; allowed is one in {MIN_FRAMES_PER_TIE}), so it is not kept"
+        )
+
+
 def _codes(codec: CodecFormat) -> Codes:
-    frames = round(SECONDS * codec.frames_per_second)
+    frames = round(DECODED_SECONDS * codec.frames_per_second)
     shape = (frames, codec.quantizers)
     return np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
+
+
+def _recording(codec: CodecFormat) -> NDArray[np.float32]:
+    """Noise under a chord that moves from one side to the other, [samples, channels]."""
+    samples = round(ENCODED_SECONDS * codec.frames_per_second) * codec.frame_samples
+    times = np.arange(samples)
+    tones = sum(np.sin(2 * np.pi * pitch * times) for pitch in PITCHES)
+    sides = np.linspace(0, 1, samples)[:, np.newaxis] - np.arange(codec.channels)
+    noise = np.random.default_rng(SEED).standard_normal((samples, codec.channels))
+    audio = tones[:, np.newaxis] * np.abs(sides) + noise
+    levelled: NDArray[np.float32] = (audio * (LEVEL / audio.std())).astype(np.float32)
+    return levelled
 
 
 def _decoded(decoder: StreamDecoder, codes: Codes, chunk_frames: Sequence[int]) -> NDArray[np.float32]:
