@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__main__", "cli", "tools"}),
 )
 # Beside the layers: tools import them, inside functions, and nobody else does. They may import up to ASIDE_LAYER.
-ASIDE = frozenset({"graph", "conformance", "demo", "clients"})
+ASIDE = frozenset({"graph", "benchmarks", "conformance", "demo", "clients"})
 ASIDE_LAYER = 3
 
 # What only some rooms may speak to. Optional dependencies are imported inside functions.
@@ -54,17 +54,17 @@ ONLY_IN = {
     "select": {"stdio", "client", "logs"},
     "fcntl": {"stdio", "client", "conformance"},
     "msvcrt": {"stdio", "client"},
-    "subprocess": {"client", "conformance"},
+    "subprocess": {"client", "conformance", "benchmarks"},
     # stdio and client start threads; inbox is what stdio's threads meet at; playback waits for a device's own thread;
     # codec hashes weights while they load; library may be called by many; `play` shows its progress; conformance has
     # a watchdog.
     "threading": {"stdio", "client", "inbox", "playback", "codec", "library", "tools", "conformance"},
-    "asyncio": set(),
+    "asyncio": {"client"},
     "multiprocessing": set(),
 }
 IMPORTED_LATE = {"onnxruntime", "sounddevice", "soundfile", "soxr", "matplotlib", "huggingface_hub", "tqdm"}
 DESCRIPTOR_CALLS = {"dup", "dup2", "read", "write", "pipe", "set_blocking", "fdopen", "writev"}
-DESCRIPTOR_ROOMS = {"stdio", "client", "conformance", "logs", "errors"}  # logs: never blocks; errors: the last act
+DESCRIPTOR_ROOMS = {"stdio", "client", "conformance", "benchmarks", "logs", "errors"}  # logs: never blocks; errors: the last act
 
 VAGUE_WORDS = {"util", "utils", "common", "helper", "helpers", "base", "manager", "core", "misc"}
 
