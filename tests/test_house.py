@@ -65,6 +65,7 @@ ONLY_IN = {
 IMPORTED_LATE = {"onnxruntime", "sounddevice", "soundfile", "soxr", "matplotlib", "huggingface_hub", "tqdm"}
 DESCRIPTOR_CALLS = {"dup", "dup2", "read", "write", "pipe", "set_blocking", "fdopen", "writev"}
 # logs writes without ever blocking; errors puts stdout aside as a program's last act.
+# logs: never blocks; errors: the last act
 DESCRIPTOR_ROOMS = {"stdio", "client", "conformance", "benchmarks", "logs", "errors"}
 
 VAGUE_WORDS = {"util", "utils", "common", "helper", "helpers", "base", "manager", "core", "misc"}
