@@ -53,7 +53,7 @@ class RingSpec:
     def lazy_tokens(self) -> int:
         return self.context_tokens // LAZINESS
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """The longest that a view gets in one run."""
         slots = self.needed_tokens + self.lazy_tokens + MAX_RUN_FRAMES * self.tokens_per_frame
@@ -90,13 +90,11 @@ class Rings:
     def __init__(self, spec: RingSpec, binding: Any, *, in_place: bool) -> None:
         self._spec = spec
         self._binding = binding
-        values = (spec.heads * spec.slots + spec.spare_rows) * spec.ring_dim
-        # Where the graph cannot write in place, it reads one memory and writes the other, by turns.
-        self._memories = [
-            [np.zeros(values, dtype=np.float32) for _ in range(2 * spec.layers)] for _ in range(1 if in_place else 2)
-        ]
         layers = range(spec.first_layer, spec.first_layer + spec.layers)
-        self._names = [f"{kind}_{{}}{layer}" for layer in layers for kind in ("keys", "values")]
+        self._names = [(f"{kind}_{layer}", f"{kind}_out_{layer}") for layer in layers for kind in ("keys", "values")]
+        rows = (spec.heads * spec.slots + spec.spare_rows, spec.ring_dim)
+        # Where the graph cannot write in place, it reads one memory and writes the other, by turns.
+        self._memories = [[np.zeros(rows, np.float32) for _ in self._names] for _ in range(1 if in_place else 2)]
         self._in_place = in_place
         self._first_row = 0  # where in the memory the view begins
         self._first_token = 0  # and with which token of the stream
@@ -133,7 +131,7 @@ class Rings:
         seen = seen_frames * self._spec.tokens_per_frame
         tokens = min(seen, self._spec.needed_tokens)
         start = seen - tokens - self._first_token
-        views = [self._view(part, self._first_row) for part in self._memories[0]]
+        views = [self._view(rows, self._first_row) for rows in self._memories[0]]
         return np.stack([view[:, start : start + tokens] for view in views])
 
     def restore(self, seen_frames: int, window: Floats) -> None:
@@ -141,8 +139,8 @@ class Rings:
         tokens = window.shape[2]
         self._first_token = seen_frames * self._spec.tokens_per_frame - tokens
         self._move_view(0)
-        for part, values in zip(self._memories[0], window, strict=True):
-            self._view(part, 0)[:, :tokens] = values
+        for rows, values in zip(self._memories[0], window, strict=True):
+            self._view(rows, 0)[:, :tokens] = values
 
     def _slide(self, seen: int) -> None:
         """Leave behind what no token sees any more, if it is enough to be worth it."""
@@ -162,8 +160,7 @@ class Rings:
         Head by head, the first one first: what is written over was copied before, or is needed no more.
         """
         spec = self._spec
-        for part in self._memories[0]:
-            rows = part.reshape(-1, spec.ring_dim)
+        for rows in self._memories[0]:
             for target in range(0, spec.heads * spec.slots, spec.slots):
                 source = target + row
                 rows[target : target + spec.needed_tokens] = rows[source : source + spec.needed_tokens]
@@ -178,18 +175,17 @@ class Rings:
         """Tell the binding where the view lies. The outputs lie there too, or else in the other memory."""
         inputs = self._natives(self._memories[0], self._first_row)
         outputs = inputs if self._in_place else self._natives(self._memories[1], 0)
-        for name, source, target in zip(self._names, inputs, outputs, strict=True):
-            self._binding.bind_ortvalue_input(name.format(""), source)
-            self._binding.bind_ortvalue_output(name.format("out_"), target)
+        for (name, name_out), source, target in zip(self._names, inputs, outputs, strict=True):
+            self._binding.bind_ortvalue_input(name, source)
+            self._binding.bind_ortvalue_output(name_out, target)
 
     def _natives(self, memory: Sequence[Floats], row: int) -> list[Any]:
-        return [_native(self._view(part, row)[np.newaxis]) for part in memory]
+        return [_native(self._view(rows, row)[np.newaxis]) for rows in memory]
 
-    def _view(self, part: Floats, row: int) -> Floats:
-        """[heads, slots, ring_dim] from a row of the memory on."""
+    def _view(self, rows: Floats, row: int) -> Floats:
+        """[heads, slots, ring_dim] of a ring's memory, from a row on."""
         spec = self._spec
-        values = spec.heads * spec.slots * spec.ring_dim
-        return part[row * spec.ring_dim :][:values].reshape(spec.heads, spec.slots, spec.ring_dim)
+        return rows[row : row + spec.heads * spec.slots].reshape(spec.heads, spec.slots, spec.ring_dim)
 
 
 def _native(array: NDArray[Any]) -> Any:
