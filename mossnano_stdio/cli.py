@@ -4,18 +4,24 @@ Rules of this room:
 
 - A tool is a module with `add_arguments(parser)` and `run(args) -> int`; its page of help is its docstring.
 - `mossnano --help` imports no tool, so neither numpy nor onnxruntime nor sounddevice.
-- Whatever ends a tool ends it here: an error of ours is one line on stderr and its own exit status.
+- Whatever ends a tool ends it here: an error of ours is one line on stderr and its own exit status, Ctrl-C and
+  SIGTERM unwind it and are 130 and 143.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 
 from mossnano_stdio import __version__
-from mossnano_stdio.errors import exit_status_of
+from mossnano_stdio.errors import Terminated, exit_status_of
 
 VERBS = {
     "info": "say what a file or a weights folder is",
@@ -43,21 +49,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] not in VERBS:
         parser.parse_args(words or ["--help"])  # --help and --version end here, and so does a wrong verb
     verb = words[0]
+    if sys.stderr is None:  # it is closed, and what tools print to it would go to stdout
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     try:
-        tool = importlib.import_module(f"mossnano_stdio.tools.{verb}")
-        tool_parser = argparse.ArgumentParser(
-            prog=f"mossnano {verb}",
-            description=tool.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        tool.add_arguments(tool_parser)
-        status: int = tool.run(tool_parser.parse_args(words[1:]))
+        with _sigterm_raised():
+            return _run_tool(verb, words[1:])
+    except (Exception, KeyboardInterrupt, Terminated) as ending:  # noqa: BLE001 - a bug keeps its traceback
+        return exit_status_of(ending, program=f"mossnano {verb}")
+
+
+def _run_tool(verb: str, words: list[str]) -> int:
+    tool = importlib.import_module(f"mossnano_stdio.tools.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"mossnano {verb}",
+        description=tool.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tool.add_arguments(parser)
+    status: int = tool.run(parser.parse_args(words))
+    if sys.stdout is not None:
         sys.stdout.flush()
-    except Exception as error:  # noqa: BLE001 - exit_status_of names every one, and a bug keeps its traceback
-        return exit_status_of(error, program=f"mossnano {verb}")
-    except KeyboardInterrupt as interrupt:
-        return exit_status_of(interrupt, program=f"mossnano {verb}")
     return status
+
+
+@contextlib.contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that no tool leaves a half file behind."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread: whoever started us there has the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _top_parser() -> argparse.ArgumentParser:

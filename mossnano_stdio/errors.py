@@ -136,6 +136,10 @@ class BugError(MossnanoError):
     code = "bug"
 
 
+class Terminated(BaseException):
+    """SIGTERM came. No error, and no `except Exception` may swallow it."""
+
+
 def exit_status_of(error: BaseException, program: str) -> int:
     """Say on stderr what ended `program`, and with which status it should end.
 
@@ -145,9 +149,11 @@ def exit_status_of(error: BaseException, program: str) -> int:
         _silence_stdout()
         return ExitStatus.READER_GONE
     status, line = _verdict(error)
-    if status == ExitStatus.BUG:
-        traceback.print_exception(error)
-    print(f"{program}: {line}", file=sys.stderr)
+    if sys.stderr is not None:  # where it is closed, print would say it on stdout
+        with contextlib.suppress(OSError, ValueError):  # the status says it too
+            if status == ExitStatus.BUG:
+                traceback.print_exception(error)
+            print(f"{program}: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -157,6 +163,8 @@ def _verdict(error: BaseException) -> tuple[ExitStatus, str]:
             return error.exit_status, f"error: {error}"
         case KeyboardInterrupt():
             return ExitStatus.INTERRUPTED, "interrupted"
+        case Terminated():
+            return ExitStatus.TERMINATED, "terminated"
         case MemoryError():
             return ExitStatus.NO_MEMORY, f"error: out of memory ({str(error) or 'no more to be had'})"
         case FileNotFoundError() | IsADirectoryError() | NotADirectoryError() | PermissionError():

@@ -50,7 +50,7 @@ ONLY_IN = {
     "onnx": {"graph"},
     "google": {"graph"},  # protobuf, which comes with onnx
     "safetensors": {"graph"},
-    "signal": {"stdio", "client", "conformance"},
+    "signal": {"stdio", "client", "conformance", "cli"},
     "select": {"stdio", "client", "logs"},
     "fcntl": {"stdio", "client", "conformance"},
     "msvcrt": {"stdio", "client"},
