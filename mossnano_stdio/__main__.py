@@ -21,7 +21,7 @@ def run() -> NoReturn:
     signals = StopSignals()
     signals.install()
     try:
-        with signals.raising():
+        with signals.ending():
             from mossnano_stdio.process import main
         status = main(signals)
     except Stopped as stopped:

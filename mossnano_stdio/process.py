@@ -166,7 +166,7 @@ class _Process:
     def serve(self, load: Loader) -> int:
         """From start to end; the exit status."""
         self._signals.report_with(self.report)
-        with self._signals.raising():
+        with self._signals.ending():
             messages = MessageReader(self._options.max_message_bytes)
             InputThread(self._inbox, messages, None if self._options.output == "none" else self._fd.fd).start()
             session = self._maybe_session = self._start_session(load(self._options))

@@ -10,8 +10,9 @@ Rules of this room:
   or an error says why not. A broken pipe is a reader who left; every other failure is an OutputError with its errno.
 - A signal wakes the thread that the kernel chose, which need not be the main one: so a pipe is polled beside the
   output that every signal writes to.
-- SIGINT and SIGTERM are noted whenever they come and raised (`Stopped`) only where nothing can be torn: while loading,
-  while waiting for input, between two messages. A message that is being written gets STOP_GRACE_SECONDS to finish.
+- SIGINT and SIGTERM are noted whenever they come and raised (`Stopped`) only where nothing can be torn: while waiting
+  for input, between two messages. A message that is being written gets STOP_GRACE_SECONDS to finish. While loading
+  they end the process on the spot: native libraries turn what is raised in the middle of their import into errors.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class StopSignals:
         self._maybe_received: int | None = None
         self._received_seconds = 0.0
         self._may_raise = False
+        self._may_end = False
         self.maybe_wake_fd: int | None = None  # readable when a signal came, until `woken` is called
 
     def install(self) -> None:
@@ -123,6 +125,16 @@ class StopSignals:
         """From now on SIGUSR1, where there is such a signal, asks for a report."""
         if sys.platform != "win32":
             signal.signal(signal.SIGUSR1, lambda *_: report())
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Inside, a signal ends the process at once. Nothing must have been written yet."""
+        self._may_end = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._may_end = False
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
@@ -148,6 +160,8 @@ class StopSignals:
         if self._maybe_received is None:
             self._maybe_received = signal_number
             self._received_seconds = time.monotonic()
+        if self._may_end:
+            os._exit(Stopped(signal_number).exit_status)
         if self._may_raise:
             self._may_raise = False
             raise Stopped(signal_number)
