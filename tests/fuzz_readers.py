@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import json
 import random
 import re
 import struct
@@ -33,7 +34,7 @@ from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.renderer import Renderer
 from mossnano_stdio.schedule import Ramp
 from mossnano_stdio.session import DecodeSession
-from tests.doubles import CountingDecoder
+from tests.doubles import SMALL, CountingDecoder
 
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST_ARTIFACT_BYTES = 1000  # small limits, so that all of them are reached often
@@ -122,7 +123,11 @@ def read_session(data: bytes) -> str:
         while session.is_due:
             answers += session.advance()
     answers += session.close()
-    assert session.stream is None, "a stream was left open"
+    ends = [json.loads(answer.payload) for answer in answers if answer.kind == Kind.END]
+    answered = [end["stream"] for end in ends if end["stream"] is not None]
+    assert answered == list(range(session.streams_opened)), "each stream is answered by one END"
+    audio_bytes = sum(len(answer.payload) for answer in answers if answer.kind == Kind.AUDIO)
+    assert audio_bytes == sum(end["samples"] for end in ends) * 2 * SMALL.channels, "the ENDs say what was sent"
     kinds = [Kind(answer.kind).name for answer in answers]
     errors = [str(answer.payload[:40]) for answer in answers if answer.kind == Kind.ERROR]
     return " ".join([*dict.fromkeys(kinds), *dict.fromkeys(errors)])
