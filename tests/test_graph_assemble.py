@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.bundle import SIDECAR_NAME, SidecarGraph, load_bundle
+from mossnano_stdio.bundle import METADATA_NAME, SIDECAR_NAME, SidecarGraph, load_bundle
 from mossnano_stdio.codec import load_decoder, load_encoder_runtime, load_runtime
 from mossnano_stdio.errors import BundleError, ExitStatus, OutputError
 from mossnano_stdio.graph import assemble, contract
@@ -93,7 +93,7 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path, tiny_reference: Path, mo
     monkeypatch.setattr(assemble, "save_graphs", full)
     outcome = call_tool("build", tiny_reference, tmp_path)
     assert outcome.status == ExitStatus.OUTPUT_FAILED
-    assert "No space left on device" in outcome.error_line
+    assert "graph.onnx: cannot be written: No space left on device (ENOSPC)" in outcome.error_line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,7 +181,7 @@ def test_symlinked_official_files_stay_symlinks(tiny_bundle: Path, tmp_path: Pat
 def test_a_source_that_is_no_bundle(tmp_path: Path) -> None:
     outcome = call_tool("build", "--from-bundle", tmp_path / "nowhere", tmp_path / "out")
     assert outcome.status == ExitStatus.NO_WEIGHTS
-    assert contract.METADATA_NAME in outcome.error_line
+    assert METADATA_NAME in outcome.error_line
     assert not (tmp_path / "out").exists()
 
 

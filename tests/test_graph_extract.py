@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mossnano_stdio.bundle import SIDECAR_NAME, load_bundle
+from mossnano_stdio.bundle import METADATA_NAME, SIDECAR_NAME, load_bundle
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.graph import contract
 from mossnano_stdio.graph.assemble import save_bundle
@@ -210,7 +210,7 @@ def test_a_graph_of_another_make_is_refused_where_it_departs(
 
 
 def test_metadata_that_says_something_else(copy: Path) -> None:
-    path = copy / contract.METADATA_NAME
+    path = copy / METADATA_NAME
     metadata = json.loads(path.read_text())
     cache = metadata["streaming_decode"]["attention_caches"][3]
     cache |= {"context": 97, "cache_shape": [1, 4, 97, 8], "positions_shape": [1, 97]}

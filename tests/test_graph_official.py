@@ -12,6 +12,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from mossnano_stdio.bundle import METADATA_NAME
 from mossnano_stdio.graph import contract
 from mossnano_stdio.graph.assemble import save_bundle
 from mossnano_stdio.graph.checkpoint import load_checkpoint
@@ -22,7 +23,7 @@ from tests import oracle
 Array = NDArray[Any]
 State = dict[str, Array]
 
-PUBLISHED_METADATA = Path(__file__).parents[2] / "shared" / "reference" / "official" / contract.METADATA_NAME
+PUBLISHED_METADATA = Path(__file__).parents[2] / "shared" / "reference" / "official" / METADATA_NAME
 
 # No dimension twice, nothing that divides another by chance, one channel, a last frame shorter than a context.
 ODD = Size(
@@ -66,7 +67,7 @@ class Graphs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.metadata = json.loads((folder / contract.METADATA_NAME).read_text())
+        self.metadata = json.loads((folder / METADATA_NAME).read_text())
 
     def run(self, name: str, feed: Mapping[str, Array]) -> dict[str, Array]:
         import onnxruntime
@@ -200,7 +201,7 @@ def test_any_dimensions_encode_against_numpy(odd: tuple[Path, CodecWeights]) -> 
 def test_metadata_is_the_published_one(nano_bundle: Path) -> None:
     if not PUBLISHED_METADATA.exists():
         pytest.skip(f"{PUBLISHED_METADATA.name} lies outside the repository and is not there")
-    ours = json.loads((nano_bundle / contract.METADATA_NAME).read_text())
+    ours = json.loads((nano_bundle / METADATA_NAME).read_text())
     assert ours == json.loads(PUBLISHED_METADATA.read_text())
 
 

@@ -11,6 +11,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -20,7 +21,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from mossnano_stdio import pinned
-from mossnano_stdio.bundle import SIDECAR_NAME, Bundle, Sidecar, SidecarGraph, load_bundle, record_files, save_sidecar
+from mossnano_stdio.bundle import (
+    METADATA_NAME,
+    SIDECAR_NAME,
+    Bundle,
+    Sidecar,
+    SidecarGraph,
+    load_bundle,
+    record_files,
+    save_sidecar,
+)
 from mossnano_stdio.errors import OutputError
 from mossnano_stdio.graph import contract, official
 from mossnano_stdio.graph.builder import save_graphs
@@ -57,10 +67,10 @@ def build_from_bundle(source: Path, folder: Path) -> None:
             files={**bundle.sidecar.files, **record_files(stage, _files_of(graphs))},
         )
         save_sidecar(stage, sidecar)
-        shutil.copyfile(bundle.folder / contract.METADATA_NAME, stage / contract.METADATA_NAME)
+        shutil.copyfile(bundle.folder / METADATA_NAME, stage / METADATA_NAME)
         _try(bundle, load_bundle(stage))
         if beside:
-            (stage / contract.METADATA_NAME).unlink()
+            (stage / METADATA_NAME).unlink()
 
 
 def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str, trial: bool = True) -> None:
@@ -71,13 +81,13 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
     with staged(folder) as stage:
         names = _save_official_graphs(stage, weights)
         metadata = contract.metadata(weights, checkpoint_name)
-        (stage / contract.METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        (stage / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         graphs = _save_own_graphs(stage, weights)
         sidecar = Sidecar(
             name=name,
             codebook_size=weights.format.codebook_size,
             graphs=graphs,
-            files=record_files(stage, [*names, contract.METADATA_NAME, *_files_of(graphs)]),
+            files=record_files(stage, [*names, METADATA_NAME, *_files_of(graphs)]),
         )
         save_sidecar(stage, sidecar)
         if trial:
@@ -110,7 +120,8 @@ def staged(folder: Path) -> Iterator[Path]:
         for path in sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME):
             path.replace(folder / path.name)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror} ({error.filename})") from error
+        name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror} ({name})") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mossnano_stdio.bundle import METADATA_VERSION
 from mossnano_stdio.graph.builder import OPSET
 from mossnano_stdio.graph.weights import CodecWeights, DecoderWeights, TransformerWeights, transformers
-
-METADATA_NAME = "codec_browser_onnx_meta.json"
-FORMAT_VERSION = 2
 
 ENCODE_FILE = "moss_audio_tokenizer_encode.onnx"
 ENCODE_DATA = "moss_audio_tokenizer_encode.data"
@@ -36,7 +34,7 @@ def metadata(weights: CodecWeights, checkpoint_name: str) -> dict[str, Any]:
     files = {"encode": ENCODE_FILE, "decode_full": DECODE_FULL_FILE, "decode_step": DECODE_STEP_FILE}
     data = {ENCODE_FILE: [ENCODE_DATA], DECODE_FULL_FILE: [DECODE_DATA], DECODE_STEP_FILE: [DECODE_DATA]}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": METADATA_VERSION,
         "checkpoint_path": checkpoint_name,
         "files": files,
         "external_data_files": data,

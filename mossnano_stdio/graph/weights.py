@@ -3,7 +3,7 @@
 Rules of this room:
 
 - Plain numpy, float32, nothing about files and nothing about onnx. checkpoint.py and extract.py make these,
-  decode.py, encode.py and fast.py read them.
+  official.py, fast.py and encode_step.py build from them.
 - Matrices lie as torch has them, [out, in]: y = W x. Weight norm is folded, a 1x1 convolution is a matrix.
 - Whatever follows from other numbers is computed here once: contexts in tokens, tokens per frame.
 - A `DecoderWeights` or `EncoderWeights` that exists fits together: each is checked as it is made.
