@@ -88,8 +88,11 @@ class Session:
         self.graph = graph
         self.engine = engine
         self.native = native  # the onnxruntime.InferenceSession, for whoever binds its inputs and outputs
-        self.inputs = _tensor_specs(native.get_inputs())
-        self.outputs = _tensor_specs(native.get_outputs())
+        try:
+            self.inputs = _tensor_specs(native.get_inputs())
+            self.outputs = _tensor_specs(native.get_outputs())
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{graph.path}: has an input or output whose name is no text ({error})") from None
 
     def run(self, output_names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
         with translated_errors(self.graph):
