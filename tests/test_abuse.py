@@ -265,7 +265,7 @@ def test_a_reader_that_stalls_costs_nothing_and_loses_nothing(times: int, in_pea
         time.sleep(1)
         before_bytes, before_cpu = memory_bytes(child.process.pid), cpu_seconds(child.process.pid)
         time.sleep(times)
-        assert memory_bytes(child.process.pid) - before_bytes < MIB // 4
+        assert memory_bytes(child.process.pid) - before_bytes < MIB
         assert cpu_seconds(child.process.pid) - before_cpu <= max(0.01 * times, 0.02)
         assert pcm_of(child.until(Kind.END)) == in_peace
 
@@ -516,7 +516,6 @@ def test_a_stderr_that_fails_stops_nothing(where: str, in_peace: bytes) -> None:
 @repeated(few=6, many=200)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_at_any_time_tears_no_message(times: int, number: int, status: int) -> None:
-    """`Child.finish` would find a torn one: everything is read to the end."""
     for attempt in range(times):
         with Child(double({"nano": True, "step_seconds": 0.001}), stderr=subprocess.DEVNULL) as child:
             child.next()
@@ -524,11 +523,11 @@ def test_a_signal_at_any_time_tears_no_message(times: int, number: int, status: 
             child.next()
             timer = threading.Timer(random.Random(attempt).uniform(0, 0.05), child.process.send_signal, [number])
             timer.start()
-            reader, read_bytes = MessageReader(1 << 24), 0
-            while data := os.read(child.stdout_fd, 1 << 16):
-                read_bytes += sum(len(message.payload) for message in reader.feed(data))
+            with contextlib.suppress(AssertionError):  # the output has ended
+                while True:
+                    child.next()
             assert child.process.wait(TIMEOUT_SECONDS) == status
-            assert reader.incomplete_bytes == 0
+            assert child.torn_bytes == 0
             timer.join()
 
 
@@ -941,6 +940,15 @@ def test_a_graph_that_is_not_what_its_metadata_says(
     assert str(folder / STEP) in said
 
 
+def test_a_graph_whose_names_are_no_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = writable_copy(tiny_bundle, tmp_path / "weights")
+    content = (folder / STEP).read_bytes()
+    (folder / STEP).write_bytes(content.replace(b"transformer_offset_2", b"transformer_offset\xc62"))
+    status, said, pcm = weights_verdict(folder)
+    assert (status, pcm) == (66, b"")
+    assert str(folder / STEP) in said
+
+
 def test_numbers_that_are_none_become_silence_and_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = writable_copy(tiny_bundle, tmp_path / "weights")
     data = np.fromfile(folder / SHARED, dtype=np.float32)
@@ -988,3 +996,69 @@ def test_a_provider_that_is_not_there_is_no_silent_cpu() -> None:
         status, said, pcm = weights_verdict(DEMO_FOLDER, "--provider", name)
         assert (status, pcm) == (66, b"")
         assert name in said
+
+
+# --- anything at all -------------------------------------------------------------------------------------------------
+
+PROBE = some_frames(6, seed=99)
+
+
+def any_message(chosen: random.Random) -> Message:
+    frames = some_frames(chosen.randrange(5), seed=chosen.randrange(100))
+    artifact = bytearray(artifact_bytes(frames or some_frames(1), SMALL))
+    if chosen.random() < 0.3:
+        artifact[chosen.randrange(len(artifact))] ^= 1 << chosen.randrange(8)
+    payloads: list[tuple[int, bytes]] = [
+        (Kind.TOKENS, tokens_payload(frames)),
+        (Kind.TOKENS, chosen.randbytes(chosen.randrange(20))),
+        (Kind.ARTIFACT, bytes(artifact)),
+        (Kind.ARTIFACT, bytes(artifact[: chosen.randrange(len(artifact))])),
+        (Kind.END, b""),
+        (Kind.END, b"{}"),
+        (Kind.CANCEL, chosen.randbytes(3)),
+        (Kind.PING, chosen.randbytes(chosen.randrange(100))),
+        (Kind.SETTINGS, chosen.choice([b'{"chunk_frames": 3}', b'{"quantizers": 2}', b'{"quantizers": 4}', b"{", b""])),
+        (Kind.HANDSHAKE, chosen.choice([b'{"channels": 2}', b'{"channels": 1}', b"{}", b"[]"])),
+        (Kind.ERROR, b'{"code": "x"}'),
+        (chosen.randrange(256), chosen.randbytes(5)),
+    ]
+    return Message(*chosen.choice(payloads))
+
+
+@repeated(few=15, many=1000)
+def test_after_anything_at_all_the_next_stream_is_as_ever(times: int) -> None:
+    for attempt in range(times):
+        chosen = random.Random(attempt)
+        messages = [any_message(chosen) for _ in range(chosen.randrange(60))]
+        settled = [
+            Message(Kind.CANCEL, b"enough"),
+            Message(Kind.HANDSHAKE, b'{"channels": 2}'),
+            Message(Kind.SETTINGS, b'{"quantizers": 4, "chunk_frames": null}'),
+            Message(Kind.TOKENS, tokens_payload(PROBE)),
+            END,
+        ]
+        done = run(double(), encoded(*messages, *settled))
+        assert done.returncode == 0, attempt
+        answers = decoded(done.stdout)
+        ends = [fields(answer) for answer in answers if answer.kind == Kind.END]
+        assert not ends[-1]["cancelled"], attempt
+        numbers = [end["stream"] for end in ends if end["stream"] is not None]
+        assert numbers == sorted(set(numbers)), attempt
+        last_settings = max(index for index, answer in enumerate(answers) if answer.kind == Kind.HANDSHAKE)
+        assert pcm_of(answers[last_settings:]) == expected_pcm(PROBE, SMALL), attempt
+        assert b"Traceback" not in done.stderr
+
+
+@repeated(few=15, many=1000)
+def test_any_bytes_end_as_documented(times: int) -> None:
+    for attempt in range(times):
+        chosen = random.Random(attempt)
+        wire = bytearray(encoded(*(any_message(chosen) for _ in range(chosen.randrange(20)))))
+        for _ in range(chosen.randrange(3)):
+            if wire:
+                wire[chosen.randrange(len(wire))] = chosen.randrange(256)
+        del wire[len(wire) - chosen.randrange(len(wire) + 1) // 4 :]
+        done = run(double(), bytes(wire))
+        assert done.returncode in (0, 65, 76), attempt
+        decoded(done.stdout)
+        assert b"Traceback" not in done.stderr
