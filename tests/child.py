@@ -105,11 +105,6 @@ class Child:
             messages.append(self.next())
         return messages
 
-    @property
-    def torn_bytes(self) -> int:
-        """How much of a message has come whose rest has not."""
-        return self._reader.incomplete_bytes
-
     def finish(self) -> tuple[int, list[Message], str]:
         """Close stdin: the exit status, the messages that were left, and stderr."""
         out, err = self.process.communicate(timeout=TIMEOUT_SECONDS)
