@@ -41,6 +41,7 @@ from mossnano_stdio.pcm import resampled
 from mossnano_stdio.recorder import Recorder
 from mossnano_stdio.schedule import Fixed
 from mossnano_stdio.shapes import (
+    check_range,
     checked_quantizers,
     checked_rate,
     integer_array,
@@ -353,9 +354,8 @@ class Codec:
         """One frame of an iterable, checked: [num_quantizers]."""
         array = integer_array(frame, f"frame {number}")
         if array.shape not in ((wanted,), (self.quantizers,)):
-            raise ValueError(f"frame {number} is {array.shape}, allowed is ({self.quantizers},)")
-        if array.min() < 0 or array.max() >= self.codebook_size:
-            raise ValueError(f"frame {number} holds {array.max()}, allowed are 0 to {self.codebook_size - 1}")
+            raise ValueError(f"frame {number}: the shape is {array.shape}, allowed is ({self.quantizers},)")
+        check_range(array, self.codebook_size, f"frame {number}")
         return array[:wanted].astype(np.uint16)
 
     def _stream(self, decoder: StreamDecoder, frames: Iterable[Codes], chunk_frames: int) -> Iterator[Audio]:

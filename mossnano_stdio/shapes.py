@@ -68,14 +68,12 @@ def normalised_codes(codes: Any, quantizers: int, codebook_size: int, num_quanti
     wanted = checked_quantizers(num_quantizers, quantizers)
     array = integer_array(codes, "codes")
     if array.ndim not in (2, 3):
-        raise ValueError(f"codes have {array.ndim} axes, allowed are 2 or 3: (quantizers, frames) or with a batch")
-    if not array.size:
-        raise ValueError(f"codes are empty: their shape is {array.shape}")
+        raise ValueError(f"codes: {array.ndim} axes, allowed are 2 or 3: (quantizers, frames) or with a batch")
     if _quantizers_come_first(array.shape, quantizers, wanted):
         ordered = array if array.ndim == 3 else array[:, np.newaxis]
     else:
         ordered = np.moveaxis(array if array.ndim == 3 else array[np.newaxis], 2, 0)
-    _check_range(array, codebook_size)
+    check_range(array, codebook_size, "codes")
     return ordered[:wanted].astype(np.uint16)
 
 
@@ -84,10 +82,18 @@ def integer_array(values: Any, name: str) -> NDArray[np.integer]:
     try:
         array = np.asarray(values)
     except ValueError as error:
-        raise ValueError(f"{name} are ragged: their rows differ in length ({error})") from None
+        raise ValueError(f"{name}: ragged, the rows differ in length ({error})") from None
+    if not array.size:
+        raise ValueError(f"{name}: empty, the shape is {array.shape}")
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} are {array.dtype}, allowed are integers")
+        raise ValueError(f"{name}: {array.dtype}, allowed are integers")
     return array
+
+
+def check_range(codes: NDArray[np.integer], codebook_size: int, name: str) -> None:
+    least, most = int(codes.min()), int(codes.max())
+    if least < 0 or most >= codebook_size:
+        raise ValueError(f"{name}: holds {least if least < 0 else most}, allowed are 0 to {codebook_size - 1}")
 
 
 def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
@@ -98,15 +104,17 @@ def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
     """
     array = np.asarray(wave)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"the wave is {array.dtype}, allowed are floats, full scale being 1")
+        raise ValueError(f"wave: {array.dtype}, allowed are floats, full scale being 1")
     if array.ndim == 1:
         array = array[np.newaxis]
     if array.ndim != 2 or array.shape[0] not in (MONO, channels):
-        raise ValueError(f"the wave is {array.shape}, allowed are ({channels}, samples), (1, samples) and (samples,)")
+        raise ValueError(
+            f"wave: the shape is {array.shape}, allowed are ({channels}, samples), (1, samples) and (samples,)"
+        )
     if not array.size:
-        raise ValueError(f"the wave is empty: its shape is {array.shape}")
+        raise ValueError(f"wave: empty, the shape is {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError("the wave holds NaN or infinity, allowed are finite numbers")
+        raise ValueError("wave: holds NaN or infinity, allowed are finite numbers")
     planar = np.broadcast_to(array, (channels, array.shape[1]))
     return np.ascontiguousarray(planar.T, dtype=np.float32)
 
@@ -143,14 +151,9 @@ def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int)
     if not (fits_first or fits_last):
         allowed = f"{quantizers}" if wanted == quantizers else f"{wanted} or {quantizers}"
         few = f"; for codes of fewer quantizers give num_quantizers={first}" if first < quantizers else ""
-        raise ValueError(f"codes are {shape}: neither the first nor the last axis has {allowed} quantizers{few}")
+        raise ValueError(
+            f"codes: the shape is {shape}, neither the first nor the last axis has {allowed} quantizers{few}"
+        )
     if fits_first and fits_last and wanted < max(first, last):
         return first >= last  # the prefix is taken from the longer end; from the first, where both are as long
     return fits_first
-
-
-def _check_range(codes: NDArray[np.integer], codebook_size: int) -> None:
-    least, most = int(codes.min()), int(codes.max())
-    if least < 0 or most >= codebook_size:
-        wrong = least if least < 0 else most
-        raise ValueError(f"codes hold {wrong}, allowed are 0 to {codebook_size - 1}")
