@@ -27,9 +27,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 from mossnano_stdio.container import ArtifactReader, build_artifact
 from mossnano_stdio.errors import ArtifactError, ProtocolError
+from mossnano_stdio.layout import SAMPLE_BYTES
 from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.renderer import Renderer
 from mossnano_stdio.schedule import Ramp
@@ -114,23 +116,53 @@ def _messages_in(data: bytes, piece_bytes: int) -> tuple[list[Message], str]:
 
 
 def read_session(data: bytes) -> str:
-    """Whatever is said to a session, it answers with messages, and ends what it opened."""
-    session = DecodeSession(Renderer(CountingDecoder(), Ramp()), {"protocol": 1})
-    answers: list[Message] = []
+    """Whatever is said to a session, it answers with messages, and ends what it opened, once.
+
+    Said slowly, each message is dealt with before the next one comes. Said at once, a CANCEL is known of while what
+    stands before it is dealt with.
+    """
     messages, _ = _messages_in(data[:LONGEST_SESSION_BYTES], LONGEST_SESSION_BYTES)
+    slowly = _answers_to(messages, at_once=False)
+    opened = [end["stream"] for end in _ends(slowly) if end["stream"] is not None]
+    assert opened == list(range(len(opened))), "each stream is answered by one END"
+    at_once = _answers_to(messages, at_once=True)
+    numbers = [end["stream"] for end in _ends(at_once) if end["stream"] is not None]
+    assert numbers == sorted(set(numbers)), "no stream is answered twice"
+    if any(message.kind == Kind.CANCEL for message in messages):
+        last_cancel = max(at for at, answer in enumerate(at_once) if _is_cancelled(answer))
+        assert Kind.AUDIO not in [answer.kind for answer in at_once[:last_cancel]], "what is cancelled is not decoded"
+        last_cancel_slowly = max(at for at, answer in enumerate(slowly) if _is_cancelled(answer))
+        assert at_once[last_cancel + 1 :] == slowly[last_cancel_slowly + 1 :], "a CANCEL leaves no trace"
+    else:
+        assert at_once == slowly
+    kinds = [Kind(answer.kind).name for answer in slowly]
+    errors = [str(answer.payload[:40]) for answer in slowly if answer.kind == Kind.ERROR]
+    return " ".join([*dict.fromkeys(kinds), *dict.fromkeys(errors)])
+
+
+def _answers_to(messages: list[Message], *, at_once: bool) -> list[Message]:
+    cancels = sum(message.kind == Kind.CANCEL for message in messages) if at_once else 0
+    session = DecodeSession(Renderer(CountingDecoder(), Ramp()), {"protocol": 1}, cancel_waiting=lambda: cancels > 0)
+    answers: list[Message] = []
     for message in messages:
+        cancels -= at_once and message.kind == Kind.CANCEL
         answers += session.handle(message)
         while session.is_due:
             answers += session.advance()
     answers += session.close()
-    ends = [json.loads(answer.payload) for answer in answers if answer.kind == Kind.END]
-    answered = [end["stream"] for end in ends if end["stream"] is not None]
-    assert answered == list(range(session.streams_opened)), "each stream is answered by one END"
+    assert session.stream is None, "a stream was left open"
     audio_bytes = sum(len(answer.payload) for answer in answers if answer.kind == Kind.AUDIO)
-    assert audio_bytes == sum(end["samples"] for end in ends) * 2 * SMALL.channels, "the ENDs say what was sent"
-    kinds = [Kind(answer.kind).name for answer in answers]
-    errors = [str(answer.payload[:40]) for answer in answers if answer.kind == Kind.ERROR]
-    return " ".join([*dict.fromkeys(kinds), *dict.fromkeys(errors)])
+    said_samples = sum(end["samples"] for end in _ends(answers))
+    assert audio_bytes == said_samples * SMALL.channels * SAMPLE_BYTES, "the ENDs say what was sent"
+    return answers
+
+
+def _ends(answers: list[Message]) -> list[dict[str, Any]]:
+    return [json.loads(answer.payload) for answer in answers if answer.kind == Kind.END]
+
+
+def _is_cancelled(answer: Message) -> bool:
+    return answer.kind == Kind.END and json.loads(answer.payload)["cancelled"]
 
 
 TARGETS: dict[str, Callable[[bytes], str]] = {
