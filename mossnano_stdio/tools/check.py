@@ -1,8 +1,9 @@
 """Are these weights whole, and do they decode right?
 
 Every file is read anew and held against its size and SHA-256: the published ones, or those recorded when it was built.
-Every graph is loaded and held against the metadata. Then seeded codes are decoded in several chunkings, which must
-give what decode_full makes of them at once, within one 16-bit step.
+Every graph is loaded and held against the metadata. Then seeded codes are decoded by each graph in several chunkings,
+which must give what decode_full makes of them at once, within one 16-bit step; and what came out is encoded in several
+chunkings, which must give the codes of encoding it at once, but for one in a thousand.
 
 Status 66: a file is missing or wrong. 1: all files are right, but the sound is not.
 """
@@ -12,26 +13,36 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio import codec
 from mossnano_stdio.bundle import DEMO, Bundle, WeightFile, find_weights, load_bundle
+from mossnano_stdio.codec import EncoderRuntime, GraphName, Runtime, UnfitRuntimeError
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.facts import as_json
 from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.pcm import FULL_SCALE
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec import FullDecoder, Runtime
+    from mossnano_stdio.codec import FullDecoder, GraphName, Runtime
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
 CHUNKINGS = (1, 7, 23)  # frames
 TOLERATED_STEPS = 1.0
+TOLERATED_AGREEMENT = 0.999  # rows that are equally near within float rounding may be taken for each other
+
+CPU_GRAPHS = ("fast", "encode_step")
 
 Audio = NDArray[np.float32]
+
+
+class _EngineFlags(TypedDict):
+    provider: str
+    threads: int | None
 
 
 @dataclass(frozen=True)
@@ -123,53 +134,61 @@ class _Graphs:
         self._bundle = bundle
         self._provider = provider
         self._threads = threads
-        self.maybe_full: FullDecoder | None = None
         self.runtimes: list[Runtime] = []
+        self.maybe_full_decoder: FullDecoder | None = None
+        self.maybe_encoder: EncoderRuntime | None = None
+        self.maybe_full_encoder: FullEncoder | None = None
 
     def check(self) -> Iterator[Row]:
         """Load all that are there."""
-        loaders: dict[str, Callable[[], None]] = {
-            "decode_step": self._load_step,
-            "decode_full": self._load_full,
-            "encode": self._load_encode,
-        }
-        for name, load in loaders.items():
+        for name, load in self._loaders().items():
             if not self._bundle.has_graph(name):
+                continue
+            if name in CPU_GRAPHS and self._provider != "cpu":
+                yield Row("absent", "graph", name, f"runs on the CPU only, not on {self._provider!r}")
                 continue
             try:
                 load()
+            except UnfitRuntimeError as error:
+                yield Row("absent", "graph", name, str(error).removeprefix(f"{self._bundle.graphs[name].path}: "))
             except BundleError as error:
                 yield Row("FAILED", "graph", name, str(error).removeprefix(f"{self._bundle.graphs[name].path}: "))
             else:
-                yield Row("ok", "graph", name, "loads, and its inputs and outputs are those of the metadata")
+                yield Row("ok", "graph", name, "loads, and its inputs and outputs are what they should be")
 
-    def _load_step(self) -> None:
-        from mossnano_stdio.codec import load_runtime
+    def _loaders(self) -> dict[str, Callable[[], None]]:
+        bundle, engine = self._bundle, _EngineFlags(provider=self._provider, threads=self._threads)
 
-        self.runtimes.append(
-            load_runtime(self._bundle, provider=self._provider, threads=self._threads, graph="official")
-        )
+        def load_runtime(graph: GraphName) -> None:
+            self.runtimes.append(codec.load_runtime(bundle, graph=graph, **engine))
 
-    def _load_full(self) -> None:
-        from mossnano_stdio.codec import load_full_decoder
+        def load_full_decoder() -> None:
+            self.maybe_full_decoder = codec.load_full_decoder(bundle, **engine)
 
-        self.maybe_full = load_full_decoder(self._bundle, provider=self._provider, threads=self._threads)
+        def load_encoder() -> None:
+            self.maybe_encoder = codec.load_encoder_runtime(bundle, **engine)
 
-    def _load_encode(self) -> None:
-        from mossnano_stdio.codec import load_full_encoder
+        def load_full_encoder() -> None:
+            self.maybe_full_encoder = codec.load_full_encoder(bundle, **engine)
 
-        load_full_encoder(self._bundle, provider=self._provider, threads=self._threads)
+        return {
+            "decode_step": lambda: load_runtime("official"),
+            "decode_full": load_full_decoder,
+            "encode": load_full_encoder,
+            "fast": lambda: load_runtime("fast"),
+            "encode_step": load_encoder,
+        }
 
 
 # --- sound --------------------------------------------------------------------------------------------------------
 
 
 def _check_sound(graphs: _Graphs) -> Iterator[Row]:
-    if graphs.maybe_full is None:
+    if graphs.maybe_full_decoder is None:
         yield Row("absent", "sound", "decode_full", "without it there is nothing to compare chunks with")
         return
     try:
-        codes, whole = _reference(graphs.maybe_full)
+        codes, whole = _reference(graphs.maybe_full_decoder)
     except MossnanoError as error:
         yield Row("FAILED", "sound", "decode_full", str(error))
         return
@@ -177,6 +196,20 @@ def _check_sound(graphs: _Graphs) -> Iterator[Row]:
     for runtime in graphs.runtimes:
         for chunk_frames in CHUNKINGS:
             yield _judge_chunks(runtime, codes, whole, chunk_frames)
+    if graphs.maybe_encoder and graphs.maybe_full_encoder:
+        yield from _check_encoder(graphs.maybe_encoder, graphs.maybe_full_encoder, whole)
+
+
+def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> Iterator[Row]:
+    """Encode what was decoded, in chunks and at once."""
+    audio = whole[: SHORT_FRAMES * full.format.frame_samples]
+    try:
+        expected = full.encode(audio)
+    except MossnanoError as error:
+        yield Row("FAILED", "sound", "encode", str(error))
+        return
+    for chunk_frames in CHUNKINGS:
+        yield _judge_encoded_chunks(encoder, audio, expected, chunk_frames)
 
 
 def _reference(full: FullDecoder) -> tuple[Codes, Audio]:
@@ -213,3 +246,17 @@ def _judge_chunks(runtime: Runtime, codes: Codes, whole: Audio, chunk_frames: in
     steps = float(np.abs(stepped - whole).max()) * FULL_SCALE
     detail = f"at most {steps:.3f} 16-bit steps from decode_full over {len(codes)} frames"
     return Row("ok" if steps <= TOLERATED_STEPS else "FAILED", "sound", name, detail)
+
+
+def _judge_encoded_chunks(encoder: EncoderRuntime, audio: Audio, expected: Codes, chunk_frames: int) -> Row:
+    name = f"{encoder.graph_name}, chunks of {chunk_frames}"
+    try:
+        stream = encoder.new_encoder()
+        chunk_samples = chunk_frames * encoder.format.frame_samples
+        starts = range(0, len(audio), chunk_samples)
+        stepped = np.concatenate([stream.step(audio[start : start + chunk_samples]) for start in starts])
+    except MossnanoError as error:
+        return Row("FAILED", "sound", name, str(error))
+    agreeing = float(np.mean(stepped == expected))
+    detail = f"{agreeing:.2%} of {expected.size} codes are those of encode"
+    return Row("ok" if agreeing >= TOLERATED_AGREEMENT else "FAILED", "sound", name, detail)
