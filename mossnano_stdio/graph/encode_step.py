@@ -103,12 +103,12 @@ def _search(graph: GraphBuilder, looked_up: str, quantizer: QuantizerWeights) ->
         if left:
             own, rest = graph.ops("Split", rest, graph.constant([size, left]), axis=1, count=2)
         likeness = linear(graph, own, f"quantizer.{index}.unit_rows", _unit_rows(codebook))
-        code = graph.op("ArgMax", likeness, axis=1, keepdims=0)
-        codes.append(graph.op("Unsqueeze", code, graph.constant([1])))
+        codes.append(graph.op("ArgMax", likeness, axis=1, keepdims=0))
         if left:
             taken = graph.weight(f"quantizer.{index}.taken", _taken(quantizer, index).astype(np.float32))
-            rest = graph.op("Sub", rest, graph.op("Gather", taken, code, axis=0))
-    return graph.op("Concat", *codes, axis=1)
+            rest = graph.op("Sub", rest, graph.op("Gather", taken, codes[-1], axis=0))
+    quantizer_major = graph.op("Reshape", graph.op("Concat", *codes, axis=0), graph.constant([quantizers, -1]))
+    return graph.op("Transpose", quantizer_major, perm=[1, 0])
 
 
 def _taken(quantizer: QuantizerWeights, index: int) -> Exact:
