@@ -7,8 +7,9 @@ Rules of this room:
   was not written in this stream is ever read, and a reset has nothing to clear.
 - The view slides on through the memory as tokens are forgotten. Heads lie `slots` rows apart and slide together, each
   into what the next one has left behind: for all heads together, only `spare_rows` more rows than one view are kept.
-  At the end of the memory, the window is copied back to its beginning, once in a context.
-- Memory is taken from the system zeroed, and becomes resident only as it is written: short streams stay small.
+  At the end of the memory, the window is copied back to its beginning, once in half a context.
+- Memory is taken from the system zeroed, and becomes resident only as it is written: short streams stay small. Heads
+  lie no further apart than the largest run so far needs.
 - How many frames a stream has seen is the caller's to remember. Told the same number again after a run that failed,
   everything is as it was before that run.
 """
@@ -53,16 +54,19 @@ class RingSpec:
     def lazy_tokens(self) -> int:
         return self.context_tokens // LAZINESS
 
-    @cached_property
-    def slots(self) -> int:
-        """The longest that a view gets in one run."""
-        slots = self.needed_tokens + self.lazy_tokens + MAX_RUN_FRAMES * self.tokens_per_frame
+    def slots(self, frames: int) -> int:
+        """The longest that a view gets in runs of so many frames."""
+        slots = self.needed_tokens + self.lazy_tokens + frames * self.tokens_per_frame
         return slots + CACHE_LINE_VALUES if slots % CACHE_WAY_VALUES == 0 else slots
 
     @property
+    def max_slots(self) -> int:
+        return max(map(self.slots, range(1, MAX_RUN_FRAMES + 1)))
+
+    @property
     def spare_rows(self) -> int:
-        """How far the view slides through the memory: so far that the window, copied back, is clear of where it was."""
-        return self.context_tokens
+        """How far the view slides through the memory."""
+        return self.context_tokens // 2
 
     @cached_property
     def _angles(self) -> NDArray[np.float64]:
@@ -92,13 +96,14 @@ class Rings:
         self._binding = binding
         layers = range(spec.first_layer, spec.first_layer + spec.layers)
         self._names = [(f"{kind}_{layer}", f"{kind}_out_{layer}") for layer in layers for kind in ("keys", "values")]
-        rows = (spec.heads * spec.slots + spec.spare_rows, spec.ring_dim)
+        self._slots = spec.slots(frames=1)
+        rows = (spec.heads * spec.max_slots + spec.spare_rows, spec.ring_dim)
         # Where the graph cannot write in place, it reads one memory and writes the other, by turns.
         self._memories = [[np.zeros(rows, np.float32) for _ in self._names] for _ in range(1 if in_place else 2)]
         self._in_place = in_place
-        self._first_row = 0  # where in the memory the view begins
-        self._first_token = 0  # and with which token of the stream
-        self._cosines, self._sines = np.zeros((2, spec.slots, spec.ring_dim // 2), dtype=np.float32)
+        self._first_row = 0  # of the memory, where the view begins
+        self._first_token = 0  # of the stream, which lies there
+        self._cosines, self._sines = np.zeros((2, spec.max_slots, spec.ring_dim // 2), dtype=np.float32)
         self._last, self._total = np.zeros((2, 1), dtype=np.int32)
         for name in ("cosines", "sines", "last", "total"):
             binding.bind_ortvalue_input(f"{name}_{spec.number}", _native(getattr(self, f"_{name}")))
@@ -113,6 +118,8 @@ class Rings:
         """Make room for more frames behind those seen. The first of them stands at `position_frames`."""
         per_frame = self._spec.tokens_per_frame
         seen, tokens, position = seen_frames * per_frame, frames * per_frame, position_frames * per_frame
+        if (slots := self._spec.slots(frames)) > self._slots:
+            self._spread(seen_frames, slots)
         self._slide(seen)
         held = seen - self._first_token
         self._last[0], self._total[0] = held + tokens - 1, held + tokens
@@ -157,14 +164,24 @@ class Rings:
     def _copy_back(self, row: int) -> None:
         """Copy the window, which begins at `row`, to the beginning of the memory.
 
-        Head by head, the first one first: what is written over was copied before, or is needed no more.
+        Head by head, the first one first: what is written over was copied before, or is needed no more. One head
+        is copied forwards, as numpy does with flat arrays that overlap.
         """
         spec = self._spec
         for rows in self._memories[0]:
-            for target in range(0, spec.heads * spec.slots, spec.slots):
-                source = target + row
-                rows[target : target + spec.needed_tokens] = rows[source : source + spec.needed_tokens]
+            values = rows.reshape(-1)
+            for target_row in range(0, spec.heads * self._slots, self._slots):
+                target, source = target_row * spec.ring_dim, (target_row + row) * spec.ring_dim
+                count = spec.needed_tokens * spec.ring_dim
+                values[target : target + count] = values[source : source + count]
         self._move_view(0)
+
+    def _spread(self, seen_frames: int, slots: int) -> None:
+        """Move the heads further apart."""
+        window = self.window(seen_frames)
+        self._slots = slots
+        self._first_row = -1  # nowhere: what is bound is of another shape
+        self.restore(seen_frames, window)
 
     def _move_view(self, row: int) -> None:
         if row != self._first_row:
@@ -184,8 +201,8 @@ class Rings:
 
     def _view(self, rows: Floats, row: int) -> Floats:
         """[heads, slots, ring_dim] of a ring's memory, from a row on."""
-        spec = self._spec
-        return rows[row : row + spec.heads * spec.slots].reshape(spec.heads, spec.slots, spec.ring_dim)
+        heads = self._spec.heads
+        return rows[row : row + heads * self._slots].reshape(heads, self._slots, self._spec.ring_dim)
 
 
 def _native(array: NDArray[Any]) -> Any:
