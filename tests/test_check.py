@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mossnano_stdio.bundle import METADATA_NAME, Sidecar, record_files, save_sidecar
+from mossnano_stdio.bundle import METADATA_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 from mossnano_stdio.codec import memory
 from mossnano_stdio.errors import ExitStatus
 from tests.tool import call_tool
@@ -179,3 +180,52 @@ def test_fewer_frames_where_memory_is_short(folder: Path, monkeypatch: pytest.Mo
     status, rows = check(folder)
     assert status == ExitStatus.DONE
     assert "over 24 frames" in rows["sound official, chunks of 7"]["detail"]
+
+
+# --- graphs of our own --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(built_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of what we build, that may be spoilt."""
+    copied = tmp_path / "built"
+    shutil.copytree(built_bundle, copied, copy_function=shutil.copyfile)
+    return copied
+
+
+def test_our_own_graphs_are_checked_too(built: Path) -> None:
+    status, rows = check(built)
+    assert status == ExitStatus.DONE
+    assert {row["verdict"] for row in rows.values()} == {"ok"}
+    assert {"graph fast", "graph encode_step"} <= rows.keys()
+    for graph in ("official", "fast", "encode_step"):
+        assert [f"sound {graph}, chunks of {frames}" in rows for frames in (1, 7, 23)] == [True] * 3
+
+
+@pytest.mark.parametrize(("graph", "output"), [("fast", "audio"), ("encode_step", "codes")])
+def test_a_graph_of_our_own_that_is_wrong(built: Path, graph: str, output: str) -> None:
+    sidecar = load_sidecar(built)
+    path = built / sidecar.graphs[graph].file
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == output else name for name in node.output]
+    if output == "audio":
+        model.graph.node.append(helper.make_node("Neg", ["before"], [output]))
+    else:  # other codes, but in range
+        model.graph.initializer.append(numpy_helper.from_array(np.array(1023, np.int32), "most"))
+        model.graph.node.append(helper.make_node("Sub", ["most", "before"], [output]))
+    path.write_bytes(model.SerializeToString())
+    files = {**sidecar.files, **record_files(built, [path.name])}
+    save_sidecar(built, replace(sidecar, files=files))
+    status, rows = check(built)
+    assert status == ExitStatus.CHECK_FAILED
+    assert rows[f"graph {graph}"]["verdict"] == "ok"
+    assert [rows[f"sound {graph}, chunks of {frames}"]["verdict"] for frames in (1, 7, 23)] == ["FAILED"] * 3
+    assert rows["sound official, chunks of 7"]["verdict"] == "ok"
+
+
+def test_what_this_onnxruntime_cannot_run_is_absent(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mossnano_stdio.codec.stack.attention_support", lambda: "none")
+    status, rows = check(built)
+    assert status == ExitStatus.DONE
+    assert rows["graph fast"]["verdict"] == rows["graph encode_step"]["verdict"] == "absent"

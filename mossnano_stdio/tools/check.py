@@ -27,7 +27,7 @@ from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.pcm import FULL_SCALE
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec import FullDecoder, GraphName, Runtime
+    from mossnano_stdio.codec import FullDecoder, FullEncoder
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
