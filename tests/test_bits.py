@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mossnano_stdio.bits import BLOCK_CODES, pack_codes, pack_frames, unpack_codes, unpack_frames
+from mossnano_stdio import bits as room
+from mossnano_stdio.bits import pack_codes, pack_frames, unpack_codes, unpack_frames
 from mossnano_stdio.errors import TokenError, UsageError
 from mossnano_stdio.layout import bits_per_code
 
@@ -96,12 +97,20 @@ def random_codes(count: int, bits: int) -> NDArray[np.uint16]:
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
-@pytest.mark.parametrize("count", [BLOCK_CODES - 1, BLOCK_CODES, BLOCK_CODES + 1, 2 * BLOCK_CODES + 5])
-def test_block_borders_leave_no_seam(bits: int, count: int) -> None:
+@pytest.mark.parametrize("count", [63, 64, 65, 128, 133])
+def test_block_borders_leave_no_seam(bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "BLOCK_CODES", 64)
     codes = random_codes(count, bits)
     packed = pack_codes(codes, bits)
     assert packed == pack_by_loop_fast(codes, bits)
     assert np.array_equal(unpack_codes(packed, bits, count), codes)
+
+
+def test_rows_of_many_blocks() -> None:
+    codes = random_codes(3 * room.BLOCK_CODES + 5, 10)
+    packed = pack_codes(codes, 10)
+    assert packed == pack_by_loop_fast(codes, 10)
+    assert np.array_equal(unpack_codes(packed, 10, len(codes)), codes)
 
 
 def pack_by_loop_fast(codes: NDArray[np.uint16], bits: int) -> bytes:
@@ -111,13 +120,22 @@ def pack_by_loop_fast(codes: NDArray[np.uint16], bits: int) -> bytes:
     return bytes(int(text[start : start + 8][::-1], 2) for start in range(0, len(text), 8))
 
 
-@pytest.mark.parametrize(("quantizers", "codebook_size"), [(16, 1024), (3, 1024), (7, 1000), (1, 2), (20000, 3)])
-def test_frames_across_blocks(quantizers: int, codebook_size: int) -> None:
-    frames = 2 * BLOCK_CODES // quantizers + 3
+@pytest.mark.parametrize(("quantizers", "codebook_size"), [(16, 1024), (3, 1024), (7, 1000), (1, 2), (200, 3)])
+def test_frames_across_blocks(quantizers: int, codebook_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "BLOCK_CODES", 64)
+    frames = 128 // quantizers + 3
     codes = np.random.default_rng(3).integers(0, codebook_size, (frames, quantizers)).astype(np.uint16)
     payload = pack_frames(codes, codebook_size)
     assert payload == b"".join(pack_by_loop_fast(row, bits_per_code(codebook_size)) for row in codes)
     assert np.array_equal(unpack_frames(payload, quantizers, codebook_size), codes)
+
+
+def test_the_first_bad_padding_is_named() -> None:
+    payload = bytearray(pack_frames(np.zeros((9, 3), dtype=np.uint16), 1024))
+    payload[4 * 5 + 3] |= 0x40
+    payload[4 * 7 + 3] |= 0xC0
+    with pytest.raises(TokenError, match="the 2 padding bits after the last code of frame 5 are 0x1, allowed is 0"):
+        unpack_frames(payload, 3, 1024)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64])
@@ -161,9 +179,9 @@ def test_a_code_beyond_the_codebook_is_named_by_frame() -> None:
 
 @pytest.mark.parametrize("bit", range(2, 8))
 def test_every_padding_bit_must_be_zero(bit: int) -> None:
-    with pytest.raises(TokenError, match="padding"):
+    with pytest.raises(TokenError, match="the 6 padding bits after the last code are "):
         unpack_codes(bytes([0, 1 << bit]), 10, 1)
-    with pytest.raises(TokenError, match=r"of frame 1 .*padding"):
+    with pytest.raises(TokenError, match=r"the 6 padding bits after the last code of frame 1 are "):
         unpack_frames(bytes([0, 0, 0, 1 << bit]), 1, 1024)
 
 

@@ -241,7 +241,7 @@ def test_a_header_is_judged_before_its_body_comes() -> None:
 def test_padding_must_be_zero(bit: int) -> None:
     data = bytearray(HAND_ARTIFACT)
     data[-1] |= 1 << bit
-    assert outcome_of(bytes(data)).startswith("the artifact's body: the upper 4 bits of the last byte are 0x")
+    assert outcome_of(bytes(data)).startswith("the artifact's body: the 4 padding bits after the last code are 0x")
 
 
 def test_the_size_is_capped_before_the_body_comes() -> None:
