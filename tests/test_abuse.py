@@ -7,6 +7,7 @@ something many times do so a few times here, and as often as it takes under `pyt
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,6 @@ time.sleep(60)
 @repeated(few=1, many=25)
 @pytest.mark.parametrize("state", ["loading", "idle", "decoding", "blocked"])
 def test_who_loses_their_parent_is_gone_soon(times: int, state: str) -> None:
-    import json
-
     for attempt in range(times):
         parent = subprocess.Popen(
             [sys.executable, "-c", PARENT, state, json.dumps(DEMO)], stdout=subprocess.PIPE, cwd=ROOT
@@ -623,17 +622,23 @@ def test_the_nth_write_fails(nth: int) -> None:
     assert len(answers) == nth
 
 
+def split_streams(answers: Sequence[Message]) -> list[list[Message]]:
+    """The answers to each stream, its END the last."""
+    streams: list[list[Message]] = [[]]
+    for answer in answers:
+        streams[-1].append(answer)
+        if answer.kind == Kind.END:
+            streams.append([])
+    return streams[:-1]
+
+
 @pytest.mark.parametrize("nth", range(1, 10))
 def test_the_nth_step_fails(nth: int) -> None:
     """Step 0 is the warm-up. The stream it was in is lost, the others are as ever."""
     wire = encoded(*SCRIPT)
     done = run(double({"failing_steps": [nth]}, "--chunk-frames", "1"), wire)
     assert done.returncode == 0
-    streams: list[list[Message]] = [[]]
-    for message in decoded(done.stdout)[1:]:
-        streams[-1].append(message)
-        if message.kind == Kind.END:
-            streams.append([])
+    streams = split_streams(decoded(done.stdout)[1:])
     hit = (nth - 1) // 3
     for index, frames in enumerate(STREAMS):
         errors = [fields(message)["code"] for message in streams[index] if message.kind == Kind.ERROR]
@@ -962,6 +967,57 @@ def test_numbers_that_are_none_become_silence_and_an_error(tiny_bundle: Path, tm
     assert messages[2].payload == bytes(5 * FRAME_PCM_BYTES)
     assert fields(messages[3])["errors"] == 1
     assert done.returncode == 0
+
+
+POISON = 7  # a code of the first quantizer
+
+
+def poisoned(folder: Path, graph: str, tensor_name: str) -> Path:
+    """Make one row of a table of codes NaN, and forget every SHA-256."""
+    import onnx
+
+    model = onnx.load(folder / graph, load_external_data=False)
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == tensor_name]
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    table = np.memmap(
+        folder / where["location"], np.float32, "r+", offset=int(where["offset"]), shape=tuple(tensor.dims)
+    )
+    table[POISON] = np.nan
+    table.flush()
+    sidecar = folder / "mossnano.json"
+    if sidecar.exists():
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "files": {}}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["official", "fast"])
+def poisoned_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx", reason="the extra `build` is not installed")
+    from mossnano_stdio.graph.assemble import build_from_bundle
+
+    folder = writable_copy(request.getfixturevalue("tiny_bundle"), tmp_path_factory.mktemp("poison") / "weights")
+    if request.param == "official":
+        return poisoned(folder, STEP, "m.quantizer.quantizers.0.codebook.weight")
+    build_from_bundle(folder, folder)
+    return poisoned(folder, "mossnano_fast.onnx", "codebooks")
+
+
+def test_a_poisoned_chunk_poisons_nothing_after_it(poisoned_bundle: Path) -> None:
+    """NaN stays NaN in keys and values that are only masked: a reset has to take them away."""
+    codes = np.random.default_rng(0).integers(POISON + 1, 1024, (12, 16))
+    bad_codes = codes.copy()
+    bad_codes[5, 0] = POISON
+    clean, bad, tail = (Message(Kind.TOKENS, pack_frames(part, 1024)) for part in (codes, bad_codes, codes[8:]))
+    command = [*PROCESS, "--weights", str(poisoned_bundle), "--threads", "1", "--chunk-frames", "4"]
+    fresh = pcm_of(decoded(run(command, encoded(clean, END)).stdout))
+    fresh_tail = pcm_of(decoded(run(command, encoded(tail, END)).stdout))
+    chunk_bytes = 4 * FRAME_PCM_BYTES
+    assert len(fresh) == 3 * chunk_bytes
+    assert any(fresh)
+    streams = split_streams(decoded(run(command, encoded(clean, END, bad, END, clean, END)).stdout)[1:])
+    assert [fields(stream[-1])["errors"] for stream in streams] == [0, 1, 0]
+    assert pcm_of(streams[0]) == pcm_of(streams[2]) == fresh
+    assert pcm_of(streams[1]) == fresh[:chunk_bytes] + bytes(chunk_bytes) + fresh_tail
 
 
 def test_the_layout_of_the_hub_cache_loads(tiny_bundle: Path, tmp_path: Path) -> None:
