@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.bundle import METADATA_NAME, SIDECAR_NAME, SidecarGraph, load_bundle
+from mossnano_stdio.bundle import DEMO_FOLDER, METADATA_NAME, SIDECAR_NAME, SidecarGraph, load_bundle
 from mossnano_stdio.codec import load_decoder, load_encoder_runtime, load_runtime
 from mossnano_stdio.errors import BundleError, ExitStatus, OutputError
 from mossnano_stdio.graph import assemble, contract
@@ -182,6 +182,13 @@ def test_a_source_that_is_no_bundle(tmp_path: Path) -> None:
     outcome = call_tool("build", "--from-bundle", tmp_path / "nowhere", tmp_path / "out")
     assert outcome.status == ExitStatus.NO_WEIGHTS
     assert METADATA_NAME in outcome.error_line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_has_no_weights_to_take_out(tmp_path: Path) -> None:
+    outcome = call_tool("build", "--from-bundle", DEMO_FOLDER, tmp_path / "out")
+    assert outcome.status == ExitStatus.NO_WEIGHTS
+    assert "is the demo" in outcome.error_line
     assert not (tmp_path / "out").exists()
 
 

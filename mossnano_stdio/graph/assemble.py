@@ -31,7 +31,7 @@ from mossnano_stdio.bundle import (
     record_files,
     save_sidecar,
 )
-from mossnano_stdio.errors import OutputError
+from mossnano_stdio.errors import BundleError, OutputError
 from mossnano_stdio.graph import contract, official
 from mossnano_stdio.graph.builder import save_graphs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
@@ -54,6 +54,8 @@ def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
 def build_from_bundle(source: Path, folder: Path) -> None:
     """Our own graphs into `folder`, their weights taken out of the official graphs in `source`; it may be the same."""
     bundle = load_bundle(source)
+    if bundle.demo:
+        raise BundleError(f"{source}: is the demo, whose graphs have no weights to take out; official files are needed")
     weights = extract_weights(bundle)
     with staged(folder) as stage:
         beside = folder.samefile(source)
