@@ -28,8 +28,10 @@ from mossnano_stdio.codec import Engine, memory, runtime
 from mossnano_stdio.codec.encoder import FullEncoder
 from mossnano_stdio.codec.official import FullDecoder, OfficialRuntime, StreamDecoder
 from mossnano_stdio.codec.runtime import Session
+from mossnano_stdio.comparison import compare_recordings
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
 from mossnano_stdio.layout import Codes
+from mossnano_stdio.pcm import Recording, pcm16_samples, to_pcm16
 
 STEP = "moss_audio_tokenizer_decode_step.onnx"
 FULL = "moss_audio_tokenizer_decode_full.onnx"
@@ -70,7 +72,7 @@ def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copied
 
 
-def in_chunks(decoder: StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
+def in_chunks(decoder: codec.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
     starts = range(0, len(codes), chunk_frames)
     return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
@@ -113,13 +115,25 @@ def test_encoder_goldens(bundle_name: str, tiny_reference: Path, request: pytest
     assert encoder.encode(wave.T[:0]).shape == (0, 16)
 
 
+@pytest.mark.parametrize("chunk_frames", [1, 23])
+def test_nano_past_its_shortest_context(nano_bundle: Path, nano: OfficialRuntime, chunk_frames: int) -> None:
+    codes = np.random.default_rng(6).integers(0, 1024, (60, 16)).astype(np.uint16)
+    whole = codec.load_full_decoder(load_bundle(nano_bundle)).decode(codes)
+    assert furthest(in_chunks(nano.new_decoder(), codes, chunk_frames), whole) <= PCM16_STEP
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_frames", [1, 7, 17, 23])
 def test_nano_past_every_context(
     nano_bundle: Path, nano_whole: tuple[Codes, Audio], nano: OfficialRuntime, chunk_frames: int
 ) -> None:
     codes, whole = nano_whole
-    assert furthest(in_chunks(nano.new_decoder(), codes, chunk_frames), whole) <= PCM16_STEP
+    stepped = in_chunks(nano.new_decoder(), codes, chunk_frames)
+    assert furthest(stepped, whole) <= PCM16_STEP
+    reference, candidate = (Recording(48000, pcm16_samples(to_pcm16(audio), 2)) for audio in (whole, stepped))
+    comparison = compare_recordings(reference, candidate, chunk_frames * 3840)
+    assert len(comparison.joins) == -(-200 // chunk_frames) - 1
+    assert comparison.loud_joins == ()
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +146,41 @@ def nano_whole(nano_bundle: Path) -> tuple[Codes, Audio]:
     """16 s: the longest context is 10 s."""
     codes = np.random.default_rng(5).integers(0, 1024, (200, 16)).astype(np.uint16)
     return codes, codec.load_full_decoder(load_bundle(nano_bundle)).decode(codes)
+
+
+def halve_caches(folder: Path) -> None:
+    """Keys and values in half precision, outside of the graph: in the graph they are float32 as before."""
+    model = onnx.load(folder / STEP, load_external_data=False)
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    first, last = [], []
+    for value in [*model.graph.input, *model.graph.output]:
+        if "cached_keys" not in value.name and "cached_values" not in value.name:
+            continue
+        value.type.tensor_type.elem_type = half
+        is_input = "_out_" not in value.name
+        for node in model.graph.node:
+            names = node.input if is_input else node.output
+            names[:] = [f"{name}_single" if name == value.name else name for name in names]
+        if is_input:
+            first.append(helper.make_node("Cast", [value.name], [f"{value.name}_single"], to=single))
+        else:
+            last.append(helper.make_node("Cast", [f"{value.name}_single"], [value.name], to=half))
+    nodes = [*first, *model.graph.node, *last]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    (folder / STEP).write_bytes(model.SerializeToString())
+    content = (folder / METADATA_NAME).read_text()
+    (folder / METADATA_NAME).write_text(content.replace('"cache_dtype": "float32"', '"cache_dtype": "float16"'))
+
+
+def test_caches_of_half_precision(folder: Path, codes: Codes, audio: Audio) -> None:
+    halve_caches(folder)
+    decoder = codec.load_decoder(load_bundle(folder), threads=1)
+    found = in_chunks(decoder, codes, 5)
+    assert 0 < furthest(found, audio) < 0.01
+    dtypes = {name: tensor.dtype.name for name, tensor in decoder.snapshot().tensors.items()}
+    assert dtypes["attn_cached_keys_3"] == dtypes["attn_cached_values_0"] == "float16"
+    assert dtypes["attn_cached_positions_0"] == "int32"
 
 
 # --- the state ----------------------------------------------------------------------------------------------------
