@@ -28,6 +28,7 @@ Floats = NDArray[np.float32]
 
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, and more memory
 LAZINESS = 32  # 1/32 of a context may lie unneeded in front of the window before the view slides: binding costs, too
+TURN_BLOCK = 16
 CACHE_WAY_VALUES = 1024  # rows of scores that lie so many float32 apart push each other out of the first-level cache
 CACHE_LINE_VALUES = 16
 
@@ -73,19 +74,20 @@ class RingSpec:
         return np.array(self.angles)
 
     @cached_property
-    def _turns(self) -> NDArray[np.complex128]:
-        """RoPE of the tokens of one run, as if they were a stream's first: [tokens, ring_dim / 2]."""
-        tokens = np.arange(MAX_RUN_FRAMES * self.tokens_per_frame)
-        turns: NDArray[np.complex128] = np.exp(1j * np.outer(tokens, self._angles))
+    def _first_turns(self) -> NDArray[np.complex128]:
+        """RoPE of a stream's first TURN_BLOCK tokens."""
+        turns: NDArray[np.complex128] = np.exp(1j * np.outer(np.arange(TURN_BLOCK), self._angles))
         return turns
 
     def turns_at(self, position: int, tokens: int) -> NDArray[np.complex128]:
         """RoPE of `tokens` tokens from `position` on: cosines, and sines as imaginary parts. [tokens, ring_dim / 2]
 
-        However old a stream is, its angles are exact: whole numbers times float32, in float64.
+        However old a stream is, its angles are exact: whole numbers times float32, in float64. Turning a block of
+        tokens is one product, which is much less work than a cosine and a sine for each.
         """
-        turns: NDArray[np.complex128] = self._turns[:tokens] * np.exp(1j * (position * self._angles))
-        return turns
+        blocks = np.exp(1j * np.outer(np.arange(position, position + tokens, TURN_BLOCK), self._angles))
+        turns: NDArray[np.complex128] = blocks[:, np.newaxis] * self._first_turns
+        return turns.reshape(-1, blocks.shape[1])[:tokens]
 
 
 class Rings:
