@@ -229,7 +229,7 @@ class Codec:
         if isinstance(chunk_frames, bool) or not isinstance(chunk_frames, int) or chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames!r}, allowed is a whole number from 1")
         if _is_whole(codes):
-            frames: Iterable[Codes] = self._single(codes, num_quantizers, "codes")
+            frames: Iterable[Codes] = self._single(codes, num_quantizers)
         else:
             wanted = self._wanted_quantizers(num_quantizers)
             frames = (self._frame(frame, wanted, number) for number, frame in enumerate(codes))
@@ -253,7 +253,7 @@ class Codec:
         ...     codec.decode_range(np.zeros((16, 50), int), start=1.0, duration=0.5).shape
         (2, 24000)
         """
-        frames = self._single(codes, num_quantizers, "codes")
+        frames = self._single(codes, num_quantizers)
         maybe_samples = _original_samples(codes)
         total_samples = len(frames) * self.frame_samples if maybe_samples is None else maybe_samples
         samples = sample_range(start, duration, total_samples, self.sample_rate)
@@ -325,18 +325,18 @@ class Codec:
                 self._maybe_encoder = load_encoder(self.bundle, provider=engine.provider, threads=engine.threads)
             return self._maybe_encoder
 
-    def _batch(self, codes: Any, num_quantizers: int | None) -> Codes:
+    def _batch(self, codes: Any, num_quantizers: int | None, name: str = "codes") -> Codes:
         """(num_quantizers, batch, frames), whatever came in."""
         if isinstance(codes, ArtifactHeader):
             codes.check_fits(self.format, self._runtime.decodes_prefix)
             wanted = checked_quantizers(num_quantizers, codes.quantizers)
             return _quantizer_major(codes)[: self._wanted_quantizers(wanted), np.newaxis]
         wanted = self._wanted_quantizers(num_quantizers)
-        return normalised_codes(codes, self.quantizers, self.codebook_size, wanted)
+        return normalised_codes(codes, self.quantizers, self.codebook_size, wanted, name)
 
-    def _single(self, codes: Any, num_quantizers: int | None, name: str) -> Codes:
+    def _single(self, codes: Any, num_quantizers: int | None, name: str = "codes") -> Codes:
         """[frames, num_quantizers] of one stream."""
-        batch = self._batch(codes, num_quantizers)
+        batch = self._batch(codes, num_quantizers, name)
         if batch.shape[1] > 1:
             raise ValueError(f"{name}: a batch of {batch.shape[1]}, allowed is one stream")
         return batch[:, 0].T

@@ -55,8 +55,10 @@ def checked_rate(sample_rate: int) -> int:
     return int(sample_rate)
 
 
-def normalised_codes(codes: Any, quantizers: int, codebook_size: int, num_quantizers: int | None = None) -> Codes:
-    """Codes in any order -> (num_quantizers, batch, frames), a prefix where one is asked for.
+def normalised_codes(
+    codes: Any, quantizers: int, codebook_size: int, num_quantizers: int | None = None, name: str = "codes"
+) -> Codes:
+    """Codes in any order -> (num_quantizers, batch, frames), a prefix where one is asked for. `name` is for errors.
 
     >>> normalised_codes(np.zeros((16, 30), int), 16, 1024).shape
     (16, 1, 30)
@@ -66,14 +68,14 @@ def normalised_codes(codes: Any, quantizers: int, codebook_size: int, num_quanti
     (16, 4, 30)
     """
     wanted = checked_quantizers(num_quantizers, quantizers)
-    array = integer_array(codes, "codes")
+    array = integer_array(codes, name)
     if array.ndim not in (2, 3):
-        raise ValueError(f"codes: {array.ndim} axes, allowed are 2 or 3: (quantizers, frames) or with a batch")
-    if _quantizers_come_first(array.shape, quantizers, wanted):
+        raise ValueError(f"{name}: {array.ndim} axes, allowed are 2 or 3: (quantizers, frames) or with a batch")
+    if _quantizers_come_first(array.shape, quantizers, wanted, name):
         ordered = array if array.ndim == 3 else array[:, np.newaxis]
     else:
         ordered = np.moveaxis(array if array.ndim == 3 else array[np.newaxis], 2, 0)
-    check_range(array, codebook_size, "codes")
+    check_range(array, codebook_size, name)
     return ordered[:wanted].astype(np.uint16)
 
 
@@ -145,14 +147,14 @@ def warm_up_frames(seconds: float, frames_per_second: float) -> int:
     return math.ceil(seconds * frames_per_second)
 
 
-def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int) -> bool:
+def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int, name: str) -> bool:
     first, last = shape[0], shape[-1]
     fits_first, fits_last = first in (wanted, quantizers), last in (wanted, quantizers)
     if not (fits_first or fits_last):
         allowed = f"{quantizers}" if wanted == quantizers else f"{wanted} or {quantizers}"
         few = f"; for codes of fewer quantizers give num_quantizers={first}" if first < quantizers else ""
         raise ValueError(
-            f"codes: the shape is {shape}, neither the first nor the last axis has {allowed} quantizers{few}"
+            f"{name}: the shape is {shape}, neither the first nor the last axis has {allowed} quantizers{few}"
         )
     if fits_first and fits_last and wanted < max(first, last):
         return first >= last  # the prefix is taken from the longer end; from the first, where both are as long
