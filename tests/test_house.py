@@ -40,7 +40,7 @@ ASIDE_LAYER = 3
 
 # What only some rooms may speak to. Optional dependencies are imported inside functions.
 ONLY_IN = {
-    "onnxruntime": {"codec"},
+    "onnxruntime": {"codec", "benchmarks"},  # benchmarks: the official loop, as others write it
     "sounddevice": {"playback"},
     "soundfile": {"pcm"},
     "soxr": {"playback", "pcm"},

@@ -1,0 +1,197 @@
+"""Measure, side by side: the official loop, our runtime on the official graph, the fast graph, the process.
+
+  mossnano bench --weights DIR                  graphs: steps, utterances, starts, memory, streams, and the limit
+  mossnano bench --weights DIR --against OTHER  another weights folder beside it
+  mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
+  mossnano bench --weights DIR --encode         streaming encoding beside decoding
+  mossnano bench --bits                         packing an hour of codes; needs no weights
+
+Sides take turns in one run, each in processes of its own. Figures are medians, with the lowest and highest in
+brackets; "x" is how many times as good as the first side (the official loop) a side is. On a machine that does other
+things as well, believe the ratios and not the milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mossnano_stdio.errors import ExitStatus, UsageError
+from mossnano_stdio.options import whole_number
+
+if TYPE_CHECKING:
+    from mossnano_stdio.bundle import Bundle
+
+DEFAULT_CHUNKS = "1,2,4,8,17,23"
+DEFAULT_THREADS = "1,2"
+DEFAULT_TURNS = 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="DIR", help="the weights folder to measure")
+    parser.add_argument("--against", metavar="DIR", action="append", default=[], help="another one beside it")
+    parser.add_argument("--threads", type=_whole_numbers, default=DEFAULT_THREADS, metavar="N,...", help="(1,2)")
+    parser.add_argument(
+        "--chunks", type=_whole_numbers, default=DEFAULT_CHUNKS, metavar="N,...", help="frames per step (%(default)s)"
+    )
+    parser.add_argument(
+        "--turns", type=whole_number(1, 1000), default=DEFAULT_TURNS, metavar="N", help="repeats (%(default)s)"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--process", action="store_true", help="measure mossnano-stdio itself")
+    what.add_argument("--encode", action="store_true", help="measure streaming encoding")
+    what.add_argument("--bits", action="store_true", help="measure packing")
+    parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
+    parser.add_argument("--plot", metavar="FILE.png", help="a picture of the steps")
+
+
+def run(args: argparse.Namespace) -> int:
+    figures = _measured(args)
+    if args.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        print("\n".join(_tables(figures)))
+    if args.plot:
+        _plot(figures, Path(args.plot))
+    return ExitStatus.DONE
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    from mossnano_stdio.benchmarks.graphs import bits_figures
+
+    if args.plot and (args.process or args.encode or args.bits):
+        raise UsageError("--plot draws the steps of graphs; leave --process, --encode and --bits out")
+    if args.bits:
+        return {"bits": bits_figures()}
+    from mossnano_stdio.bundle import find_weights, load_bundle
+
+    bundle = load_bundle(find_weights(args.weights))
+    if args.process:
+        from mossnano_stdio.benchmarks.process import measure_process
+
+        return {"process": [measure_process(bundle.folder, threads, args.turns) for threads in args.threads]}
+    against = [load_bundle(find_weights(folder)) for folder in args.against]
+    return _measure_encoding(bundle, args) if args.encode else _measure_graphs(bundle, against, args)
+
+
+def _measure_graphs(bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace) -> dict[str, Any]:
+    from mossnano_stdio.benchmarks.graphs import GraphBench, gemm_gflops, sides_of
+
+    bench = GraphBench(bundle, sides_of(bundle, against), args.turns, _progress)
+    maybe_mflop = _mflop_per_frame(bundle)
+    return {
+        "weights": bundle.name,
+        "mflop_per_frame": maybe_mflop,
+        "threads": {
+            str(threads): {
+                "steps_ms": bench.steps(threads, args.chunks),
+                "utterances_ms": bench.utterances(threads),
+                "starts": bench.starts(threads),
+                **bench.streams(threads),
+                "gemm_gflops": round(gflops := gemm_gflops(threads), 1),
+                "limit_ms_per_frame": None if maybe_mflop is None else round(maybe_mflop / gflops, 3),
+            }
+            for threads in args.threads
+        },
+    }
+
+
+def _measure_encoding(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
+    from mossnano_stdio.benchmarks.graphs import GraphBench, Side
+
+    sides = [Side("decoding", "fast" if bundle.has_graph("fast") else "official", bundle.folder)]
+    sides.append(Side("encoding", "encode", bundle.folder))
+    bench = GraphBench(bundle, sides, args.turns, _progress)
+    return {
+        "weights": bundle.name,
+        "threads": {str(threads): {"steps_ms": bench.steps(threads, args.chunks)} for threads in args.threads},
+    }
+
+
+def _mflop_per_frame(bundle: Bundle) -> float | None:
+    """The arithmetic of one frame with full caches; None where the weights cannot be read from the graph."""
+    from mossnano_stdio.errors import MossnanoError
+
+    try:
+        from mossnano_stdio.graph.arithmetic import decoding_macs
+        from mossnano_stdio.graph.extract import extract_weights
+
+        return 2 * decoding_macs(extract_weights(bundle).decoder) / 1e6
+    except (ImportError, MossnanoError) as error:
+        _progress(f"no limit is computed: {error}")
+        return None
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def _tables(figures: Mapping[str, Any]) -> list[str]:
+    if "bits" in figures or "process" in figures:
+        return json.dumps(figures, indent=1).replace('"', "").splitlines()
+    lines = [f"{figures['weights']}"]
+    for threads, found in figures["threads"].items():
+        lines += ["", f"{threads} threads"]
+        for frames, sides in found["steps_ms"].items():
+            lines += _rows(f"step of {frames}, caches full, ms", sides)
+        for seconds, sides in found.get("utterances_ms", {}).items():
+            lines += _rows(f"{seconds} s from a reset, steps of 1, ms", sides)
+        for part, sides in found.get("starts", {}).items():
+            lines += _rows(f"start: {part}", sides)
+        for count, sides in found.get("real_time_streams_per_core", {}).items():
+            lines += _rows(f"{count} streams at once: real-time streams per core", sides)
+        if "resident_mb_of_four_streams" in found:
+            lines += _rows("resident_mb of four streams", found["resident_mb_of_four_streams"])
+        if found.get("limit_ms_per_frame"):
+            lines += _limit_rows(found)
+    return lines
+
+
+def _rows(title: str, sides: Mapping[str, Mapping[str, float]]) -> list[str]:
+    width = max(map(len, sides))
+    return [f"  {title}"] + [
+        f"    {name:<{width}}  {side['median']:>10.3f}  ({side['lowest']:.3f} to {side['highest']:.3f})"
+        f"  x {side['times']:.2f}"
+        for name, side in sides.items()
+    ]
+
+
+def _limit_rows(found: Mapping[str, Any]) -> list[str]:
+    limit_ms = found["limit_ms_per_frame"]
+    rows = [f"  a bare matrix product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least"]
+    for frames, sides in found["steps_ms"].items():
+        for name, side in sides.items():
+            distance = side["median"] / int(frames) / limit_ms
+            rows.append(f"    step of {frames}: {name} is {distance:.2f} times that")
+    return rows
+
+
+def _plot(figures: Mapping[str, Any], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'mossnano-stdio[plot]'") from None
+    figure = Figure(figsize=(6 * len(figures["threads"]), 4.5), layout="constrained")
+    for number, (threads, found) in enumerate(figures["threads"].items()):
+        axes = figure.add_subplot(1, len(figures["threads"]), number + 1)
+        chunks = [int(chunk) for chunk in found["steps_ms"]]
+        for name in next(iter(found["steps_ms"].values())):
+            per_frame = [found["steps_ms"][str(chunk)][name]["median"] / chunk for chunk in chunks]
+            axes.plot(chunks, per_frame, marker="o", label=name)
+        axes.set(
+            title=f"{threads} threads, caches full", xlabel="frames per step", ylabel="ms per frame", ylim=(0, None)
+        )
+        axes.legend()
+    figure.savefig(path)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    parse: Callable[[str], int] = whole_number(1, 1000)
+    return [parse(part) for part in text.split(",")]
