@@ -1,0 +1,168 @@
+"""Both Python clients behind one face, so that every test is run with each.
+
+Rules of this room:
+
+- `Face` is what the blocking client offers. The other one is driven through an event loop of its own, which runs
+  only while it is called: what must go on in between is not tested through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, StreamEnd
+from tests.child import ROOT
+
+
+class FaceOfStream(Protocol):
+    def feed(self, frames: Any) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def __next__(self) -> bytes: ...
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def read(self) -> bytes: ...
+
+    @property
+    def was_cancelled(self) -> bool: ...
+
+    @property
+    def maybe_end(self) -> StreamEnd | None: ...
+
+
+class Face(Protocol):
+    restarts: int
+
+    @property
+    def handshake(self) -> Mapping[str, Any]: ...
+
+    @property
+    def pid(self) -> int: ...
+
+    def open(self) -> FaceOfStream: ...
+
+    def feed(self, frames: Any) -> FaceOfStream: ...
+
+    def finish(self) -> None: ...
+
+    def feed_artifact(self, artifact: bytes) -> FaceOfStream: ...
+
+    def decode(self, frames: Any) -> bytes: ...
+
+    def cancel(self) -> None: ...
+
+    def ping(self) -> float: ...
+
+    def settle(self, **settings: int | None) -> Mapping[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class SteppedStream:
+    """An AsyncStream, one step at a time."""
+
+    def __init__(self, runner: asyncio.Runner, stream: AsyncStream) -> None:
+        self._runner = runner
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        async def take() -> bytes | None:
+            async for pcm in self._stream:
+                return pcm
+            return None
+
+        maybe_pcm = self._runner.run(take())
+        if maybe_pcm is None:
+            raise StopIteration
+        return maybe_pcm
+
+    def read(self) -> bytes:
+        return self._runner.run(self._stream.read())
+
+    def feed(self, frames: Any) -> None:
+        self._stream.feed(frames)
+
+    def finish(self) -> None:
+        self._stream.finish()
+
+    @property
+    def was_cancelled(self) -> bool:
+        return self._stream.was_cancelled
+
+    @property
+    def maybe_end(self) -> StreamEnd | None:
+        return self._stream.maybe_end
+
+
+class SteppedDecoder:
+    """An AsyncDecoder, one step at a time."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+        self._is_closed = False
+        self._decoder = AsyncDecoder(*arguments, **options)
+        try:
+            self._runner.run(self._decoder.start())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def restarts(self) -> int:
+        return self._decoder.restarts
+
+    @property
+    def handshake(self) -> Mapping[str, Any]:
+        return self._decoder.handshake
+
+    @property
+    def pid(self) -> int:
+        return self._decoder.pid
+
+    def open(self) -> FaceOfStream:
+        return SteppedStream(self._runner, self._runner.run(self._decoder.open()))
+
+    def feed(self, frames: Any) -> FaceOfStream:
+        return SteppedStream(self._runner, self._runner.run(self._decoder.feed(frames)))
+
+    def finish(self) -> None:
+        self._decoder.finish()
+
+    def feed_artifact(self, artifact: bytes) -> FaceOfStream:
+        return SteppedStream(self._runner, self._runner.run(self._decoder.feed_artifact(artifact)))
+
+    def decode(self, frames: Any) -> bytes:
+        return self._runner.run(self._decoder.decode(frames))
+
+    def cancel(self) -> None:
+        self._decoder.cancel()
+
+    def ping(self) -> float:
+        return self._runner.run(self._decoder.ping())
+
+    def settle(self, **settings: int | None) -> Mapping[str, Any]:
+        return self._runner.run(self._decoder.settle(**settings))
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._runner.run(self._decoder.close())
+            self._runner.close()
+
+
+CLIENTS = {"Decoder": Decoder, "AsyncDecoder": SteppedDecoder}
+
+
+def start(client: str, command: Sequence[str], **options: Any) -> Face:
+    """One of CLIENTS around a command of the tests."""
+    here = ["env", "-C", str(ROOT), *command]  # the doubles are modules of the tests
+    face: Face = CLIENTS[client](command=here, stderr=subprocess.DEVNULL, **options)
+    return face

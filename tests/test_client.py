@@ -1,0 +1,712 @@
+"""The Python clients: what goes in comes out, nobody deadlocks, barge-in is at once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mossnano_stdio.client import AsyncDecoder, Decoder, DecoderDiedError, DecoderError, StreamEnd, StreamOverError
+from mossnano_stdio.client.exchange import Exchange
+from mossnano_stdio.errors import ArtifactError, TokenError, UsageError
+from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, json_message
+from tests.child import DEMO, ROOT, double, pcm_of, run
+from tests.clients import CLIENTS, Face, start
+from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
+
+OTHER_PEER = [sys.executable, "-I", "-S", str(ROOT / "tests" / "other_peer.py")]  # starts in no time
+FRAMES = some_frames(20)
+PCM = expected_pcm(FRAMES, SMALL)
+HANDSHAKE = {
+    "sample_rate": 48000, "channels": 2, "frame_samples": 4, "quantizers": 4, "codebook_size": 1000, "frame_bytes": 5,
+    "max_message_bytes": 1 << 20,
+}  # fmt: skip
+
+both = pytest.mark.parametrize("client", CLIENTS)
+
+
+@pytest.fixture(scope="module", params=CLIENTS)
+def decoder(request: pytest.FixtureRequest) -> Iterator[Face]:
+    """A client around the double, shared by all tests that leave it well."""
+    face = start(request.param, double())
+    yield face
+    face.close()
+
+
+# --- what goes in comes out ------------------------------------------------------------------------
+
+
+def test_a_stream(decoder: Face) -> None:
+    stream = decoder.feed(np.array(FRAMES[:7]))
+    decoder.feed(np.array(FRAMES[7:]))
+    assert stream.maybe_end is None
+    decoder.finish()
+    assert b"".join(stream) == PCM
+    end = stream.maybe_end
+    assert end is not None
+    assert end == StreamEnd(end.stream, frames=20, samples=80, errors=0)
+
+
+@pytest.mark.parametrize(
+    "form", [np.array, np.uint16, tokens_payload, lambda frames: memoryview(tokens_payload(frames)), list]
+)
+def test_frames_come_in_many_forms(decoder: Face, form: Callable[[Any], Any]) -> None:
+    assert decoder.decode(form(FRAMES)) == PCM
+
+
+def test_pcm_comes_as_it_is_decoded(decoder: Face) -> None:
+    stream = decoder.open()
+    for frame in FRAMES[:5]:
+        stream.feed([frame])
+        assert len(next(stream)) == SMALL.frame_pcm_bytes
+    stream.finish()
+    assert stream.read() == b""
+
+
+def test_streams_are_read_in_any_order(decoder: Face) -> None:
+    many = [some_frames(count, seed=count) for count in (3, 8, 1)]
+    streams = []
+    for frames in many:
+        streams.append(decoder.feed(frames))
+        decoder.finish()
+    for frames, stream in reversed(list(zip(many, streams, strict=True))):
+        assert stream.read() == expected_pcm(frames, SMALL)
+
+
+def test_a_stream_without_frames(decoder: Face) -> None:
+    stream = decoder.open()
+    stream.finish()
+    assert stream.read() == b""
+    assert stream.maybe_end is not None
+    assert stream.maybe_end.frames == 0
+    assert decoder.decode([]) == b""
+
+
+def test_an_artifact(decoder: Face) -> None:
+    assert decoder.feed_artifact(artifact_bytes(FRAMES, SMALL)).read() == PCM
+    assert decoder.feed_artifact(artifact_bytes(FRAMES, SMALL, maybe_samples=33)).read() == PCM[: 33 * 4]
+
+
+def test_facts(decoder: Face) -> None:
+    with Decoder(command=OTHER_PEER) as other:
+        assert (other.sample_rate, other.channels, other.frame_samples) == (8000, 1, 5)
+        assert (other.quantizers, other.codebook_size, other.format.frame_bytes) == (3, 300, 4)
+    assert decoder.handshake["direction"] == "decode"
+
+
+def test_the_demo_by_its_name() -> None:
+    melody = (ROOT / "mossnano_stdio" / "demo" / "melody.bin").read_bytes()
+    tokens = b"".join(message.payload for message in MessageReader().feed(melody) if message.kind == Kind.TOKENS)
+    expected = pcm_of(list(MessageReader(1 << 24).feed(run([*DEMO, "--chunk-frames", "8"], melody).stdout)))
+    with Decoder("demo", ["--chunk-frames", "8"], stderr=subprocess.DEVNULL) as decoder:
+        assert decoder.handshake["demo"] is True
+        assert decoder.decode(tokens) == expected
+
+
+def test_a_ping_takes_its_time(decoder: Face) -> None:
+    assert 0 < decoder.ping() < 30
+
+
+def test_settings_hold_for_the_streams_to_come(decoder: Face) -> None:
+    assert decoder.settle(chunk_frames=4)["chunk_frames"] == 4
+    stream = decoder.feed(FRAMES[:6])
+    assert len(next(stream)) == 4 * SMALL.frame_pcm_bytes
+    decoder.finish()
+    assert len(stream.read()) == 2 * SMALL.frame_pcm_bytes
+    assert decoder.settle(quantizers=2)["frame_bytes"] == 3
+    assert len(decoder.decode([[1, 2]])) == SMALL.frame_pcm_bytes
+    assert decoder.settle(chunk_frames=None, quantizers=4)["quantizers"] == 4
+    assert decoder.decode(FRAMES) == PCM
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frames", "error"),
+    [
+        (np.zeros((2, 5), int), UsageError),
+        (np.zeros(4, int), UsageError),
+        (np.zeros((1, 4)), UsageError),
+        ([[0, 0, 0, 1000]], TokenError),
+        ([[0, 0, 0, -1]], TokenError),
+        (bytes(6), TokenError),
+    ],
+)
+def test_what_are_no_frames_is_refused_before_it_is_sent(decoder: Face, frames: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        decoder.decode(frames)
+    decoder.cancel()
+    assert decoder.decode(FRAMES) == PCM
+
+
+def test_what_makes_no_sense_is_refused(decoder: Face) -> None:
+    with pytest.raises(UsageError, match="no stream is open"):
+        decoder.finish()
+    with pytest.raises(ArtifactError, match=r"no \.mossnano"):
+        decoder.feed_artifact(b"no artifact")
+    stream = decoder.open()
+    with pytest.raises(UsageError, match="a stream is open already"):
+        decoder.open()
+    with pytest.raises(UsageError, match="between streams only"):
+        decoder.settle(chunk_frames=1)
+    stream.finish()
+    with pytest.raises(StreamOverError, match="this stream is finished"):
+        stream.feed(FRAMES)
+    stream.finish()  # once more changes nothing
+    assert stream.read() == b""
+
+
+def test_refused_settings_carry_the_code_of_the_wire(decoder: Face) -> None:
+    with pytest.raises(DecoderError, match="chunk_frames is 0") as caught:
+        decoder.settle(chunk_frames=0)
+    assert (caught.value.code, caught.value.fatal) == ("bad_settings", False)
+    assert decoder.decode(FRAMES) == PCM
+
+
+# --- errors of the process -------------------------------------------------------------------------
+
+
+def test_a_bad_stream_is_told_where_it_went_bad_and_the_next_one_is_right(decoder: Face) -> None:
+    stream = decoder.feed(FRAMES[:3])
+    heard = b"".join(next(stream) for _ in range(2))
+    stream.feed(tokens_payload([[1001, 0, 0, 0]]))
+    with pytest.raises(DecoderError) as caught:
+        next(stream)
+    assert caught.value.code == "bad_tokens"
+    assert heard == expected_pcm(FRAMES[:3], SMALL)
+    with pytest.raises(DecoderError) as again:  # who feeds it is told as well
+        stream.feed(FRAMES)
+    assert again.value is caught.value
+    assert stream.read() == b""
+    assert stream.maybe_end is not None
+    assert stream.maybe_end.errors == 1
+    assert decoder.decode(FRAMES) == PCM
+
+
+def test_an_artifact_of_another_make(decoder: Face) -> None:
+    stream = decoder.feed_artifact(artifact_bytes(some_frames(2, NANO), NANO))
+    with pytest.raises(DecoderError) as caught:
+        stream.read()
+    assert caught.value.code == "bad_artifact"
+    assert decoder.decode(FRAMES) == PCM
+
+
+@both
+def test_an_error_that_the_stream_survives(client: str) -> None:
+    face = start(client, double({"not_finite_steps": [2]}, "--chunk-frames", "10"))
+    stream = face.feed(FRAMES)
+    face.finish()
+    heard = next(stream)
+    with pytest.raises(DecoderError) as caught:
+        next(stream)
+    assert (caught.value.code, caught.value.fatal) == ("not_finite", False)
+    assert heard + stream.read() == PCM[: len(PCM) // 2] + bytes(len(PCM) // 2)
+    face.close()
+
+
+@both
+def test_a_step_that_fails(client: str) -> None:
+    face = start(client, double({"failing_steps": [1]}))
+    stream = face.feed(FRAMES)
+    with pytest.raises(DecoderError) as caught:
+        stream.read()
+    assert caught.value.code == "decode_failed"
+    with pytest.raises(DecoderError):
+        stream.feed(FRAMES)
+    assert face.decode(FRAMES) == PCM
+    face.close()
+
+
+# --- nobody deadlocks ------------------------------------------------------------------------------
+
+
+@both
+def test_everything_may_be_written_before_anything_is_read(client: str) -> None:
+    face = start(client, double({"nano": True}), buffer_bytes=1 << 20)
+    many = [some_frames(count, NANO, seed=count) for count in (200, 1, 300)]
+    streams = []
+    for frames in many:
+        streams.append(face.feed(frames))
+        face.finish()
+    assert face.ping() > 0  # this too, though it stands behind 7 MB that nobody has read
+    for frames, stream in zip(many, streams, strict=True):
+        assert stream.read() == expected_pcm(frames, NANO)
+    face.close()
+
+
+def test_one_thread_feeds_while_another_reads() -> None:
+    frames = some_frames(400, NANO)
+    face = start("Decoder", double({"nano": True}), buffer_bytes=1 << 18)
+    stream = face.open()
+
+    def feed() -> None:
+        for frame in frames:
+            stream.feed([frame])
+        stream.finish()
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    assert stream.read() == expected_pcm(frames, NANO)
+    feeder.join()
+    face.close()
+
+
+def test_two_tasks_feed_and_read() -> None:
+    frames = some_frames(300, NANO)
+
+    async def feed(decoder: AsyncDecoder) -> bytes:
+        stream = await decoder.open()
+        reading = asyncio.create_task(stream.read())
+        for frame in frames:
+            stream.feed([frame])
+            await asyncio.sleep(0)
+        stream.finish()
+        return await reading
+
+    async def main() -> bytes:
+        async with AsyncDecoder(command=["env", "-C", str(ROOT), *double({"nano": True})]) as decoder:
+            return await feed(decoder)
+
+    assert asyncio.run(main()) == expected_pcm(frames, NANO)
+
+
+def conversation(*messages: Message, buffer_bytes: int = 100) -> Exchange:
+    """An exchange that has heard a HANDSHAKE and these messages."""
+    exchange = Exchange(buffer_bytes)
+    assert exchange.receive(encode_message(*json_message(Kind.HANDSHAKE, HANDSHAKE)))
+    for message in messages:
+        assert exchange.receive(encode_message(*message))
+    return exchange
+
+
+def sent_by(exchange: Exchange) -> list[Message]:
+    wire = b"".join(iter(lambda: exchange.next_outgoing() or b"", b""))
+    return list(MessageReader().feed(wire))
+
+
+def test_reading_pauses_while_much_waits_and_goes_on_for_who_waits_for_what_comes_after() -> None:
+    exchange = conversation()
+    stream = exchange.open()
+    exchange.feed(stream, FRAMES)
+    sent_by(exchange)
+    assert exchange.wants_input
+    exchange.receive(encode_message(Kind.AUDIO, bytes(101)))
+    assert not exchange.wants_input
+    exchange.waiting += 1
+    assert exchange.wants_input
+    exchange.waiting -= 1
+    assert not exchange.wants_input
+    assert exchange.maybe_take(stream) == bytes(101)
+    assert exchange.wants_input
+
+
+def test_what_nobody_can_read_any_more_holds_nothing_up() -> None:
+    exchange = conversation()
+    stream = exchange.open()
+    exchange.feed(stream, FRAMES)
+    exchange.finish(stream)
+    sent_by(exchange)
+    exchange.receive(encode_message(Kind.AUDIO, bytes(101)))
+    end = {"stream": 0, "frames": 20, "samples": 80, "errors": 0, "cancelled": False}
+    exchange.receive(encode_message(*json_message(Kind.END, end)))
+    assert not exchange.wants_input
+    del stream
+    gc.collect()
+    exchange.open()
+    assert exchange.wants_input
+
+
+def test_what_no_decoder_says_ends_it() -> None:
+    for nonsense in (b"\0\0\0\0", encode_message(Kind.END, b"no JSON"), encode_message(Kind.END, b"{}")):
+        assert not conversation().receive(nonsense)
+    assert conversation().receive(encode_message(0x66, b"a kind of a later version"))
+
+
+# --- barge-in --------------------------------------------------------------------------------------
+
+
+@both
+def test_a_cancelled_stream_ends_at_once_and_the_next_one_is_right(client: str) -> None:
+    face = start(client, double({"nano": True, "step_seconds": 0.3}))
+    stream = face.feed(some_frames(500, NANO))
+    next(stream)
+    started = time.monotonic()
+    face.cancel()
+    assert list(stream) == []
+    assert time.monotonic() - started < 0.15  # before the process is out of its step
+    assert stream.was_cancelled
+    with pytest.raises(StreamOverError, match="was cancelled"):
+        stream.feed(some_frames(1, NANO))
+    frames = some_frames(3, NANO, seed=1)
+    assert face.decode(frames) == expected_pcm(frames, NANO)
+    face.close()
+
+
+def test_who_waits_for_a_cancelled_stream_is_woken() -> None:
+    with Decoder(command=OTHER_PEER) as decoder:
+        stream = decoder.open()
+        heard: list[bytes] = []
+        reader = threading.Thread(target=lambda: heard.append(stream.read()))
+        reader.start()
+        time.sleep(0.05)
+        decoder.cancel()
+        reader.join(10)
+        assert heard == [b""]
+
+
+def test_what_was_not_sent_yet_is_never_sent() -> None:
+    exchange = conversation()
+    first = exchange.open()
+    exchange.feed(first, FRAMES[:1])
+    assert [message.kind for message in sent_by(exchange)] == [Kind.TOKENS]
+    exchange.finish(first)
+    ping = exchange.ping()
+    second = exchange.open()
+    exchange.feed(second, FRAMES)
+    exchange.cancel()
+    exchange.cancel()
+    third = exchange.open()
+    exchange.feed(third, FRAMES[:2])
+    assert [message.kind for message in sent_by(exchange)] == [Kind.CANCEL, Kind.PING, Kind.TOKENS]
+    for kind, payload in [
+        (Kind.AUDIO, b"old!"),
+        (Kind.END, b'{"stream": 0, "frames": 1, "samples": 1, "cancelled": true, "errors": 0, "echo": "2"}'),
+        (Kind.PING, b""),
+        (Kind.AUDIO, b"new!"),
+    ]:
+        exchange.receive(encode_message(kind, payload))
+    assert ping.maybe_take()
+    assert [exchange.maybe_take(stream) for stream in (first, second, third)] == [b"", b"", b"new!"]
+
+
+SCRIPTS = st.lists(
+    st.tuples(
+        st.sampled_from(["feed", "feed", "feed", "finish", "take", "take", "cancel", "ping"]), st.integers(1, 30)
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(script=SCRIPTS)
+def test_whatever_is_done_what_is_heard_is_right(decoder: Face, script: list[tuple[str, int]]) -> None:
+    """Each stream gives all of its PCM, or if it was cancelled a beginning of it, and never anything else."""
+    streams: list[tuple[Any, list[list[int]], bytearray]] = []
+    open_frames: list[list[int]] | None = None
+    for seed, (action, count) in enumerate(script):
+        match action:
+            case "feed":
+                frames = some_frames(count, seed=seed)
+                stream = decoder.feed(frames)
+                if open_frames is None:
+                    open_frames = []
+                    streams.append((stream, open_frames, bytearray()))
+                open_frames.extend(frames)
+            case "finish" if open_frames is not None:
+                decoder.finish()
+                open_frames = None
+            case "take" if open_frames is None and streams:
+                stream, _, heard = streams[count % len(streams)]
+                heard += next(stream, b"")
+            case "cancel":
+                decoder.cancel()
+                open_frames = None
+            case "ping":
+                decoder.ping()
+    if open_frames is not None:
+        decoder.finish()
+    for stream, frames, heard in streams:
+        heard += stream.read()
+        expected = expected_pcm(frames, SMALL)
+        assert expected.startswith(heard) if stream.was_cancelled else heard == expected
+
+
+@pytest.mark.slow
+def test_barge_in_latency(capsys: pytest.CaptureFixture[str]) -> None:
+    """The next stream's first sample comes within the time of one step of one frame, and 5 ms."""
+    frames = np.random.default_rng(0).integers(0, 1024, (400, 16))
+
+    def first_ms(decoder: Decoder) -> float:
+        started = time.perf_counter()
+        stream = decoder.feed(frames[:1])
+        next(stream)
+        elapsed_ms = 1000 * (time.perf_counter() - started)
+        decoder.finish()
+        stream.read()
+        return elapsed_ms
+
+    def barge_in(decoder: Decoder) -> tuple[float, float, float]:
+        stream = decoder.feed(frames)
+        for _ in range(4):
+            next(stream)
+        started = time.perf_counter()
+        decoder.cancel()
+        stream.read()
+        quiet_ms = 1000 * (time.perf_counter() - started)
+        decoder.ping()  # the rest of a chunk of 8 frames
+        rest_ms = 1000 * (time.perf_counter() - started)
+        return quiet_ms, rest_ms, first_ms(decoder)
+
+    with Decoder("demo", stderr=subprocess.DEVNULL) as decoder:
+        rounds = [(first_ms(decoder), *barge_in(decoder)) for _ in range(50)]
+    idle, quiet, rest, first = (statistics.median(column) for column in zip(*rounds, strict=True))
+    with capsys.disabled():
+        print(
+            f"\nbarge-in, medians: quiet after {quiet:.2f} ms, the process free after {rest:.2f} ms, "
+            f"then the first sample after {first:.2f} ms ({idle:.2f} ms without a barge-in)"
+        )
+    assert quiet < 5
+    assert first < idle + 5
+
+
+# --- a process that dies ---------------------------------------------------------------------------
+
+
+@both
+def test_a_process_that_is_killed_is_told_and_replaced(client: str) -> None:
+    face = start(client, double({"step_seconds": 0.01}, "--chunk-frames", "5"))
+    face.settle(chunk_frames=2)
+    stream = face.feed(FRAMES)
+    assert next(stream) == PCM[: 2 * SMALL.frame_pcm_bytes]
+    first_pid = face.pid
+    os.kill(first_pid, signal.SIGKILL)
+    with pytest.raises(DecoderDiedError, match="ended with status -9; 1 stream is lost") as caught:
+        stream.read()
+    error = caught.value
+    assert (error.code, error.status, error.lost_streams, error.fatal) == ("process_died", -9, 1, True)
+    assert 0 < error.lost_frames <= 18
+    with pytest.raises(DecoderDiedError):  # who feeds it is told as well
+        face.feed(FRAMES)
+    assert stream.read() == b""
+    assert face.restarts == 0
+    again = face.feed(FRAMES)
+    face.finish()
+    assert len(next(again)) == 2 * SMALL.frame_pcm_bytes  # the settings are those of before
+    assert again.read() == PCM[2 * SMALL.frame_pcm_bytes :]
+    assert (face.restarts, face.pid != first_pid) == (1, True)
+    face.close()
+
+
+@both
+def test_a_process_that_dies_of_a_bug_says_so(client: str) -> None:
+    face = start(client, double({"raising": {"3": "ZeroDivisionError"}}))
+    stream = face.feed(FRAMES)
+    face.finish()
+    behind = face.feed(FRAMES)
+    with pytest.raises(DecoderDiedError) as caught:
+        stream.read()
+    assert (caught.value.code, caught.value.status, caught.value.lost_streams) == ("bug", 70, 2)
+    assert caught.value.lost_frames == 40 - 3
+    with pytest.raises(DecoderDiedError):
+        behind.read()
+    face.close()
+
+
+@both
+def test_a_process_that_dies_in_silence_is_replaced_in_silence(client: str) -> None:
+    face = start(client, OTHER_PEER)
+    for restart in range(1, 4):
+        os.kill(face.pid, signal.SIGKILL)
+        time.sleep(0.05)
+        try:
+            assert len(face.decode([[1, 2, 3]])) == 10
+        except DecoderDiedError:  # we were quicker than the news of its death
+            assert len(face.decode([[1, 2, 3]])) == 10
+        assert face.restarts == restart
+    face.close()
+
+
+@both
+def test_who_pings_hears_of_the_death(client: str) -> None:
+    face = start(client, double({"step_seconds": 1}))
+    face.feed(FRAMES)
+    killer = threading.Timer(0.2, lambda pid: os.kill(pid, signal.SIGKILL), [face.pid])
+    killer.start()
+    with pytest.raises(DecoderDiedError):
+        face.ping()
+    killer.join()
+    face.close()
+
+
+@both
+@pytest.mark.parametrize(
+    ("command", "code", "status", "says"),
+    [
+        (["/nowhere/to/be/found"], "process_died", 127, "status 127"),
+        ([sys.executable, "-m", "mossnano_stdio", "--weights", "/nowhere"], "bad_weights", 66, "/nowhere"),
+        ([sys.executable, "-m", "mossnano_stdio", "--no-such-option"], "process_died", 2, "status 2"),
+        ([sys.executable, "-c", "print('hello, world')"], "bad_answer", -9, "what no decoder says"),
+        (["true"], "process_died", 0, "status 0"),
+    ],
+)
+def test_a_process_that_does_not_start_says_why(
+    client: str, command: list[str], code: str, status: int, says: str
+) -> None:
+    with pytest.raises(DecoderDiedError, match=says) as caught:
+        start(client, command)
+    assert caught.value.code == code
+    assert caught.value.status in (status, 0)  # who talks nonsense may have ended by itself
+
+
+@both
+def test_a_program_that_is_not_there(client: str) -> None:
+    with pytest.raises(DecoderError, match="/nowhere/at/all cannot be started") as caught:
+        CLIENTS[client](command=["/nowhere/at/all"])
+    assert caught.value.code == "not_started"
+
+
+@both
+def test_a_process_that_takes_too_long_to_start(client: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        start(client, ["sleep", "60"], start_seconds=0.2)
+    assert time.monotonic() - started < 5
+
+
+def test_a_ping_may_be_given_a_time() -> None:
+    decoder = start("Decoder", double({"step_seconds": 0.5}))
+    assert isinstance(decoder, Decoder)
+    decoder.feed(FRAMES)
+    with pytest.raises(TimeoutError):
+        decoder.ping(timeout_seconds=0.05)
+    decoder.close()
+
+
+# --- nothing is left behind --------------------------------------------------------------------------
+
+
+def what_there_is() -> tuple[int, list[str], list[str]]:
+    """Open descriptors, threads, and children of this process."""
+    threads = sorted(thread.name for thread in threading.enumerate())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len(list(Path("/proc/self/fd").iterdir())), threads, children
+
+
+def cycle(client: str, number: int) -> None:
+    """Start, and stop in one of the states that a client can be in."""
+    face = start(client, OTHER_PEER)
+    match number % 5:
+        case 1:
+            face.decode([[1, 2, 3]] * 30)
+        case 2:
+            face.feed([[1, 2, 3]] * 20_000)  # the pipes are full
+        case 3:
+            next(face.feed([[1, 2, 3]] * 20_000))
+            face.cancel()
+        case 4:
+            os.kill(face.pid, random.choice([signal.SIGKILL, signal.SIGTERM]))
+    face.close()
+    face.close()  # once more changes nothing
+
+
+@both
+def test_starting_and_stopping_leaves_nothing_behind(client: str) -> None:
+    before = what_there_is()
+    for number in range(20):
+        cycle(client, number)
+    assert what_there_is() == before
+
+
+@pytest.mark.slow
+@both
+def test_starting_and_stopping_a_thousand_times_leaves_nothing_behind(client: str) -> None:
+    before = what_there_is()
+    for number in range(1000):
+        cycle(client, number)
+    assert what_there_is() == before
+
+
+@both
+@pytest.mark.parametrize(
+    "stubborn",
+    [
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); say(); [sys.stdin.buffer.read1() for _ in range(9**9)]",
+        "say(); time.sleep(60)",
+    ],
+    ids=["ignores everything", "does not read"],
+)
+def test_a_process_that_does_not_want_to_end_is_ended(client: str, stubborn: str) -> None:
+    before = what_there_is()
+    said = encode_message(*json_message(Kind.HANDSHAKE, HANDSHAKE))
+    program = f"import os, signal, sys, time\ndef say(): os.write(1, {said!r})\n{stubborn}"
+    face = start(client, [sys.executable, "-I", "-S", "-c", program])
+    face.feed([[1, 2, 3, 4]] * 200_000)
+    started = time.monotonic()
+    face.close()
+    assert time.monotonic() - started < 8
+    assert what_there_is() == before
+
+
+def test_what_is_closed_stays_closed() -> None:
+    decoder = Decoder(command=OTHER_PEER)
+    stream = decoder.feed([[1, 2, 3]] * 1000)
+    decoder.close()
+    assert stream.was_cancelled
+    with pytest.raises(UsageError, match="closed"):
+        decoder.feed([[1, 2, 3]])
+
+
+def test_what_is_closed_stays_closed_in_a_loop_too() -> None:
+    async def main() -> None:
+        decoder = AsyncDecoder(command=OTHER_PEER)
+        with pytest.raises(UsageError, match="not started"):
+            decoder.finish()
+        stream = await decoder.feed([[1, 2, 3]] * 1000)  # starts it
+        await decoder.close()
+        await decoder.close()
+        assert stream.was_cancelled
+        with pytest.raises(UsageError, match="closed"):
+            await decoder.feed([[1, 2, 3]])
+
+    asyncio.run(main())
+
+
+def test_a_decoder_that_nobody_closes_is_closed_with_a_warning() -> None:
+    before = what_there_is()
+    decoder = Decoder(command=OTHER_PEER)
+    stream = decoder.feed([[1, 2, 3]])
+    del decoder
+    gc.collect()
+    assert len(next(stream)) == 10  # a stream keeps its decoder
+    with pytest.warns(ResourceWarning, match="a Decoder was not closed"):
+        del stream
+        gc.collect()
+    assert what_there_is() == before
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit(3)", "1 / 0"])
+def test_the_process_ends_with_the_program_that_did_not_close_it(end: str) -> None:
+    program = f"""
+import os, signal, sys
+from mossnano_stdio.client import Decoder
+decoder = Decoder(command={OTHER_PEER!r})
+decoder.feed([[1, 2, 3]] * 100_000)
+print(decoder.pid, flush=True)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=20)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{int(done.stdout)}/stat").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_is_for_the_program_and_not_for_its_decoder() -> None:
+    with Decoder(command=OTHER_PEER) as decoder:
+        assert os.getpgid(decoder.pid) != os.getpgid(0)
