@@ -1,0 +1,295 @@
+/**
+ * mossnano.mjs: a voice for a Node program. Starts `mossnano-stdio`, feeds it codec tokens, hands out PCM.
+ *
+ * One ES module, Node 18 or later, no dependency.
+ *
+ *     const voice = await Mossnano.start({ command: ["mossnano-stdio"], onError: console.error });
+ *     voice.feed(packedFrames);           // frame_bytes each; or feedCodes([[1, 2, ...], ...])
+ *     voice.finish();                     // the stream is complete
+ *     const pcm = voice.pull(480);        // exactly 480 samples of all channels, silence where there are none
+ *     voice.cancel();                     // be silent, now
+ *     await voice.stop();
+ *
+ * Node reads between your calls: leave it the time, and nobody waits for the other forever. When more than
+ * `bufferSeconds` of PCM wait to be pulled we stop reading, and the process waits; tokens can always be fed.
+ * There is no lock-free ring here, because there is only one thread.
+ *
+ * Tested on Linux. macOS and Windows: NOT RUN in our checks. Protocol version 1, see protocol.md.
+ */
+import { spawn } from "node:child_process";
+
+const Kind = { HANDSHAKE: 0, AUDIO: 1, TOKENS: 4, ERROR: 5, END: 7, CANCEL: 8 };
+const LONGEST = 1 << 20; // no message of the process is longer
+const PIECE_BYTES = 1 << 16; // of what is fed in one message: CANCEL must not wait behind a long one
+const STOP_MS = 2000; // how long the process may take to end by itself
+const NUMBERS = [
+  "sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes",
+];
+
+export class MossnanoError extends Error {
+  constructor(code, message, fatal) {
+    super(message);
+    this.code = code;
+    this.fatal = fatal;
+  }
+}
+
+export class Mossnano {
+  /**
+   * Resolves when the process is ready; rejects with a MossnanoError when it will not be.
+   * `onError` gets a MossnanoError for whatever goes wrong later; after a fatal one, start anew.
+   */
+  static async start({ command = ["mossnano-stdio"], bufferSeconds = 10, startSeconds = 60, onError = () => {} } = {}) {
+    const voice = new Mossnano(command, bufferSeconds, onError);
+    const late = setTimeout(() => {
+      voice.#say("timeout", "no HANDSHAKE in time: allow more startSeconds, or look at its stderr", true);
+    }, startSeconds * 1000);
+    try {
+      await new Promise((resolve, reject) => (voice.#starting = { resolve, reject }));
+    } catch (error) {
+      await voice.stop();
+      throw error;
+    } finally {
+      clearTimeout(late);
+    }
+    return voice;
+  }
+
+  /** What the HANDSHAKE said: sample_rate, channels, quantizers, frame_bytes, ... */
+  format = null;
+  /** Pulls that found nothing in the middle of a stream. */
+  underruns = 0;
+
+  #child;
+  #closed;
+  #onError;
+  #bufferSeconds;
+  #starting = null;
+  #isGone = false;
+  #isStopping = false;
+  #fatalWasSaid = false;
+  #input = Buffer.alloc(0); // of a message that is not whole
+  #pcm = []; // buffers that wait to be pulled
+  #pcmBytes = 0;
+  #isSounding = false; // PCM of a stream came, its END did not
+  #streamIsOpen = false;
+  #opened = 0; // streams
+  #ended = 0;
+  #cancels = 0; // for which no END has come back
+
+  constructor(command, bufferSeconds, onError) {
+    this.#bufferSeconds = bufferSeconds;
+    this.#onError = onError;
+    // Its stderr is ours. A group of its own where there are groups: we end it, Ctrl-C does not.
+    this.#child = spawn(command[0], command.slice(1), {
+      stdio: ["pipe", "pipe", "inherit"],
+      detached: process.platform !== "win32",
+      windowsHide: true,
+    });
+    this.#closed = new Promise((resolve) => {
+      this.#child.on("error", (error) => {
+        this.#say("not_started", `${command[0]} cannot be started (${error.code}): is it installed and on the PATH?`, true);
+        this.#isGone = true;
+        resolve();
+      });
+      this.#child.on("close", (status, signal) => {
+        this.#isGone = true;
+        this.#isSounding = false;
+        const how = signal ? `signal ${signal}` : `status ${status}`;
+        if (!this.#fatalWasSaid) this.#say("process_ended", `the process ended by itself with ${how}: its stderr says more`, true);
+        resolve();
+      });
+    });
+    this.#child.stdin?.on("error", () => {}); // it died: "close" says so, and says more
+    this.#child.stdout?.on("data", (data) => this.#receive(data));
+  }
+
+  /** Adds packed frames to the stream, and opens one where none is open. False when the process is gone. */
+  feed(packed) {
+    const frameBytes = this.format.frame_bytes;
+    if (packed.length % frameBytes) {
+      throw new RangeError(`${packed.length} bytes are no whole frames: feed a multiple of ${frameBytes} bytes`);
+    }
+    if (!this.#streamIsOpen) this.#opened += 1;
+    this.#streamIsOpen = true;
+    const step = Math.max(1, Math.floor(PIECE_BYTES / frameBytes)) * frameBytes;
+    for (let at = 0; at < packed.length; at += step) this.#send(Kind.TOKENS, packed.subarray(at, at + step));
+    return !this.#isGone;
+  }
+
+  /** The same for frames that are arrays of codes. */
+  feedCodes(frames) {
+    const { quantizers, codebook_size, frame_bytes } = this.format;
+    const bits = Math.ceil(Math.log2(codebook_size));
+    const packed = Buffer.alloc(frames.length * frame_bytes);
+    frames.forEach((codes, frame) => {
+      if (codes.length !== quantizers) throw new RangeError(`a frame has ${codes.length} codes: feed ${quantizers}`);
+      codes.forEach((code, quantizer) => {
+        if (!Number.isInteger(code) || code < 0 || code >= codebook_size) {
+          throw new RangeError(`code ${code}: whole numbers from 0 to ${codebook_size - 1} are allowed`);
+        }
+        for (let bit = 0; bit < bits; bit++) { // least significant first; each frame starts at a byte
+          const at = quantizer * bits + bit;
+          packed[frame * frame_bytes + (at >> 3)] |= ((code >> bit) & 1) << (at & 7);
+        }
+      });
+    });
+    return this.feed(packed);
+  }
+
+  /** The stream is complete. */
+  finish() {
+    if (this.#streamIsOpen) this.#send(Kind.END);
+    this.#streamIsOpen = false;
+    return !this.#isGone;
+  }
+
+  /** Be silent, now: drops whatever was fed, and all that waits to be pulled. */
+  cancel() {
+    this.#streamIsOpen = false;
+    this.#cancels += 1; // what comes is dropped until as many ENDs have come back
+    this.#isSounding = false;
+    this.#drop();
+    this.#send(Kind.CANCEL, Buffer.from(String(this.#opened)));
+    return !this.#isGone;
+  }
+
+  /** Exactly `samples` samples of all channels, interleaved, as an Int16Array, with silence where there are none. */
+  pull(samples) {
+    const pcm = new Int16Array(samples * this.format.channels);
+    this.pullInto(pcm);
+    return pcm;
+  }
+
+  /** Fills an Int16Array in the same way, and returns how many samples of all channels are real. */
+  pullInto(pcm) {
+    const out = Buffer.from(pcm.buffer, pcm.byteOffset, pcm.byteLength);
+    let filled = 0;
+    while (filled < out.length && this.#pcm.length) {
+      const first = this.#pcm[0];
+      const bytes = first.copy(out, filled);
+      filled += bytes;
+      if (bytes === first.length) this.#pcm.shift();
+      else this.#pcm[0] = first.subarray(bytes);
+    }
+    out.fill(0, filled);
+    this.#pcmBytes -= filled;
+    if (filled < out.length && this.#isSounding) this.underruns += 1;
+    this.#throttle();
+    return filled / (2 * this.format.channels);
+  }
+
+  /** Is something to be pulled, now or later? */
+  get isSpeaking() {
+    return this.#pcmBytes > 0 || (!this.#isGone && this.#ended < this.#opened);
+  }
+
+  /** The process, for those who watch over it. */
+  get pid() {
+    return this.#child.pid;
+  }
+
+  /** Resolves when the process has ended; nothing of it is left then. */
+  async stop() {
+    if (this.#isGone) return;
+    this.#isStopping = true;
+    this.cancel();
+    this.#child.stdin?.end(); // which it takes as the end
+    const patience = setTimeout(() => this.#kill(), STOP_MS);
+    await this.#closed;
+    clearTimeout(patience);
+  }
+
+  // --- what comes back ---------------------------------------------------------------------------------------------
+
+  #receive(data) {
+    let input = this.#input.length ? Buffer.concat([this.#input, data]) : data;
+    while (input.length >= 4) {
+      const length = input.readUInt32LE(0);
+      if (length < 1 || length > LONGEST) {
+        this.#say("framing_lost", "the program does not speak the protocol: does something print to its stdout?", true);
+        this.#child.stdout.removeAllListeners("data").resume();
+        this.#kill();
+        return;
+      }
+      if (input.length < 4 + length) break;
+      this.#take(input[4], input.subarray(5, 4 + length));
+      input = input.subarray(4 + length);
+    }
+    this.#input = input;
+  }
+
+  #take(kind, payload) { // unknown kinds and keys are passed over
+    if (kind === Kind.AUDIO && this.#cancels === 0 && !this.#isStopping) {
+      this.#pcm.push(payload);
+      this.#pcmBytes += payload.length;
+      this.#isSounding = true;
+      this.#throttle();
+    } else if (kind === Kind.HANDSHAKE && this.format === null) this.#shakeHands(JSON.parse(payload));
+    else if (kind === Kind.END) this.#end(JSON.parse(payload));
+    else if (kind === Kind.ERROR) {
+      const { code, message, fatal } = JSON.parse(payload);
+      this.#say(code, message, fatal);
+    }
+  }
+
+  #shakeHands(said) {
+    const isOurs = said.protocol === 1 && said.direction === "decode" && NUMBERS.every((name) => said[name] > 0);
+    if (!isOurs) {
+      this.#say("handshake", "this is no decoder of protocol 1: update mossnano.mjs, or drop --encode", true);
+      return;
+    }
+    this.format = Object.freeze(said);
+    this.#starting?.resolve();
+    this.#starting = null;
+  }
+
+  #end({ cancelled, echo }) {
+    this.#isSounding = false;
+    if (!cancelled) this.#ended += 1;
+    else {
+      this.#ended = Number(echo); // how many streams were open when we sent that CANCEL: all of those are over
+      this.#cancels -= 1;
+    }
+  }
+
+  #say(code, message, fatal) {
+    if (this.#isStopping) return;
+    this.#fatalWasSaid ||= fatal;
+    const error = new MossnanoError(code, message, fatal);
+    if (this.#starting === null) this.#onError(error);
+    else if (fatal) this.#starting.reject(error);
+  }
+
+  // --- the pipes ---------------------------------------------------------------------------------------------------
+
+  #send(kind, payload = Buffer.alloc(0)) {
+    if (this.#isGone || !this.#child.stdin?.writable) return;
+    const head = Buffer.alloc(5);
+    head.writeUInt32LE(payload.length + 1, 0);
+    head[4] = kind;
+    this.#child.stdin.write(Buffer.concat([head, payload])); // a copy: the caller may use the payload's buffer again
+  }
+
+  #throttle() {
+    if (this.format === null) return;
+    const most = this.#bufferSeconds * this.format.sample_rate * this.format.channels * 2;
+    if (this.#pcmBytes > most && this.#cancels === 0) this.#child.stdout.pause();
+    else this.#child.stdout.resume();
+  }
+
+  #drop() {
+    this.#pcm = [];
+    this.#pcmBytes = 0;
+    this.#throttle(); // the END we wait for stands behind audio
+  }
+
+  #kill() {
+    try {
+      if (process.platform === "win32") this.#child.kill();
+      else process.kill(-this.#child.pid, "SIGKILL"); // its group: a wrapper may have children
+    } catch {
+      // it is gone already
+    }
+  }
+}
