@@ -1081,7 +1081,7 @@ def any_message(chosen: random.Random) -> Message:
     return Message(*chosen.choice(payloads))
 
 
-@repeated(few=15, many=1000)
+@repeated(few=10, many=300)
 def test_after_anything_at_all_the_next_stream_is_as_ever(times: int) -> None:
     for attempt in range(times):
         chosen = random.Random(attempt)
@@ -1105,7 +1105,7 @@ def test_after_anything_at_all_the_next_stream_is_as_ever(times: int) -> None:
         assert b"Traceback" not in done.stderr
 
 
-@repeated(few=15, many=1000)
+@repeated(few=10, many=300)
 def test_any_bytes_end_as_documented(times: int) -> None:
     for attempt in range(times):
         chosen = random.Random(attempt)
