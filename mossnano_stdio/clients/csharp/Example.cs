@@ -1,0 +1,29 @@
+// Example.cs: a file of packed frames in, PCM on stdout, as an audio callback would get it.
+//
+//     mcs Example.cs Mossnano.cs && mono Example.exe tokens.bin mossnano-stdio --weights demo > out.pcm
+using System;
+using System.IO;
+using System.Linq;
+using System.Threading;
+
+static class Example
+{
+    static void Main(string[] words)
+    {
+        using (var voice = Mossnano.Start(words.Skip(1).ToArray(), (code, text, fatal) => Console.Error.WriteLine(code + ": " + text)))
+        using (var stdout = Console.OpenStandardOutput())
+        {
+            voice.Feed(File.ReadAllBytes(words[0]));
+            voice.Finish();
+            var pcm = new short[480 * voice.Channels]; // 10 ms: what a sound card asks for
+            var bytes = new byte[2 * pcm.Length];
+            while (voice.IsSpeaking)
+            {
+                int samples = voice.Pull(pcm);
+                Buffer.BlockCopy(pcm, 0, bytes, 0, bytes.Length);
+                stdout.Write(bytes, 0, 2 * samples * voice.Channels);
+                if (samples < 480) Thread.Sleep(1); // a sound card would play the silence that is in pcm now
+            }
+        }
+    }
+}

@@ -1,0 +1,377 @@
+// Mossnano.cs: a voice for Unity and .NET. Starts `mossnano-stdio`, feeds it codec tokens, hands out PCM.
+//
+// One file, C# 7, no dependency: .NET Framework 4.8, .NET Standard 2.1, .NET 6 and later.
+//
+//     var voice = Mossnano.Start(new[] { "mossnano-stdio" }, (code, text, fatal) => ...);   // waits for the weights
+//     voice.Feed(packedFrames);            // FrameBytes each; or FeedCodes(codes), Quantizers each
+//     voice.Finish();                      // the stream is complete
+//     voice.Cancel();                      // be silent, now
+//     voice.Dispose();                     // ends the process; nothing of it is left
+//
+// In Unity: Start in a Task, and
+//
+//     void OnAudioFilterRead(float[] data, int channels) { voice.Pull(data, channels); }
+//
+// with Unity's output at SampleRate (Project Settings, Audio). Two threads of yours may use a voice at the same time:
+// one that controls, and one that pulls. Pull never locks, waits or allocates. A third one, of ours, reads all that the
+// process says, and calls onError: touch no Unity object there. When the ring is full it waits for room, and so does
+// the process: then some 4 MiB of tokens can still be fed (hours) before Feed waits too.
+//
+// Tested on Linux with Mono. Unity, Windows, macOS and .NET 6 and later: NOT RUN in our checks. Unity's IL2CPP has
+// no System.Diagnostics.Process on some platforms. Protocol version 1, see protocol.md.
+using System;
+using System.Collections.Generic;
+using System.ComponentModel;
+using System.Diagnostics;
+using System.Globalization;
+using System.IO;
+using System.Text;
+using System.Threading;
+
+public sealed class Mossnano : IDisposable
+{
+    public delegate void ErrorHandler(string code, string message, bool fatal);
+
+    const int Handshake = 0, Audio = 1, Tokens = 4, Error = 5, End = 7, CancelKind = 8;
+    const int LongestMessage = 1 << 20; // of the process
+    const int PieceBytes = 1 << 16;     // of what is fed in one message: CANCEL must not wait behind a long one
+    const int StopMs = 2000;            // how long the process may take to end by itself
+
+    // As the process says in its HANDSHAKE.
+    public int SampleRate { get; private set; }
+    public int Channels { get; private set; }
+    public int FrameSamples { get; private set; }
+    public int Quantizers { get; private set; }
+    public int CodebookSize { get; private set; }
+    public int FrameBytes { get; private set; }
+    public int MaxAudioBytes { get; private set; }
+
+    readonly Process process;
+    readonly Stream input, output;
+    readonly Thread reader;
+    readonly ErrorHandler onError;
+    readonly double ringSeconds;
+    readonly ManualResetEvent started = new ManualResetEvent(false);
+    string startFault;
+    bool streamIsOpen, fatalWasSaid;
+    short[] ring;                          // values, not samples; indices only grow, % Length says where they are
+    long written, taken, dropBefore;       // moved by: reader, puller, reader
+    long opened, ended, underruns;         // streams, streams, pulls
+    int cancels, cancelsAnswered;
+    volatile bool isReady, isGone, isStopping, isSounding; // sounding: PCM of a stream came, its END did not
+
+    /// <summary>Returns when the process is ready; an InvalidOperationException says why it will not be.</summary>
+    public static Mossnano Start(string[] command, ErrorHandler onError = null, double ringSeconds = 10, double startSeconds = 60)
+    {
+        var voice = new Mossnano(command, onError, ringSeconds);
+        bool isInTime = voice.started.WaitOne(TimeSpan.FromSeconds(startSeconds));
+        if (voice.isReady) return voice;
+        voice.Dispose();
+        throw new InvalidOperationException(isInTime ? voice.startFault
+            : "no HANDSHAKE in time: allow more startSeconds, or look at its stderr");
+    }
+
+    Mossnano(string[] command, ErrorHandler onError, double ringSeconds)
+    {
+        this.onError = onError;
+        this.ringSeconds = ringSeconds;
+        var words = new StringBuilder();
+        for (int i = 1; i < command.Length; i++) words.Append(Quoted(command[i])).Append(' ');
+        var how = new ProcessStartInfo(command[0], words.ToString())
+        {
+            UseShellExecute = false, CreateNoWindow = true, RedirectStandardInput = true, RedirectStandardOutput = true,
+        };
+        try { process = Process.Start(how); }
+        catch (Win32Exception error)
+        {
+            throw new InvalidOperationException(command[0] + " cannot be started (" + error.Message + "): is it installed and on the PATH?");
+        }
+        input = process.StandardInput.BaseStream;
+        output = process.StandardOutput.BaseStream;
+        reader = new Thread(Read) { IsBackground = true, Name = "Mossnano" };
+        reader.Start();
+    }
+
+    /// <summary>Adds packed frames, FrameBytes each, to the stream, and opens one where none is open.
+    /// False when the process is gone; the error handler was told why.</summary>
+    public bool Feed(byte[] packed)
+    {
+        if (packed.Length % FrameBytes != 0)
+            throw new ArgumentException(packed.Length + " bytes are no whole frames: feed a multiple of " + FrameBytes + " bytes");
+        if (!streamIsOpen) Interlocked.Increment(ref opened);
+        streamIsOpen = true;
+        int most = Math.Max(1, PieceBytes / FrameBytes) * FrameBytes;
+        for (int at = 0; at < packed.Length; at += most)
+            if (!Send(Tokens, packed, at, Math.Min(most, packed.Length - at))) return false;
+        return !isGone;
+    }
+
+    /// <summary>The same for codes, Quantizers for each frame.</summary>
+    public bool FeedCodes(int[] codes)
+    {
+        if (codes.Length % Quantizers != 0)
+            throw new ArgumentException(codes.Length + " codes are no whole frames: feed a multiple of " + Quantizers);
+        int bits = 0;
+        while (1 << bits < CodebookSize) bits++;
+        var packed = new byte[codes.Length / Quantizers * FrameBytes];
+        for (int i = 0; i < codes.Length; i++)
+        {
+            if (codes[i] < 0 || codes[i] >= CodebookSize)
+                throw new ArgumentException("code " + codes[i] + ": 0 to " + (CodebookSize - 1) + " are allowed");
+            for (int bit = 0; bit < bits; bit++) // least significant first; each frame starts at a byte
+            {
+                int at = i % Quantizers * bits + bit;
+                packed[i / Quantizers * FrameBytes + at / 8] |= (byte)((codes[i] >> bit & 1) << at % 8);
+            }
+        }
+        return Feed(packed);
+    }
+
+    /// <summary>The stream is complete.</summary>
+    public bool Finish()
+    {
+        if (!streamIsOpen) return !isGone;
+        streamIsOpen = false;
+        return Send(End, new byte[0], 0, 0);
+    }
+
+    /// <summary>Be silent, now: drops whatever was fed, and all that waits to be pulled.</summary>
+    public bool Cancel()
+    {
+        streamIsOpen = false;
+        Interlocked.Increment(ref cancels); // the puller is silent and the reader drops, until as many ENDs have come back
+        byte[] echo = Encoding.ASCII.GetBytes(Interlocked.Read(ref opened).ToString(CultureInfo.InvariantCulture));
+        return Send(CancelKind, echo, 0, echo.Length);
+    }
+
+    /// <summary>Fills pcm, Channels interleaved, with silence where there is nothing. Returns how many samples of
+    /// all channels are real.</summary>
+    public int Pull(short[] pcm)
+    {
+        long at; int values = Begin(pcm.Length, out at);
+        for (int i = 0; i < values; i++) pcm[i] = ring[(at + i) % ring.Length];
+        Array.Clear(pcm, values, pcm.Length - values);
+        Volatile.Write(ref taken, at + values); // only now: until here the reader must not write over it
+        return values / Channels;
+    }
+
+    /// <summary>The same as floats, for as many channels as the engine has: one more gets the last one's.</summary>
+    public int Pull(float[] data, int channels)
+    {
+        int samples = data.Length / channels;
+        long at; int values = Begin(samples * Channels, out at);
+        for (int i = 0; i < data.Length; i++)
+        {
+            int from = i / channels * Channels + Math.Min(i % channels, Channels - 1);
+            data[i] = from < values ? ring[(at + from) % ring.Length] / 32767f : 0f;
+        }
+        Volatile.Write(ref taken, at + values);
+        return values / Channels;
+    }
+
+    int Begin(int wanted, out long at)
+    {
+        bool wasSounding = isSounding; // asked before the ring is looked at: what it told of is in there
+        bool isCancelled = IsCancelled;
+        long end = Volatile.Read(ref written);
+        at = Math.Max(taken, isCancelled ? end : Volatile.Read(ref dropBefore));
+        long values = Math.Max(0, Math.Min(end - at, wanted));
+        values -= values % Channels;
+        if (values < wanted && wasSounding && isSounding && !isCancelled) Interlocked.Increment(ref underruns);
+        return (int)values;
+    }
+
+    bool IsCancelled { get { return Volatile.Read(ref cancels) != Volatile.Read(ref cancelsAnswered); } }
+
+    /// <summary>Is something to be pulled, now or later?</summary>
+    public bool IsSpeaking
+    {
+        get
+        {
+            bool moreComes = !isGone && Interlocked.Read(ref ended) < Interlocked.Read(ref opened); // first: what came is in the ring
+            long end = Volatile.Read(ref written);
+            return moreComes || (Volatile.Read(ref taken) < end && Volatile.Read(ref dropBefore) < end && !IsCancelled);
+        }
+    }
+
+    /// <summary>Pulls that found the ring dry in the middle of a stream.</summary>
+    public long Underruns { get { return Interlocked.Read(ref underruns); } }
+
+    public void Dispose()
+    {
+        if (isStopping) return;
+        isStopping = true;
+        // A process that hangs must not make us wait: what is said to it is said by a thread that may be left behind.
+        var goodbye = new Thread(() => { Cancel(); try { input.Close(); } catch (IOException) { } }) { IsBackground = true };
+        goodbye.Start();
+        if (!reader.Join(StopMs))
+        {
+            try { process.Kill(); } catch (InvalidOperationException) { } // it is gone already
+            reader.Join(StopMs);
+        }
+        goodbye.Join(StopMs);
+        process.Dispose();
+    }
+
+    // --- the reader -------------------------------------------------------------------------------------------------
+
+    void Read()
+    {
+        var head = new byte[5];
+        var payload = new byte[LongestMessage];
+        while (ReadAll(head, 5))
+        {
+            uint length = head[0] | (uint)head[1] << 8 | (uint)head[2] << 16 | (uint)head[3] << 24;
+            bool isMessage = length >= 1 && length <= LongestMessage;
+            if (!isMessage) Say("framing_lost", "the program does not speak the protocol: does something print to its stdout?", true);
+            if (isMessage && !ReadAll(payload, (int)length - 1)) break;
+            if (isMessage && Take(head[4], payload, (int)length - 1)) continue;
+            try { process.Kill(); } catch (InvalidOperationException) { }
+            break;
+        }
+        process.WaitForExit();
+        if (!fatalWasSaid) Say("process_ended", "the process ended by itself with status " + process.ExitCode + ": its stderr says more", true);
+        isSounding = false;
+        isGone = true;
+        started.Set();
+    }
+
+    bool ReadAll(byte[] into, int bytes)
+    {
+        try
+        {
+            for (int got, at = 0; at < bytes; at += got)
+                if ((got = output.Read(into, at, bytes - at)) <= 0) return false;
+            return true;
+        }
+        catch (IOException) { return false; }
+    }
+
+    bool Take(int kind, byte[] payload, int bytes) // unknown kinds and keys are passed over
+    {
+        if (kind == Audio && isReady) Push(payload, bytes / 2);
+        if (kind != Handshake && kind != Error && kind != End) return true;
+        var said = Fields(Encoding.UTF8.GetString(payload, 0, bytes));
+        if (kind == Handshake && !isReady) return ShakeHands(said);
+        if (kind == Error) Say(said["code"], said["message"], said["fatal"] == "true");
+        if (kind == End) FinishStream(said);
+        return true;
+    }
+
+    bool ShakeHands(Dictionary<string, string> said)
+    {
+        Func<string, int> number = name => { string text; int value; return said.TryGetValue(name, out text) && int.TryParse(text, out value) ? value : 0; };
+        SampleRate = number("sample_rate"); Channels = number("channels"); FrameSamples = number("frame_samples");
+        Quantizers = number("quantizers"); CodebookSize = number("codebook_size");
+        FrameBytes = number("frame_bytes"); MaxAudioBytes = number("max_audio_bytes");
+        int least = Math.Min(Math.Min(Math.Min(SampleRate, Channels), Math.Min(FrameSamples, Quantizers)),
+            Math.Min(Math.Min(CodebookSize, FrameBytes), MaxAudioBytes));
+        string direction;
+        if (number("protocol") != 1 || least < 1 || !said.TryGetValue("direction", out direction) || direction != "decode")
+        {
+            Say("handshake", "this is no decoder of protocol 1: update Mossnano.cs, or drop --encode", true);
+            return false;
+        }
+        ring = new short[(int)(ringSeconds * SampleRate) * Channels + MaxAudioBytes / 2];
+        isReady = true;
+        started.Set();
+        return true;
+    }
+
+    void Push(byte[] pcm, int values)
+    {
+        for (int i = 0; i < values && !IsCancelled && !isStopping;)
+        {
+            long at = written, room = ring.Length - (at - Volatile.Read(ref taken));
+            if (room == 0) { Thread.Sleep(2); continue; } // asleep, not signalled: the puller must not touch a lock
+            long end = at + Math.Min(room, values - i);
+            for (; at < end; at++, i++) ring[at % ring.Length] = (short)(pcm[2 * i] | pcm[2 * i + 1] << 8);
+            Volatile.Write(ref written, end);
+            isSounding = true;
+        }
+    }
+
+    void FinishStream(Dictionary<string, string> said)
+    {
+        isSounding = false;
+        if (said["cancelled"] != "true") { Interlocked.Increment(ref ended); return; }
+        Interlocked.Exchange(ref ended, long.Parse(said["echo"], CultureInfo.InvariantCulture)); // streams open at our CANCEL: all over
+        Volatile.Write(ref dropBefore, written);
+        Interlocked.Increment(ref cancelsAnswered);
+    }
+
+    void Say(string code, string message, bool fatal)
+    {
+        fatalWasSaid |= fatal;
+        if (isStopping) return;
+        if (!isReady) startFault = message + " (" + code + ")";
+        else if (onError != null) onError(code, message, fatal);
+    }
+
+    bool Send(int kind, byte[] payload, int at, int bytes)
+    {
+        if (isGone || !isReady) return false;
+        var message = new byte[5 + bytes];
+        for (int i = 0; i < 4; i++) message[i] = (byte)(bytes + 1 >> 8 * i);
+        message[4] = (byte)kind;
+        Buffer.BlockCopy(payload, at, message, 5, bytes);
+        try { input.Write(message, 0, message.Length); input.Flush(); return true; }
+        catch (IOException) { return false; }              // the reader finds out why
+        catch (ObjectDisposedException) { return false; }
+    }
+
+    // The texts, numbers, true and false of the outermost JSON object, as texts.
+    static Dictionary<string, string> Fields(string json)
+    {
+        var fields = new Dictionary<string, string>();
+        string maybeKey = null;
+        int depth = 0;
+        for (int at = 0; at < json.Length; at++)
+        {
+            char c = json[at];
+            if (c == '{' || c == '[') { depth++; if (depth > 1) maybeKey = null; }
+            else if (c == '}' || c == ']') depth--;
+            else if (c == '"')
+            {
+                string text = Text(json, ref at);
+                if (depth != 1) continue;
+                if (maybeKey == null) maybeKey = text;
+                else { fields[maybeKey] = text; maybeKey = null; }
+            }
+            else if (depth == 1 && maybeKey != null && (char.IsLetterOrDigit(c) || c == '-'))
+            {
+                int start = at;
+                while (at + 1 < json.Length && ",}] \t\r\n".IndexOf(json[at + 1]) < 0) at++;
+                fields[maybeKey] = json.Substring(start, at + 1 - start);
+                maybeKey = null;
+            }
+        }
+        return fields;
+    }
+
+    static string Text(string json, ref int at) // from the opening quote to the closing one
+    {
+        var text = new StringBuilder();
+        for (at++; at < json.Length && json[at] != '"'; at++)
+        {
+            if (json[at] != '\\' || at + 1 >= json.Length) { text.Append(json[at]); continue; }
+            char c = json[++at];
+            if (c == 'u' && at + 4 < json.Length) { text.Append((char)Convert.ToInt32(json.Substring(at + 1, 4), 16)); at += 4; }
+            else text.Append("bfnrt".IndexOf(c) >= 0 ? ' ' : c);
+        }
+        return text.ToString();
+    }
+
+    static string Quoted(string word) // as the C runtime takes it apart again; Mono reads it alike
+    {
+        var quoted = new StringBuilder("\"");
+        int slashes = 0;
+        foreach (char c in word)
+        {
+            if (c == '"') quoted.Append('\\', slashes + 1);
+            slashes = c == '\\' ? slashes + 1 : 0;
+            quoted.Append(c);
+        }
+        return quoted.Append('\\', slashes).Append('"').ToString();
+    }
+}
