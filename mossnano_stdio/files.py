@@ -50,18 +50,16 @@ def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
         return
     unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.part")
-    with _opened_for_writing(unfinished) as file:
-        try:
+    try:  # from before the file is there: a signal may come at any moment
+        with _opened_for_writing(unfinished) as file:
             yield file
-            file.close()
-            if destination.exists():
-                shutil.copymode(destination, unfinished)
-            _rename(unfinished, destination)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.close()
-            unfinished.unlink(missing_ok=True)
-            raise
+        if destination.exists():
+            shutil.copymode(destination, unfinished)
+        _rename(unfinished, destination)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 @contextlib.contextmanager
