@@ -144,30 +144,48 @@ def test_chunks_of_mixed_sizes_and_many_streams_in_turn(
         assert furthest(found, long_audio[: len(found)]) < TOLERANCE
 
 
-@pytest.mark.parametrize("start_frame", [1, 1000, 45_000])
-def test_a_stream_that_begins_late_is_nearer_to_the_truth_than_the_official_one(
-    runtime: FastRuntime, bundle: Bundle, weights: DecoderWeights, long_codes: Codes, start_frame: int
+def from_the_middle(runtime: codec.Runtime, codes: Codes, start_frame: int) -> Audio:
+    decoder = runtime.new_decoder()
+    decoder.reset(start_frame)
+    audio = in_chunks(decoder, codes, 8)
+    assert decoder.next_frame == start_frame + len(codes)
+    return audio
+
+
+@pytest.fixture(scope="module")
+def official(bundle: Bundle) -> codec.Runtime:
+    return codec.load_runtime(bundle, graph="official", threads=1)
+
+
+def test_for_a_minute_it_is_the_official_graphs_twin(
+    runtime: FastRuntime, official: codec.Runtime, long_codes: Codes
 ) -> None:
-    """What was never seen is not there to be attended to; RoPE turns by differences, so its age changes nothing."""
-    truth = oracle.decode(weights, long_codes[:40])
-    errors = []
-    for other in (runtime, codec.load_runtime(bundle, graph="official", threads=1)):
-        decoder = other.new_decoder()
-        decoder.reset(start_frame)
-        errors.append(furthest(in_chunks(decoder, long_codes[:40], 8), truth))
-        assert decoder.next_frame == start_frame + 40
-    assert errors[0] < TOLERANCE
-    assert start_frame < 1000 or errors[0] < errors[1]
+    for start_frame in (1, 300, 750):
+        found, expected = (from_the_middle(either, long_codes[:40], start_frame) for either in (runtime, official))
+        assert furthest(found, expected) < PCM16_STEP / 2
 
 
-def test_angles_are_exact_at_any_age() -> None:
-    spec = a_spec(angles=(1.0, 0.75, 0.0001220703125, 0.0))
-    for position in (0, 12_345, 1_440_000, 100_000_007):
-        turns = spec.turns_at(position, 3)
-        for token, row in enumerate(turns):
-            for angle, turn in zip(spec.angles, row, strict=True):
-                exact = math.fmod((position + token) * angle, 2 * math.pi)
-                assert abs(turn - complex(math.cos(exact), math.sin(exact))) < 1e-7
+def test_later_it_is_right_where_the_official_graph_is_not(
+    runtime: FastRuntime, official: codec.Runtime, long_codes: Codes, long_audio: NDArray[np.float64]
+) -> None:
+    """RoPE turns by differences: what a stream's age changes is nothing but rounding."""
+    truth = long_audio[: 40 * 3840]
+    for start_frame in (7500, 45_000):
+        found, rounded = (from_the_middle(either, long_codes[:40], start_frame) for either in (runtime, official))
+        assert furthest(found, truth) < TOLERANCE
+        assert furthest(rounded, truth) > 4 * TOLERANCE
+
+
+def test_angles_are_rounded_first_and_exact_later() -> None:
+    angles = tuple(map(float, np.exp(-np.arange(8)).astype(np.float32)))
+    spec = a_spec(angles=angles, tokens_per_frame=2)
+    for position in (1997, 1_440_000, 100_000_007):
+        for token, row in enumerate(spec.angles_at(position, 3), start=position):
+            for angle, found in zip(angles, row, strict=True):
+                if token < 2000:
+                    assert found == np.float32(token) * np.float32(angle)
+                else:
+                    assert abs(math.remainder(token * angle - float(found), math.tau)) < 5e-7
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ Floats = NDArray[np.float32]
 
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, and more memory
 LAZINESS = 32  # 1/32 of a context may lie unneeded in front of the window before the view slides: binding costs, too
-TURN_BLOCK = 16
+ROUNDED_FRAMES = 1000  # 80 seconds of the published model
 CACHE_WAY_VALUES = 1024  # rows of scores that lie so many float32 apart push each other out of the first-level cache
 CACHE_LINE_VALUES = 16
 
@@ -73,21 +74,17 @@ class RingSpec:
     def _angles(self) -> NDArray[np.float64]:
         return np.array(self.angles)
 
-    @cached_property
-    def _first_turns(self) -> NDArray[np.complex128]:
-        """RoPE of a stream's first TURN_BLOCK tokens."""
-        turns: NDArray[np.complex128] = np.exp(1j * np.outer(np.arange(TURN_BLOCK), self._angles))
-        return turns
+    def angles_at(self, position: int, tokens: int) -> Floats:
+        """By how much RoPE turns the pairs of `tokens` tokens from `position` on. [tokens, ring_dim / 2]
 
-    def turns_at(self, position: int, tokens: int) -> NDArray[np.complex128]:
-        """RoPE of `tokens` tokens from `position` on: cosines, and sines as imaginary parts. [tokens, ring_dim / 2]
-
-        However old a stream is, its angles are exact: whole numbers times float32, in float64. Turning a block of
-        tokens is one product, which is much less work than a cosine and a sine for each.
+        The official graph computes angles in float32. That is followed while it costs no more than a 16-bit step in the
+        sound, so that both sound alike. Later, where it costs more and more (a fiftieth of full scale after eight
+        hours), whole turns are taken off before anything is rounded.
         """
-        blocks = np.exp(1j * np.outer(np.arange(position, position + tokens, TURN_BLOCK), self._angles))
-        turns: NDArray[np.complex128] = blocks[:, np.newaxis] * self._first_turns
-        return turns.reshape(-1, blocks.shape[1])[:tokens]
+        angles = np.arange(position, position + tokens)[:, np.newaxis] * self._angles
+        if position >= ROUNDED_FRAMES * self.tokens_per_frame:
+            angles -= np.rint(angles / math.tau) * math.tau
+        return angles.astype(np.float32)
 
 
 class Rings:
@@ -125,8 +122,9 @@ class Rings:
         self._slide(seen)
         held = seen - self._first_token
         self._last[0], self._total[0] = held + tokens - 1, held + tokens
-        turns = self._spec.turns_at(position, tokens)
-        self._cosines[held : held + tokens], self._sines[held : held + tokens] = turns.real, turns.imag
+        angles = self._spec.angles_at(position, tokens)
+        np.cos(angles, out=self._cosines[held : held + tokens])
+        np.sin(angles, out=self._sines[held : held + tokens])
 
     def commit(self) -> None:
         """The run succeeded."""
