@@ -10,7 +10,7 @@
  * ours, reads all that the process says. When the ring is full it waits for room, and so does the process: then
  * some 4 MiB of tokens can still be fed (hours) before mossnano_feed waits too.
  *
- * POSIX: link with -pthread; tested on Linux. Windows: compiled in our checks, NOT RUN by them.
+ * POSIX: link with -pthread; tested on Linux. Windows: compiled once (zig cc), NOT RUN.
  * MSVC needs /std:c11 /experimental:c11atomics. Protocol version 1, see protocol.md.
  */
 #ifndef MOSSNANO_H

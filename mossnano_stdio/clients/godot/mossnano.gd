@@ -1,0 +1,309 @@
+class_name Mossnano
+extends RefCounted
+## A voice for Godot 4.3 and later: starts `mossnano-stdio`, feeds it codec tokens, hands out PCM.
+##
+## One file, no dependency:
+## [codeblock]
+## var voice := Mossnano.new()
+## voice.ready_to_feed.connect(func(): voice.feed(packed_frames); voice.finish())
+## voice.failed.connect(func(code, message, fatal): push_error(message))
+## voice.start("mossnano-stdio", [])
+## # in _process: fill an AudioStreamGeneratorPlayback with it, see example.gd
+## playback.push_buffer(voice.pull(playback.get_frames_available()))
+## [/codeblock]
+## [method start] returns at once; [signal ready_to_feed] follows when the weights are loaded. Call [method stop] before
+## you let go of it, and make a new one to start anew. A thread of ours reads all that the process says, another one its stderr; when `buffer_seconds` of
+## PCM wait the first one waits for room, and so does the process: then some 4 MiB of tokens can still be fed (hours)
+## before [method feed] waits too. GDScript has no atomics, so what the threads share is behind one mutex, which nobody
+## holds while he waits. Both signals are emitted on the main thread.
+##
+## NOT RUN in our checks, on any system: there its syntax and the names it uses are looked at, and no more. Not for
+## the web, Android and iOS, which start no processes. Protocol version 1, see protocol.md.
+
+signal ready_to_feed
+signal failed(code: String, message: String, fatal: bool)
+
+enum Kind { HANDSHAKE = 0, AUDIO = 1, TOKENS = 4, ERROR = 5, END = 7, CANCEL = 8 }
+
+const LONGEST := 1 << 20  ## No message of the process is longer.
+const PIECE_BYTES := 4096  ## Of what is fed in one message: what a pipe takes in one go.
+const NUMBERS: Array[String] = [
+	"sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes"
+]
+
+var format := {}  ## What the HANDSHAKE said: sample_rate, channels, frame_bytes, ...
+var underruns := 0  ## Pulls that found nothing in the middle of a stream.
+var buffer_seconds := 10.0
+
+var _pid := -1
+var _stdio: FileAccess
+var _stderr: FileAccess
+var _reader: Thread
+var _log_reader: Thread
+var _mutex := Mutex.new()
+var _stream_is_open := false
+# Behind the mutex:
+var _pcm: Array[PackedByteArray] = []  # what waits to be pulled
+var _pcm_bytes := 0
+var _first_at := 0  # how much of the first one was pulled
+var _is_sounding := false  # PCM of a stream came, its END did not
+var _is_ready := false
+var _is_gone := true
+var _is_stopping := false
+var _fatal_was_said := false
+var _opened := 0  # streams
+var _ended := 0
+var _cancels := 0  # for which no END has come back
+
+
+## False where there is no such program, or no way to start one.
+func start(program: String, arguments: PackedStringArray) -> bool:
+	var made := OS.execute_with_pipe(program, arguments)
+	if made.is_empty():
+		failed.emit("not_started", "%s cannot be started: is it installed and on the PATH?" % program, true)
+		return false
+	_pid = made["pid"]
+	_stdio = made["stdio"]
+	_stderr = made["stderr"]
+	_is_gone = false
+	_reader = Thread.new()
+	_reader.start(_read)
+	_log_reader = Thread.new()
+	_log_reader.start(_read_log)
+	return true
+
+
+## Adds packed frames, frame_bytes each, to the stream, and opens one where none is open.
+func feed(packed: PackedByteArray) -> bool:
+	if not _is_ready or packed.size() % int(format["frame_bytes"]) != 0:
+		push_error("feed whole frames, a multiple of frame_bytes, once ready_to_feed was emitted")
+		return false
+	if not _stream_is_open:
+		_mutex.lock()
+		_opened += 1
+		_mutex.unlock()
+	_stream_is_open = true
+	var frame_bytes := int(format["frame_bytes"])
+	var step := maxi(1, floori(float(PIECE_BYTES) / frame_bytes)) * frame_bytes
+	for at in range(0, packed.size(), step):
+		if not _send(Kind.TOKENS, packed.slice(at, at + step)):
+			return false
+	return not _is_gone
+
+
+## The same for codes, `quantizers` for each frame.
+func feed_codes(codes: PackedInt32Array) -> bool:
+	if not _is_ready:
+		return feed(PackedByteArray())
+	var quantizers := int(format["quantizers"])
+	var frame_bytes := int(format["frame_bytes"])
+	var bits := 0
+	while 1 << bits < int(format["codebook_size"]):
+		bits += 1
+	if codes.size() % quantizers != 0:
+		push_error("%d codes are no whole frames: feed a multiple of %d" % [codes.size(), quantizers])
+		return false
+	var packed := PackedByteArray()
+	@warning_ignore("integer_division")
+	packed.resize(codes.size() / quantizers * frame_bytes)
+	for i in codes.size():
+		if codes[i] < 0 or codes[i] >= int(format["codebook_size"]):
+			push_error("code %d: 0 to %d are allowed" % [codes[i], int(format["codebook_size"]) - 1])
+			return false
+		for bit in bits:  # least significant first; each frame starts at a byte
+			var at := i % quantizers * bits + bit
+			@warning_ignore("integer_division")
+			var byte := i / quantizers * frame_bytes + (at >> 3)
+			packed[byte] = packed[byte] | (codes[i] >> bit & 1) << (at & 7)
+	return feed(packed)
+
+
+## The stream is complete.
+func finish() -> bool:
+	if not _stream_is_open:
+		return not _is_gone
+	_stream_is_open = false
+	return _send(Kind.END, PackedByteArray())
+
+
+## Be silent, now: drops whatever was fed, and all that waits to be pulled.
+func cancel() -> bool:
+	_stream_is_open = false
+	_mutex.lock()
+	_cancels += 1  # what comes is dropped until as many ENDs have come back
+	_is_sounding = false
+	_drop()
+	var echo := str(_opened)
+	_mutex.unlock()
+	return _send(Kind.CANCEL, echo.to_ascii_buffer())
+
+
+## Exactly so many samples, left and right, with silence where there are none.
+func pull(samples: int) -> PackedVector2Array:
+	var out := PackedVector2Array()
+	out.resize(samples)  # zeros
+	_mutex.lock()
+	var sample_bytes := 2 * int(format.get("channels", 2))
+	var filled := 0
+	while filled < samples and not _pcm.is_empty():
+		var first := _pcm[0]
+		var right := 2 if sample_bytes > 2 else 0
+		while filled < samples and _first_at < first.size():
+			out[filled] = Vector2(first.decode_s16(_first_at), first.decode_s16(_first_at + right)) / 32767.0
+			_first_at += sample_bytes
+			filled += 1
+		if _first_at >= first.size():
+			_pcm.pop_front()
+			_first_at = 0
+	_pcm_bytes -= filled * sample_bytes
+	if filled < samples and _is_sounding:
+		underruns += 1
+	_mutex.unlock()
+	return out
+
+
+## Is something to be pulled, now or later?
+func is_speaking() -> bool:
+	_mutex.lock()
+	var answer := _pcm_bytes > 0 or (not _is_gone and _ended < _opened)
+	_mutex.unlock()
+	return answer
+
+
+## Ends the process and both threads; nothing of it is left.
+func stop() -> void:
+	if _pid < 0:
+		return
+	_mutex.lock()
+	_is_stopping = true
+	_drop()
+	_mutex.unlock()
+	# Godot cannot close stdin alone, and a decoder has nothing to save.
+	OS.kill(_pid)
+	_reader.wait_to_finish()
+	_log_reader.wait_to_finish()
+	_stdio.close()
+	_stderr.close()
+	_pid = -1
+
+
+# --- the reader -------------------------------------------------------------------------------------------------------
+
+
+func _read() -> void:
+	while true:
+		var head := _read_all(5)
+		if head.size() < 5:
+			break
+		var length := head.decode_u32(0)
+		if length < 1 or length > LONGEST:
+			_say("framing_lost", "the program does not speak the protocol: does it print to its stdout?", true)
+			OS.kill(_pid)
+			break
+		var payload := _read_all(length - 1)
+		if payload.size() < length - 1:
+			break
+		_take(head[4], payload)
+	if not _fatal_was_said:
+		_say("process_ended", "the process ended by itself: the lines before, from its stderr, say why", true)
+	_mutex.lock()
+	_is_gone = true
+	_is_sounding = false
+	_mutex.unlock()
+
+
+func _read_all(bytes: int) -> PackedByteArray:
+	var data := PackedByteArray()
+	while data.size() < bytes:
+		var piece := _stdio.get_buffer(bytes - data.size())
+		if piece.is_empty() and not OS.is_process_running(_pid):
+			break
+		if piece.is_empty():
+			OS.delay_msec(2)
+		data.append_array(piece)
+	return data
+
+
+func _read_log() -> void:
+	while true:  # a pipe that nobody reads would stop the process one day
+		var piece := _stderr.get_buffer(4096)
+		if not piece.is_empty():
+			print(piece.get_string_from_utf8().strip_edges())
+		elif not OS.is_process_running(_pid):
+			return
+		else:
+			OS.delay_msec(50)
+
+
+func _take(kind: int, payload: PackedByteArray) -> void:  # unknown kinds and keys are passed over
+	if kind == Kind.AUDIO:
+		_push(payload)
+	if kind != Kind.HANDSHAKE and kind != Kind.ERROR and kind != Kind.END:
+		return
+	var said: Dictionary = JSON.parse_string(payload.get_string_from_utf8())
+	if kind == Kind.HANDSHAKE and not _is_ready:
+		_shake_hands(said)
+	elif kind == Kind.ERROR:
+		_say(said["code"], said["message"], said["fatal"])
+	elif kind == Kind.END:
+		_mutex.lock()
+		_is_sounding = false
+		if said["cancelled"]:
+			_ended = int(said["echo"])  # how many streams were open when we sent that CANCEL: all are over
+			_cancels -= 1
+		else:
+			_ended += 1
+		_mutex.unlock()
+
+
+func _shake_hands(said: Dictionary) -> void:
+	var is_ours: bool = said.get("protocol") == 1 and said.get("direction") == "decode"
+	for name in NUMBERS:
+		is_ours = is_ours and int(said.get(name, 0)) > 0
+	if not is_ours:
+		_say("handshake", "this is no decoder of protocol 1: update mossnano.gd, or drop --encode", true)
+		OS.kill(_pid)
+		return
+	format = said
+	_is_ready = true
+	ready_to_feed.emit.call_deferred()
+
+
+func _push(pcm: PackedByteArray) -> void:
+	var most := buffer_seconds * format["sample_rate"] * format["channels"] * 2
+	while true:
+		_mutex.lock()
+		var is_dropped := _cancels > 0 or _is_stopping
+		var has_room := _pcm_bytes <= most
+		if has_room and not is_dropped:
+			_pcm.append(pcm)
+			_pcm_bytes += pcm.size()
+			_is_sounding = true
+		_mutex.unlock()
+		if has_room or is_dropped:
+			return
+		OS.delay_msec(2)
+
+
+func _drop() -> void:
+	_pcm.clear()
+	_pcm_bytes = 0
+	_first_at = 0
+
+
+func _say(code: String, message: String, fatal: bool) -> void:
+	_fatal_was_said = _fatal_was_said or fatal
+	if not _is_stopping:
+		failed.emit.call_deferred(code, message, fatal)
+
+
+func _send(kind: Kind, payload: PackedByteArray) -> bool:
+	if _is_gone or not _is_ready:
+		return false
+	var message := PackedByteArray()
+	message.resize(5)
+	message.encode_u32(0, payload.size() + 1)
+	message[4] = kind
+	message.append_array(payload)
+	_stdio.store_buffer(message)
+	return true
