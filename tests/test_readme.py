@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from tests.child import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+BLOCKS = re.findall(r"^```sh(?: needs=(\w+))?\n(.*?)^```", README, re.M | re.S)  # (what must be installed, commands)
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 SETUP = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
 
@@ -49,8 +50,10 @@ def run_block(block: str, folder: Path) -> None:
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:50] for block in BLOCKS])
-def test_a_block_of_commands_works(block: str, checkout: Path) -> None:
+@pytest.mark.parametrize(("needs", "block"), BLOCKS, ids=[block.splitlines()[0][:50] for _, block in BLOCKS])
+def test_a_block_of_commands_works(needs: str, block: str, checkout: Path) -> None:
+    if needs and shutil.which(needs) is None:
+        pytest.skip(f"{needs} is not installed")
     run_block(block, checkout)
 
 
@@ -78,7 +81,7 @@ def test_the_main_command_leaves_a_sound_behind(checkout: Path) -> None:
 
 
 def test_where_is_x_knows_every_room() -> None:
-    table = README.split('## Where is X?')[1]
+    table = README.split("## Where is X?")[1]
     package = ROOT / "mossnano_stdio"
     rooms = [path.name + "/" * path.is_dir() for path in package.iterdir() if not path.name.startswith(("__", "py."))]
     assert [room for room in sorted(rooms) if f"`{room}`" not in table] == []
