@@ -465,7 +465,10 @@ class Memory:
 @settings(deadline=None, max_examples=40)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["run", "run", "run", "fail", "reset", "restore"]), st.integers(1, MAX_RUN_FRAMES)),
+        st.tuples(
+            st.sampled_from(["run", "run", "run", "fail", "abandon", "reset", "restore"]),
+            st.integers(1, MAX_RUN_FRAMES),
+        ),
         max_size=60,
     )
 )
@@ -478,22 +481,32 @@ def test_the_window_is_always_what_the_next_token_can_see(
         spec = a_spec(context_tokens=context_tokens, tokens_per_frame=tokens_per_frame)
         ring = Rings(spec, memory, in_place=in_place)
         frames, snapshot = 0, (0, ring.window(0))
+
+        def run(start: int, count: int, mark: float = 0.0) -> None:
+            ring.prepare(start, count, start)
+            memory.run(np.arange(start * tokens_per_frame, (start + count) * tokens_per_frame) + mark)
+
         for what, count in steps:
-            if what == "reset":
-                ring.reset()
-                frames = 0
-            elif what == "restore":
-                frames = snapshot[0]
-                ring.restore(*snapshot)
-            else:
-                ring.prepare(frames, count, frames)
-                tokens = np.arange(frames * tokens_per_frame, (frames + count) * tokens_per_frame)
-                if what == "run":
-                    memory.run(tokens)
-                    frames += count
+            match what:
+                case "run":
+                    run(frames, count)
                     ring.commit()
-                else:
-                    memory.run(tokens + 0.5)
+                    frames += count
+                case "fail":
+                    run(frames, count, mark=0.5)
+                case "abandon":
+                    passing = ring.passing(frames, 4 * count)
+                    for number in range(3):
+                        run(frames + number * count, count, mark=0.5)
+                        ring.commit()
+                    run(frames + 3 * count, count, mark=0.5)
+                    ring.go_back(frames, passing)
+                case "reset":
+                    ring.reset()
+                    frames = 0
+                case "restore":
+                    frames = snapshot[0]
+                    ring.restore(*snapshot)
             window = ring.window(frames)
             if count % 3 == 0:
                 snapshot = (frames, window)

@@ -136,10 +136,13 @@ class Rings:
     def window(self, seen_frames: int) -> Floats:
         """A copy of what the next token can see, [2 * layers, heads, tokens, ring_dim]."""
         seen = seen_frames * self._spec.tokens_per_frame
-        tokens = min(seen, self._spec.needed_tokens)
-        start = seen - tokens - self._first_token
-        views = [self._view(rows, self._first_row) for rows in self._memories[0]]
-        return np.stack([view[:, start : start + tokens] for view in views])
+        return self._copied(max(0, seen - self._spec.needed_tokens), seen)
+
+    def passing(self, seen_frames: int, frames: int) -> Floats:
+        """A copy of that part of the window that can be out of sight `frames` later."""
+        seen = seen_frames * self._spec.tokens_per_frame
+        start = max(0, seen - self._spec.needed_tokens)
+        return self._copied(start, min(start + frames * self._spec.tokens_per_frame, seen))
 
     def restore(self, seen_frames: int, window: Floats) -> None:
         """Go back to when `window` was taken, after `seen_frames`."""
@@ -148,6 +151,17 @@ class Rings:
         self._move_view(0)
         for rows, values in zip(self._memories[0], window, strict=True):
             self._view(rows, 0)[:, :tokens] = values
+
+    def go_back(self, seen_frames: int, passing: Floats) -> None:
+        """Go back to when `passing` was taken. What was not out of sight by now is still here."""
+        seen = seen_frames * self._spec.tokens_per_frame
+        start = max(0, seen - self._spec.needed_tokens) + passing.shape[2]
+        self.restore(seen_frames, np.concatenate([passing, self._copied(start, seen)], axis=2))
+
+    def _copied(self, start: int, end: int) -> Floats:
+        """From one token of the stream to another."""
+        views = [self._view(rows, self._first_row) for rows in self._memories[0]]
+        return np.stack([view[:, start - self._first_token : end - self._first_token] for view in views])
 
     def _slide(self, seen: int) -> None:
         """Leave behind what no token sees any more, if it is enough to be worth it."""

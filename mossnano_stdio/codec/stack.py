@@ -6,7 +6,7 @@ Rules of this room:
 
 - The state of a stream is its position, `next_frame`, and the rings behind it. Advancing the position is what makes a
   run count: a step that fails leaves the stream where it was.
-- A step of more frames than one run takes is run after run. For that, the state is put aside first.
+- A step of more frames than one run takes is run after run. What these write over is put aside first.
 - Nothing of the graph's contract is assumed: the dimensions come from `mossnano.json`, and the graph is checked
   against them.
 """
@@ -98,14 +98,17 @@ class StackStream:
 
     def step(self, frames: int, inputs_of: BindRun, outputs_of: BindRun) -> None:
         """Run over the next `frames` frames. Each run takes its inputs from arrays, and writes into arrays, as told."""
-        state = self.snapshot() if frames > MAX_RUN_FRAMES else None
+        before, seen_frames = self.next_frame, self.next_frame - self._first_frame
+        passing = [rings.passing(seen_frames, frames) for rings in self._rings] if frames > MAX_RUN_FRAMES else []
         try:
             for start in range(0, frames, MAX_RUN_FRAMES):
                 end = min(start + MAX_RUN_FRAMES, frames)
                 self._run(end - start, inputs_of(start, end), outputs_of(start, end))
         except BaseException:
-            if state:
-                self.restore(state)
+            self.next_frame = before
+            if passing:
+                for rings, part in zip(self._rings, passing, strict=True):
+                    rings.go_back(seen_frames, part)
             raise
 
     def reset(self, start_frame: int = 0) -> None:
