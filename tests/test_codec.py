@@ -704,3 +704,14 @@ def test_free_memory_is_the_least_of_what_the_machine_says(tmp_path: Path, monke
 def test_audio_that_cannot_be_encoded(tiny_bundle: Path, wrong: Any) -> None:
     with pytest.raises(UsageError, match=r"audio is \[|audio holds NaN"):
         FullEncoder(load_bundle(tiny_bundle), Engine.of(threads=1)).encode(wrong.astype(np.float32))
+
+
+def test_a_fast_graph_that_is_recorded_but_gone_is_an_error_and_no_silent_fall_back(
+    built_bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(built_bundle, folder)
+    (folder / load_bundle(folder).graphs["fast"].path.name).unlink()
+    with pytest.raises(BundleError, match="is not there"):
+        codec.load_runtime(load_bundle(folder))
+    assert codec.load_runtime(load_bundle(folder), graph="official").graph_name == "official"

@@ -124,7 +124,7 @@ def load_runtime(
         if not bundle.has_graph("fast"):
             raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
         return FastRuntime(bundle, engine)
-    if graph is None and provider == "cpu" and bundle.has_graph("fast"):
+    if graph is None and provider == "cpu" and "fast" in bundle.graphs:
         try:
             return FastRuntime(bundle, engine)
         except UnfitRuntimeError as error:
