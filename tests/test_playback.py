@@ -725,7 +725,8 @@ print(json.dumps(message))
 def test_a_device_that_is_lost_while_playing_is_a_device_error(doomed_server: SoundServer) -> None:
     threading.Timer(2.0, doomed_server.kill_server).start()
     message = run_player(doomed_server.environment, PLAY_UNTIL_LOST)
-    assert "stopped in the middle" in message
+    # PortAudio ends the stream, or, where ALSA waits for the dead server, just never calls back again.
+    assert "stopped in the middle" in message or "has taken no sound" in message
     assert "--list-devices" in message
 
 
