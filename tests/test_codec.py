@@ -486,6 +486,12 @@ def test_threads_and_providers() -> None:
         Engine.of(threads=0)
 
 
+def test_threads_spin_for_moments_only_unless_asked_to() -> None:
+    assert runtime._spinning(Engine.of(), "1.25.1") == {"intra_op.allow_spinning": "0"}
+    assert runtime._spinning(Engine.of(spin=True), "1.31.1") == {"intra_op.allow_spinning": "1"}
+    assert runtime._spinning(Engine.of(), "1.26.0")["intra_op.spin_duration_us"] == "10"
+
+
 def test_default_threads_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for usable, expected in ((1, 1), (3, 3), (64, 4)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, usable=usable: range(usable))
