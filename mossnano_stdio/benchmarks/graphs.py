@@ -4,6 +4,7 @@ Rules of this room:
 
 - Each side is a worker process for each number of threads (worker.py). All are alive at once, one of them works at a
   time, and they take turns, A B C A B C: a machine that slows down slows all of them.
+- A turn begins when the one before has come to rest: with onnxruntime's defaults, threads spin on after their work.
 - A figure is the median over turns, with the lowest and highest beside it; "times" is how many times as good as the
   first side this one is, the median over turns.
 """
@@ -30,7 +31,9 @@ WORKER: Final = Path(__file__).with_name("worker.py")
 UTTERANCE_SECONDS: Final = (0.08, 1, 3, 10)  # the first is one frame of nano: the first audio of a stream
 STREAM_COUNTS: Final = (1, 2, 4, 8)
 MANY_STREAMS: Final = 4
-STEPS_PER_TURN: Final = 3
+FRAMES_PER_TURN: Final = 12
+LEAST_STEPS_PER_TURN: Final = 3
+SETTLING_SECONDS: Final = 0.1  # the threads were seen to spin for 40 ms
 FRAMES_PER_STREAM: Final = 6
 GEMM_SIZE: Final = 1024
 
@@ -75,7 +78,8 @@ class GraphBench:
         """Milliseconds per step with full caches."""
 
         def of_chunk(worker: _Worker, chunk_frames: int) -> float:
-            return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=STEPS_PER_TURN)))
+            steps = max(LEAST_STEPS_PER_TURN, FRAMES_PER_TURN // chunk_frames)
+            return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps)))
 
         with self._workers(threads) as workers:
             return {
@@ -146,6 +150,7 @@ class GraphBench:
             measure(worker)  # warms up, and fills caches
         for _ in range(self._turns):
             for name, worker in workers.items():
+                time.sleep(SETTLING_SECONDS)
                 figures[name].append(measure(worker))
         return _summary(figures, more_is_better)
 
