@@ -198,6 +198,22 @@ def test_nano_within_one_step_of_the_official_graph_for_a_minute(nano_bundle: Pa
     assert furthest(found, expected) <= PCM16_STEP
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("minute", [10, 60])
+def test_nano_later_is_right_where_the_official_graph_is_not(nano_bundle: Path, minute: int) -> None:
+    """Run with -s, it says how far both are from float64."""
+    bundle = load_bundle(nano_bundle)
+    codes = np.random.default_rng(6).integers(0, 1024, (20, 16)).astype(np.uint16)
+    truth = oracle.decode(load_checkpoint(nano_bundle / "checkpoint").decoder, codes)
+    fast, official = (
+        furthest(from_the_middle(runtime, codes, minute * 750), truth)
+        for runtime in (codec.load_runtime(bundle, graph="fast"), codec.load_runtime(bundle, graph="official"))
+    )
+    print(f"minute {minute}: fast graph {fast / PCM16_STEP:.3f}, official graph {official / PCM16_STEP:.3f} 16-bit steps")
+    assert fast < TOLERANCE
+    assert official > fast
+
+
 # --- the state ----------------------------------------------------------------------------------------------------
 
 
