@@ -4,6 +4,8 @@ Rules of this room:
 
 - Signals are caught before anything heavy is imported: imports take longer than a user takes to press Ctrl-C.
 - Native libraries get no chance to spoil the exit status on their way out.
+- numpy starts a thread for each core as soon as it is imported, for matrix products that we leave to onnxruntime. Here
+  it does not, unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from mossnano_stdio.stdio import Stopped, StopSignals
 
 def run() -> NoReturn:
     """The console script."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signals = StopSignals()
     signals.install()
     try:

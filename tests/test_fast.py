@@ -209,7 +209,9 @@ def test_nano_later_is_right_where_the_official_graph_is_not(nano_bundle: Path, 
         furthest(from_the_middle(runtime, codes, minute * 750), truth)
         for runtime in (codec.load_runtime(bundle, graph="fast"), codec.load_runtime(bundle, graph="official"))
     )
-    print(f"minute {minute}: fast graph {fast / PCM16_STEP:.3f}, official graph {official / PCM16_STEP:.3f} 16-bit steps")
+    print(
+        f"minute {minute}: fast graph {fast / PCM16_STEP:.3f}, official graph {official / PCM16_STEP:.3f} 16-bit steps"
+    )
     assert fast < TOLERANCE
     assert official > fast
 

@@ -100,6 +100,19 @@ def test_frames_that_come_while_a_chunk_is_decoded_go_into_one_chunk() -> None:
     assert chunks == [1, 2, 4]
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or (os.cpu_count() or 1) < 2, reason="counts threads in /proc, needs two CPUs"
+)
+def test_numpy_starts_no_threads_unless_the_user_wants_them() -> None:
+    def threads(**wish: str) -> int:
+        environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+        with Child([*DEMO, "--threads", "1"], env={**environment, **wish}) as child:
+            child.next()
+            return len(list(Path(f"/proc/{child.process.pid}/task").iterdir()))
+
+    assert threads() == threads(OPENBLAS_NUM_THREADS="1") == threads(OPENBLAS_NUM_THREADS="2") - 1
+
+
 def test_nothing_in_is_a_handshake_out() -> None:
     done = run(double())
     assert (done.returncode, outline(decoded(done.stdout))) == (0, ["HANDSHAKE"])
