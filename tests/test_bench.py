@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import safetensors
 
 from mossnano_stdio import cli
 from mossnano_stdio.bundle import load_bundle
-from mossnano_stdio.graph.arithmetic import decoding_macs
+from mossnano_stdio.graph.arithmetic import bytes_per_step, decoding_macs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
 
 SIDES = {"official loop", "our runtime, official graph"}
@@ -38,6 +41,7 @@ def test_graphs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_bundle: Pa
         assert all(cell["lowest"] <= cell["median"] <= cell["highest"] for cell in cells.values())
         assert cells["official loop"]["times"] == 1
     assert figures["limit_ms_per_frame"] > 0
+    assert figures["reading_ms_per_step"] > 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -67,6 +71,18 @@ def test_the_arithmetic_is_that_of_the_matrices(tiny_reference: Path) -> None:
         joints = model * (module["input_dimension"] + module["output_dimension"])
         macs += tokens * (module["num_layers"] * layer + joints)
     assert decoding_macs(load_checkpoint(tiny_reference).decoder) == macs
+
+
+def test_a_step_reads_every_matrix_and_all_caches_once(tiny_reference: Path, tiny_bundle: Path) -> None:
+    """Matrices counted in the checkpoint's file, caches in the metadata."""
+    with safetensors.safe_open(tiny_reference / "model.safetensors", "numpy") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - it is no dict
+    decoding = re.compile(r"decoder\.|quantizer\.output_proj\.|quantizer\.quantizers\.\d+\.out_proj\.")
+    sizes = [[size for size in shape if size > 1] for name, shape in shapes.items() if decoding.match(name)]
+    matrices = sum(math.prod(size) for size in sizes if len(size) == 2)
+    states = load_bundle(tiny_bundle).graph("decode_step").states
+    caches = sum(math.prod(state.shape) for state in states if len(state.shape) == 4)
+    assert bytes_per_step(load_checkpoint(tiny_reference).decoder) == 4 * (matrices + caches)
 
 
 def test_the_fill_is_longer_than_every_context(tiny_bundle: Path) -> None:

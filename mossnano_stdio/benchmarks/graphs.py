@@ -12,6 +12,7 @@ Rules of this room:
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ LEAST_STEPS_PER_TURN: Final = 3
 SETTLING_SECONDS: Final = 0.1  # the threads were seen to spin for 40 ms
 FRAMES_PER_STREAM: Final = 6
 GEMM_SIZE: Final = 1024
+STREAMED_BYTES: Final = 1 << 28  # more than caches hold
 
 Report = Callable[[str], None]
 
@@ -186,16 +188,37 @@ class _Worker:
 def gemm_gflops(threads: int) -> float:
     """What this machine's matrix products reach, in GFLOP/s: the best of many, since it is a limit."""
     code = (
-        "import numpy as np, time\n"
         f"a = np.random.default_rng(0).random(({GEMM_SIZE}, {GEMM_SIZE}), np.float32)\n"
-        "best = 1e9\n"
-        "for _ in range(30):\n"
-        "    began = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - began)\n"
-        "print(best)"
+        "print(best_of(30, lambda: a @ a))"
     )
-    environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return float(2 * GEMM_SIZE**3 / float(done.stdout) / 1e9)
+    return 2 * GEMM_SIZE**3 / _best_seconds(code, threads) / 1e9
+
+
+def stream_gb_per_second(threads: int) -> float:
+    """How fast this machine reads memory from one end to the other: the best of many."""
+    code = (
+        f"from concurrent.futures import ThreadPoolExecutor\n"
+        f"parts = np.ones(({threads}, {STREAMED_BYTES} // 4 // {threads}), np.float32)\n"
+        f"pool = ThreadPoolExecutor({threads})\n"
+        "print(best_of(10, lambda: list(pool.map(np.sum, parts))))"
+    )
+    return STREAMED_BYTES / _best_seconds(code, threads) / 1e9
+
+
+def _best_seconds(code: str, threads: int) -> float:
+    """What `code` prints, in a process whose matrix library has so many threads."""
+    best_of = (
+        "import numpy as np, time\n"
+        "def best_of(times, work):\n"
+        "    best = float('inf')\n"
+        "    for _ in range(times):\n"
+        "        began = time.perf_counter(); work(); best = min(best, time.perf_counter() - began)\n"
+        "    return best\n"
+    )
+    libraries = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    command = [sys.executable, "-c", best_of + code]
+    done = subprocess.run(command, env={**os.environ, **libraries}, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def bits_figures(turns: int = 9) -> dict[str, float]:

@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.options import whole_number
@@ -79,21 +79,20 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_graphs(bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace) -> dict[str, Any]:
-    from mossnano_stdio.benchmarks.graphs import GraphBench, gemm_gflops, sides_of
+    from mossnano_stdio.benchmarks.graphs import GraphBench, sides_of
 
     bench = GraphBench(bundle, sides_of(bundle, against), args.turns, _progress)
-    maybe_mflop = _mflop_per_frame(bundle)
+    maybe_work = _maybe_work(bundle)
     return {
         "weights": bundle.name,
-        "mflop_per_frame": maybe_mflop,
+        **({} if maybe_work is None else maybe_work._asdict()),
         "threads": {
             str(threads): {
                 "steps_ms": bench.steps(threads, args.chunks),
                 "utterances_ms": bench.utterances(threads),
                 "starts": bench.starts(threads),
                 **bench.streams(threads),
-                "gemm_gflops": round(gflops := gemm_gflops(threads), 1),
-                "limit_ms_per_frame": None if maybe_mflop is None else round(maybe_mflop / gflops, 3),
+                **({} if maybe_work is None else _limits(maybe_work, threads)),
             }
             for threads in args.threads
         },
@@ -112,18 +111,39 @@ def _measure_encoding(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def _mflop_per_frame(bundle: Bundle) -> float | None:
-    """The arithmetic of one frame with full caches; None where the weights cannot be read from the graph."""
+class _Work(NamedTuple):
+    """What decoding takes, however it is done."""
+
+    mflop_per_frame: float
+    mb_per_step: float
+
+
+def _maybe_work(bundle: Bundle) -> _Work | None:
+    """With full caches; None where the weights cannot be read from the graph."""
     from mossnano_stdio.errors import MossnanoError
 
     try:
-        from mossnano_stdio.graph.arithmetic import decoding_macs
+        from mossnano_stdio.graph.arithmetic import bytes_per_step, decoding_macs
         from mossnano_stdio.graph.extract import extract_weights
 
-        return 2 * decoding_macs(extract_weights(bundle).decoder) / 1e6
+        decoder = extract_weights(bundle).decoder
+        return _Work(2 * decoding_macs(decoder) / 1e6, bytes_per_step(decoder) / 1e6)
     except (ImportError, MossnanoError) as error:
         _progress(f"no limit is computed: {error}")
         return None
+
+
+def _limits(work: _Work, threads: int) -> dict[str, float]:
+    """What this machine takes for that at the least."""
+    from mossnano_stdio.benchmarks.graphs import gemm_gflops, stream_gb_per_second
+
+    gflops, gb_per_second = gemm_gflops(threads), stream_gb_per_second(threads)
+    return {
+        "gemm_gflops": round(gflops, 1),
+        "limit_ms_per_frame": round(work.mflop_per_frame / gflops, 3),
+        "stream_gb_per_second": round(gb_per_second, 1),
+        "reading_ms_per_step": round(work.mb_per_step / gb_per_second, 3),
+    }
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -160,12 +180,15 @@ def _rows(title: str, sides: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _limit_rows(found: Mapping[str, Any]) -> list[str]:
-    limit_ms = found["limit_ms_per_frame"]
-    rows = [f"  a bare matrix product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least"]
+    limit_ms, reading_ms = found["limit_ms_per_frame"], found["reading_ms_per_step"]
+    rows = [
+        f"  a bare matrix product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least",
+        f"  memory is read at {found['stream_gb_per_second']} GB/s: {reading_ms} ms a step at the least",
+    ]
     for frames, sides in found["steps_ms"].items():
         for name, side in sides.items():
             distance = side["median"] / int(frames) / limit_ms
-            rows.append(f"    step of {frames}: {name} is {distance:.2f} times that")
+            rows.append(f"    step of {frames}: {name} takes {distance:.2f} times what the products alone would")
     return rows
 
 
