@@ -1,4 +1,4 @@
-"""What `mossnano bench` measures: the graphs, the process, and the packing of codes.
+"""What `mossnano bench` measures: the graphs, the machine under them, the process, and the packing of codes.
 
 Rules of this room:
 

@@ -12,7 +12,6 @@ Rules of this room:
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,8 +23,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import numpy as np
-
 from mossnano_stdio.bundle import Bundle
 
 WORKER: Final = Path(__file__).with_name("worker.py")
@@ -36,8 +33,6 @@ FRAMES_PER_TURN: Final = 12
 LEAST_STEPS_PER_TURN: Final = 3
 SETTLING_SECONDS: Final = 0.1  # the threads were seen to spin for 40 ms
 FRAMES_PER_STREAM: Final = 6
-GEMM_SIZE: Final = 1024
-STREAMED_BYTES: Final = 1 << 28  # more than caches hold
 
 Report = Callable[[str], None]
 
@@ -183,59 +178,6 @@ class _Worker:
         self._stdin.write(json.dumps({"do": what, **details}) + "\n")
         self._stdin.flush()
         return json.loads(self._stdout.readline())
-
-
-def gemm_gflops(threads: int) -> float:
-    """What this machine's matrix products reach, in GFLOP/s: the best of many, since it is a limit."""
-    code = (
-        f"a = np.random.default_rng(0).random(({GEMM_SIZE}, {GEMM_SIZE}), np.float32)\n"
-        "print(best_of(30, lambda: a @ a))"
-    )
-    return 2 * GEMM_SIZE**3 / _best_seconds(code, threads) / 1e9
-
-
-def stream_gb_per_second(threads: int) -> float:
-    """How fast this machine reads memory from one end to the other: the best of many."""
-    code = (
-        f"from concurrent.futures import ThreadPoolExecutor\n"
-        f"parts = np.ones(({threads}, {STREAMED_BYTES} // 4 // {threads}), np.float32)\n"
-        f"pool = ThreadPoolExecutor({threads})\n"
-        "print(best_of(10, lambda: list(pool.map(np.sum, parts))))"
-    )
-    return STREAMED_BYTES / _best_seconds(code, threads) / 1e9
-
-
-def _best_seconds(code: str, threads: int) -> float:
-    """What `code` prints, in a process whose matrix library has so many threads."""
-    best_of = (
-        "import numpy as np, time\n"
-        "def best_of(times, work):\n"
-        "    best = float('inf')\n"
-        "    for _ in range(times):\n"
-        "        began = time.perf_counter(); work(); best = min(best, time.perf_counter() - began)\n"
-        "    return best\n"
-    )
-    libraries = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    command = [sys.executable, "-c", best_of + code]
-    done = subprocess.run(command, env={**os.environ, **libraries}, capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def bits_figures(turns: int = 9) -> dict[str, float]:
-    """Packing and unpacking an hour of nano's tokens."""
-    from mossnano_stdio.bits import pack_frames, unpack_frames
-
-    codes = np.random.default_rng(0).integers(0, 1024, (45_000, 16)).astype(np.uint16)
-    packed = pack_frames(codes, 1024)
-    pack_ms, unpack_ms = [], []
-    for _ in range(turns):
-        began = time.perf_counter()
-        pack_frames(codes, 1024)
-        packed_at = time.perf_counter()
-        unpack_frames(packed, 16, 1024)
-        pack_ms.append(1000 * (packed_at - began))
-        unpack_ms.append(1000 * (time.perf_counter() - packed_at))
-    return {"frames": 45_000, "pack_ms": round(median(pack_ms), 2), "unpack_ms": round(median(unpack_ms), 2)}
 
 
 def _frames_to_fill(bundle: Bundle) -> int:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    from mossnano_stdio.benchmarks.graphs import bits_figures
+    from mossnano_stdio.benchmarks.packing import bits_figures
 
     if args.plot and (args.process or args.encode or args.bits):
         raise UsageError("--plot draws the steps of graphs; leave --process, --encode and --bits out")
@@ -135,7 +135,7 @@ def _maybe_work(bundle: Bundle) -> _Work | None:
 
 def _limits(work: _Work, threads: int) -> dict[str, float]:
     """What this machine takes for that at the least."""
-    from mossnano_stdio.benchmarks.graphs import gemm_gflops, stream_gb_per_second
+    from mossnano_stdio.benchmarks.machine import gemm_gflops, stream_gb_per_second
 
     gflops, gb_per_second = gemm_gflops(threads), stream_gb_per_second(threads)
     return {
