@@ -4,8 +4,8 @@ Rules of this room:
 
 - Arrays of codes come in any sensible order (shapes.py has the rule). What leaves has one order: codes are
   [quantizers, frames], audio is float32 [channels, samples], with the batch in front where there is more than one.
-- An argument that makes no sense is a ValueError that says which and why. What is wrong with weights, with a file, or
-  with a run, is a MossnanoError.
+- An argument that makes no sense is a ValueError that says which and why. What is wrong with weights, with a file's
+  content, or with a run, is a MossnanoError. A file that cannot be read at all speaks for itself, as an OSError.
 - A Codec has no stream. Every call steps a decoder of its own over the graph that all share, so calls may come from
   any number of threads. No call's memory grows with the length of what it decodes, but for the result.
 """
@@ -31,12 +31,13 @@ from mossnano_stdio.codec import (
     StreamDecoder,
     load_encoder,
     load_runtime,
+    maybe_warm_up_frames,
     seek,
 )
 from mossnano_stdio.container import Artifact, ArtifactHeader, build_artifact, load_artifact
-from mossnano_stdio.errors import BundleError
+from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.layout import CodecFormat, Codes, to_frame_major, to_quantizer_major
+from mossnano_stdio.layout import CodecFormat, Codes, to_quantizer_major
 from mossnano_stdio.pcm import resampled
 from mossnano_stdio.recorder import Recorder
 from mossnano_stdio.schedule import Fixed
@@ -45,6 +46,7 @@ from mossnano_stdio.shapes import (
     checked_quantizers,
     checked_rate,
     integer_array,
+    is_whole_number,
     normalised_codes,
     normalised_wave,
     sample_range,
@@ -103,7 +105,7 @@ class EncodedAudio(ArtifactHeader):
             quantizers=self.quantizers,
             frames=self.frames,
             codebook_size=self.codebook_size,
-            codes=to_frame_major(self.codes),
+            codes=np.asarray(self.codes).T,  # uncast: it is checked as it is
         )
 
 
@@ -133,7 +135,10 @@ class Codec:
     ) -> Self:
         """Load `weights`: a folder, "demo", or None for the places that `mossnano fetch` writes to."""
         bundle = load_bundle(find_weights(None if weights is None else os.fspath(weights)))
-        return cls(bundle, load_runtime(bundle, provider=provider, threads=threads, graph=graph))
+        try:
+            return cls(bundle, load_runtime(bundle, provider=provider, threads=threads, graph=graph))
+        except UsageError as error:
+            raise ValueError(str(error)) from None
 
     def close(self) -> None:
         """Let go of the graphs. Calls that are under way finish."""
@@ -180,8 +185,12 @@ class Codec:
 
     @property
     def warm_up_seconds(self) -> float:
-        """How far back all layers together look: what decoding from the middle has to begin with."""
-        return self._seconds(sum(self._runtime.layer_context_frames))
+        """How far back all layers together look: what decoding from the middle has to begin with.
+
+        Infinity for the demo, whose tones go on from where they were since the start.
+        """
+        maybe_frames = maybe_warm_up_frames(self._runtime)
+        return math.inf if maybe_frames is None else self._seconds(maybe_frames)
 
     # --- decoding -------------------------------------------------------------------------------------------------
 
@@ -219,14 +228,16 @@ class Codec:
     def streaming_decode(self, codes: Any, chunk_frames: int = 1, num_quantizers: int | None = None) -> Iterator[Audio]:
         """Decode bit by bit: a generator of float32 [channels, samples], `chunk_frames` frames each but for the last.
 
-        `codes`: an array as `decode` takes it, or anything that gives one frame of codes after the other, for as long
-        as it likes. Closing the generator is all that is needed to stop half way.
+        `codes`: whatever `decode` takes (an EncodedAudio, too: its frames are whole, so the last one is not cut to
+        the recording's length), or anything else that gives one frame of codes after the other, for as long as it
+        likes. Lists and tuples are read as arrays; for one of frames, give `iter(frames)`. Closing the generator is
+        all that is needed to stop half way.
 
         >>> with Codec.load("demo") as codec:
         ...     [audio.shape for audio in codec.streaming_decode(np.zeros((16, 5), int), chunk_frames=2)]
         [(2, 7680), (2, 7680), (2, 3840)]
         """
-        if isinstance(chunk_frames, bool) or not isinstance(chunk_frames, int) or chunk_frames < 1:
+        if not is_whole_number(chunk_frames) or chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames!r}, allowed is a whole number from 1")
         if _is_whole(codes):
             frames: Iterable[Codes] = self._single(codes, num_quantizers)
@@ -260,7 +271,7 @@ class Codec:
         first_frame = samples.start // self.frame_samples
         end_frame = math.ceil(samples.stop / self.frame_samples)
         decoder = self._runtime.new_decoder()
-        seek(decoder, frames, first_frame, self._warm_up_frames(warm_up))
+        seek(decoder, frames, first_frame, self._maybe_warm_up_frames(warm_up))
         audio = self._decoded(decoder, frames[first_frame:end_frame], STEP_FRAMES)
         skipped = samples.start - first_frame * self.frame_samples
         return audio[:, skipped : skipped + len(samples)]
@@ -395,9 +406,9 @@ class Codec:
             )
         return samples // self.frame_samples
 
-    def _warm_up_frames(self, warm_up: float | None) -> int:
+    def _maybe_warm_up_frames(self, warm_up: float | None) -> int | None:
         if warm_up is None:
-            return sum(self._runtime.layer_context_frames)
+            return maybe_warm_up_frames(self._runtime)
         return warm_up_frames(warm_up, self.format.frames_per_second)
 
     def _seconds(self, frames: int) -> float:
@@ -448,7 +459,7 @@ def _frame_major_items(batch: Codes) -> Iterator[Codes]:
 
 
 def _is_whole(codes: Any) -> bool:
-    """Are all frames there? Whatever is no array and no recording gives one frame after the other."""
+    """Are all frames there? What is neither an array, or made into one, nor a recording gives frame after frame."""
     return isinstance(codes, list | tuple | ArtifactHeader) or hasattr(codes, "__array__")
 
 

@@ -217,7 +217,10 @@ def read_sound(file: BinaryIO, name: str) -> Sound:
 def resampled(
     blocks: Iterable[NDArray[np.float32]], channels: int, sample_rate: int, wanted_rate: int
 ) -> Iterator[NDArray[np.float32]]:
-    """The same sound at another rate. n samples become n * wanted_rate / sample_rate, half up, for any blocks."""
+    """The same sound at another rate. n samples become n * wanted_rate / sample_rate, half up, for any blocks.
+
+    A block is resampled piece by piece: from a low rate to a high one it would grow as much, at once.
+    """
     if sample_rate == wanted_rate:
         yield from blocks
         return
@@ -229,8 +232,10 @@ def resampled(
             "pip install 'mossnano-stdio[audio]'"
         ) from None
     stream = soxr.ResampleStream(sample_rate, wanted_rate, channels, dtype="float32")
+    piece_samples = max(1, BLOCK_SAMPLES * sample_rate // wanted_rate)
     for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block), last=False)
+        for start in range(0, len(block), piece_samples):
+            yield stream.resample_chunk(np.ascontiguousarray(block[start : start + piece_samples]), last=False)
     yield stream.resample_chunk(np.zeros((0, channels), dtype=np.float32), last=True)
 
 
@@ -251,6 +256,9 @@ class _Patient:
         self._file = file
         self.read = file.read
         self.tell = file.tell
+
+    def __repr__(self) -> str:
+        return "it"  # as libsndfile's errors call it, behind a name that ours have
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         with contextlib.suppress(ValueError, OSError):
@@ -325,7 +333,7 @@ def _wave_errors(name: str) -> Iterator[None]:
         yield
     except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that claims to end before it begins
         raise InputError(
-            f"{name} is no WAV of whole numbers ({error or 'it ends too early'}); "
+            f"{name} is no WAV of whole numbers ({str(error) or 'it ends too early'}); "
             "for FLAC, OGG, MP3 and other WAVs: pip install 'mossnano-stdio[audio]'"
         ) from None
 

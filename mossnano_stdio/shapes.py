@@ -26,7 +26,12 @@ from numpy.typing import NDArray
 from mossnano_stdio.layout import Codes
 
 MONO = 1
-HIGHEST_RATE = 1 << 20
+LOWEST_RATE, HIGHEST_RATE = 1000, 1 << 20  # of what is resampled; from less, one sample would become seconds
+MOST_FRAMES = 1 << 53  # more than any stream has; beyond, numbers of seconds are no whole frames any more
+
+
+def is_whole_number(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
@@ -37,8 +42,7 @@ def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
     """
     if num_quantizers is None:
         return quantizers
-    is_whole = isinstance(num_quantizers, int | np.integer) and not isinstance(num_quantizers, bool)
-    if not is_whole or not 1 <= num_quantizers <= quantizers:
+    if not is_whole_number(num_quantizers) or not 1 <= num_quantizers <= quantizers:
         raise ValueError(f"num_quantizers is {num_quantizers!r}, allowed is a whole number from 1 to {quantizers}")
     return int(num_quantizers)
 
@@ -49,9 +53,10 @@ def checked_rate(sample_rate: int) -> int:
     >>> checked_rate(44100)
     44100
     """
-    is_whole = isinstance(sample_rate, int | np.integer) and not isinstance(sample_rate, bool)
-    if not is_whole or not 1 <= sample_rate <= HIGHEST_RATE:
-        raise ValueError(f"sample_rate is {sample_rate!r}, allowed is a whole number from 1 to {HIGHEST_RATE}")
+    if not is_whole_number(sample_rate) or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
+        raise ValueError(
+            f"sample_rate is {sample_rate!r}, allowed is a whole number from {LOWEST_RATE} to {HIGHEST_RATE}"
+        )
     return int(sample_rate)
 
 
@@ -115,10 +120,12 @@ def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
         )
     if not array.size:
         raise ValueError(f"wave: empty, the shape is {array.shape}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)  # in which a large float64 is infinity
     if not np.isfinite(array).all():
-        raise ValueError("wave: holds NaN or infinity, allowed are finite numbers")
+        raise ValueError("wave: holds NaN or infinity, allowed are numbers that are finite in float32")
     planar = np.broadcast_to(array, (channels, array.shape[1]))
-    return np.ascontiguousarray(planar.T, dtype=np.float32)
+    return np.ascontiguousarray(planar.T)
 
 
 def sample_range(start: float, duration: float | None, total_samples: int, sample_rate: int) -> range:
@@ -132,7 +139,7 @@ def sample_range(start: float, duration: float | None, total_samples: int, sampl
     if duration is not None and not 0 < duration < math.inf:
         raise ValueError(f"duration is {duration}, allowed is any number of seconds above 0")
     first = min(round(start * sample_rate), total_samples - 1)
-    end = total_samples if duration is None else min(round((start + duration) * sample_rate), total_samples)
+    end = total_samples if duration is None else round(min((start + duration) * sample_rate, total_samples))
     return range(first, max(end, first + 1))
 
 
@@ -144,7 +151,7 @@ def warm_up_frames(seconds: float, frames_per_second: float) -> int:
     """
     if not 0 <= seconds < math.inf:
         raise ValueError(f"warm_up is {seconds}, allowed is any number of seconds from 0")
-    return math.ceil(seconds * frames_per_second)
+    return math.ceil(min(seconds * frames_per_second, MOST_FRAMES))
 
 
 def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int, name: str) -> bool:

@@ -482,7 +482,7 @@ def test_threads_and_providers() -> None:
     assert Engine.of() == Engine("cpu", codec.default_threads(), spin=False)
     with pytest.raises(UsageError, match="provider 'gpu' is not known, allowed are cpu, cuda"):
         Engine.of("gpu")
-    with pytest.raises(UsageError, match="0 threads, allowed is 1 or more"):
+    with pytest.raises(UsageError, match="0 threads, allowed is a whole number from 1 to 1024"):
         Engine.of(threads=0)
 
 

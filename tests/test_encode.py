@@ -131,6 +131,7 @@ def wav_bytes(audio: NDArray[np.float64], rate: int = 48000, subtype: str = "PCM
         (["-", "OUT"], b"MOSSNANO" * 20, ExitStatus.BAD_INPUT, "stdin is no audio file"),
         (["-", "OUT"], wav_bytes(np.zeros((10, 3))), ExitStatus.BAD_INPUT, "3 channels, allowed are 1 and 2"),
         (["-", "OUT"], wav_bytes(np.full((9, 1), np.nan), 48000, "FLOAT"), ExitStatus.BAD_INPUT, "is nan"),
+        (["-", "OUT"], wav_bytes(np.zeros((9, 2)), 999), ExitStatus.BAD_INPUT, "999 Hz, allowed are 1000 to 1048576"),
         (["missing.wav", "OUT"], b"", ExitStatus.NO_WEIGHTS, "missing.wav"),
         (["-", "-", "--json"], wav_bytes(np.zeros((10, 2))), ExitStatus.USAGE, "both want stdout"),
         (["-", "OUT", "--quantizers", "17"], wav_bytes(np.zeros((10, 2))), ExitStatus.USAGE, "these weights have 16"),

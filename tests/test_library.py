@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 import threading
@@ -105,6 +106,21 @@ def test_a_closed_codec_says_so(built_bundle: Path, codes: Codes) -> None:
 def test_weights_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere: is not there"):
         Codec.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"graph": "quick"}, "graph 'quick' is not known, allowed are official and fast"),
+        ({"threads": 0}, "0 threads, allowed is a whole number from 1 to 1024"),
+        ({"threads": 1.5}, "1.5 threads"),
+        ({"threads": 2**40}, "threads, allowed"),
+        ({"provider": "x"}, "provider 'x' is not known"),
+    ],
+)
+def test_wishes_that_make_no_sense(wish: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Codec.load("demo", **wish)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -344,6 +360,20 @@ def test_less_warm_up_is_further_off(ours: Codec, long_codes: Codes) -> None:
     assert errors[3] <= PCM16_STEP
 
 
+def test_a_range_of_the_demo_is_what_the_whole_has_there() -> None:
+    """Its tones go on from where they were since the start, so nothing less than all before will do."""
+    codes = np.random.default_rng(3).integers(0, 1024, (16, 100))
+    with Codec.load("demo") as demo:
+        whole = demo.decode(codes)
+        assert furthest(demo.decode_range(codes, 5.0, 1.0), whole[:, 240_000:288_000]) <= PCM16_STEP
+        assert demo.warm_up_seconds == math.inf
+
+
+def test_a_range_may_be_longer_than_any_number(ours: Codec, codes: Codes) -> None:
+    whole = ours.decode(codes)
+    assert furthest(ours.decode_range(codes, 0.5, 1e308, warm_up=1e308), whole[:, 24_000:]) <= PCM16_STEP
+
+
 def test_ranges_that_are_none(ours: Codec, codes: Codes) -> None:
     for start, duration, warm_up in ((2.0, None, None), (-1.0, None, None), (0.0, 0.0, None), (0.0, 1.0, -1.0)):
         with pytest.raises(ValueError, match=r"(start|duration|warm_up) is"):
@@ -417,6 +447,11 @@ def test_a_prefix_of_as_many_frames_is_not_turned_around(ours: Codec, wave: Audi
     assert sum(piece.shape[1] for piece in ours.streaming_decode(encoded, 5)) == 16 * FRAME
 
 
+def test_a_wave_that_float32_cannot_hold(ours: Codec) -> None:
+    with pytest.raises(ValueError, match="finite in float32"):
+        ours.encode(np.full(100, 1e300))
+
+
 def test_batch_encode(either: Codec, wave: Audio) -> None:
     waves = [wave, wave[0, :5000], wave[:, :1]]
     found = either.batch_encode(waves)
@@ -461,6 +496,15 @@ def test_there_and_back_through_a_file(ours: Codec, wave: Audio, tmp_path: Path)
     artifact = parse_artifact((tmp_path / "x.mossnano").read_bytes())
     assert np.array_equal(ours.decode(artifact), ours.decode(loaded))
     assert ours.decode_range(loaded, 0.5).shape == (2, 47080 - 24000)
+
+
+@pytest.mark.parametrize("change", [65536, -65536, 0.5])
+def test_codes_of_a_recording_are_looked_at_as_they_are(ours: Codec, codes: Codes, change: float) -> None:
+    """Cast to 16 bits, they would be right."""
+    changed: Any = codes.T.astype(int) + change
+    recording = EncodedAudio(48_000, 2, 24 * FRAME, 16, 24, 1024, changed)
+    with pytest.raises(ArtifactError, match="code"):
+        ours.decode(recording)
 
 
 def test_an_artifact_of_other_weights_is_refused(ours: Codec, official: Codec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import struct
@@ -379,6 +380,12 @@ def test_resampling_keeps_the_length_and_does_not_see_the_blocks(sample_rate: in
     assert len(whole) == int(Fraction(samples * RATE, sample_rate) + Fraction(1, 2))
     pieces = [audio[start : start + 331] for start in range(0, samples, 331)]
     assert np.allclose(np.concatenate(list(resampled(pieces, 2, sample_rate, RATE))), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("sample_rate", [1000, 8000])
+def test_resampling_gives_no_more_at_once_for_a_low_rate(sample_rate: int) -> None:
+    for piece in itertools.islice(resampled([np.ones((400_000, 2), np.float32)], 2, sample_rate, RATE), 30):
+        assert len(piece) <= 2 * BLOCK_SAMPLES
 
 
 def test_resampling_keeps_a_tone() -> None:

@@ -10,11 +10,11 @@ Rules of this room:
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from mossnano_stdio.bundle import Bundle
 from mossnano_stdio.codec.runtime import PROVIDERS, Engine, UnfitRuntimeError, default_threads
-from mossnano_stdio.errors import BundleError
+from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.recorder import Encoder
 from mossnano_stdio.renderer import Decoder
@@ -38,6 +38,7 @@ __all__ = [
     "load_full_decoder",
     "load_full_encoder",
     "load_runtime",
+    "maybe_warm_up_frames",
     "seek",
 ]
 
@@ -119,6 +120,8 @@ def load_runtime(
     from mossnano_stdio.codec.fast import FastRuntime
     from mossnano_stdio.codec.official import OfficialRuntime
 
+    if graph not in (None, *get_args(GraphName)):
+        raise UsageError(f"graph {graph!r} is not known, allowed are {' and '.join(get_args(GraphName))}")
     engine = Engine.of(provider, threads, spin)
     if graph == "fast":
         if not bundle.has_graph("fast"):
@@ -132,13 +135,21 @@ def load_runtime(
     return OfficialRuntime(bundle, engine)
 
 
-def seek(decoder: StreamDecoder, codes: Codes, start_frame: int, warm_up_frames: int) -> None:
-    """Bring a decoder to `start_frame` of a stream by decoding only the last `warm_up_frames` before it.
+def maybe_warm_up_frames(runtime: Runtime) -> int | None:
+    """How many frames before a place have to be decoded to lose nothing that could be heard there. None: all of them.
 
-    What lies further back is missing from the caches. The sum of a runtime's `layer_context_frames` is enough to lose
-    nothing that could be heard: each layer looks back from where the one after it does.
+    Each layer looks back from where the one after it does, so it is the sum of what all look back. The demo is no such
+    model: its tones go on from where they were, since the start.
     """
-    begin = max(0, start_frame - warm_up_frames)
+    return None if runtime.bundle.demo else sum(runtime.layer_context_frames)
+
+
+def seek(decoder: StreamDecoder, codes: Codes, start_frame: int, warm_up_frames: int | None) -> None:
+    """Bring a decoder to `start_frame` of a stream by decoding only the last `warm_up_frames` before it (None: all).
+
+    What lies further back is missing from the caches.
+    """
+    begin = 0 if warm_up_frames is None else max(0, start_frame - warm_up_frames)
     decoder.reset(begin)
     for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
         decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])

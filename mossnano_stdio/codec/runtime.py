@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.bundle import Graph, StateSpec, WeightFile
 from mossnano_stdio.errors import BundleError, DecodeError, MossnanoError, UsageError
+from mossnano_stdio.shapes import is_whole_number
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -35,6 +36,7 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 MAX_DEFAULT_THREADS = 4  # more do not help graphs of this size
+MAX_THREADS = 1024
 
 SPIN_US = 10
 BOUNDED_SPINNING_SINCE = (1, 26)  # of onnxruntime
@@ -68,9 +70,9 @@ class Engine:
     def of(cls, provider: str = "cpu", threads: int | None = None, spin: bool = False) -> Engine:
         if provider not in PROVIDERS:
             raise UsageError(f"provider {provider!r} is not known, allowed are {', '.join(PROVIDERS)}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"{threads} threads, allowed is 1 or more")
-        return cls(provider, default_threads() if threads is None else threads, spin)
+        if threads is not None and (not is_whole_number(threads) or not 1 <= threads <= MAX_THREADS):
+            raise UsageError(f"{threads!r} threads, allowed is a whole number from 1 to {MAX_THREADS}")
+        return cls(provider, default_threads() if threads is None else int(threads), spin)
 
 
 @dataclass(frozen=True)

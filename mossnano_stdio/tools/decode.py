@@ -164,14 +164,16 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
         raise UsageError(str(error)) from None
     first_frame = samples.start // codec_format.frame_samples
     end_frame = -(-samples.stop // codec_format.frame_samples)
-    seek(decoder, artifact.codes, first_frame, _warm_up_frames(args, runtime))
+    seek(decoder, artifact.codes, first_frame, _maybe_warm_up_frames(args, runtime))
     skipped_samples = samples.start - first_frame * codec_format.frame_samples
     return _Part(artifact.codes[first_frame:end_frame], skipped_samples, len(samples))
 
 
-def _warm_up_frames(args: argparse.Namespace, runtime: Runtime) -> int:
+def _maybe_warm_up_frames(args: argparse.Namespace, runtime: Runtime) -> int | None:
+    from mossnano_stdio.codec import maybe_warm_up_frames
+
     if args.warm_up is None:
-        return sum(runtime.layer_context_frames)
+        return maybe_warm_up_frames(runtime)
     return warm_up_frames(args.warm_up, runtime.format.frames_per_second)
 
 

@@ -25,6 +25,7 @@ from mossnano_stdio.facts import as_json
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.options import add_engine_arguments, whole_number
 from mossnano_stdio.pcm import Sound, read_sound, resampled
+from mossnano_stdio.shapes import HIGHEST_RATE, LOWEST_RATE
 
 if TYPE_CHECKING:
     from mossnano_stdio.codec import EncoderRuntime, FullEncoder
@@ -83,6 +84,8 @@ def _load(args: argparse.Namespace, sound: Sound, name: str) -> EncoderRuntime |
         raise InputError(
             f"{name} has {sound.channels} channels, allowed are 1 and {bundle.format.channels}; mix it down first"
         )
+    if not LOWEST_RATE <= sound.sample_rate <= HIGHEST_RATE:
+        raise InputError(f"{name} has {sound.sample_rate} Hz, allowed are {LOWEST_RATE} to {HIGHEST_RATE}")
     if args.quantizers and args.quantizers > bundle.format.quantizers:
         raise UsageError(f"--quantizers is {args.quantizers}, these weights have {bundle.format.quantizers}")
     return load_encoder(bundle, provider=args.provider, threads=args.threads)
