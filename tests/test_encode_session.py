@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from mossnano_stdio.protocol import Kind, Message, json_message
 from mossnano_stdio.recorder import Recorder
+from mossnano_stdio.renderer import Renderer
 from mossnano_stdio.schedule import Fixed, Ramp, Schedule
-from mossnano_stdio.session import ENCODING, EncodeSession, State
-from tests.doubles import SMALL, CountingEncoder, expected_codes, tokens_payload
+from mossnano_stdio.session import ENCODING, DecodeSession, EncodeSession, State
+from tests.doubles import SMALL, CountingDecoder, CountingEncoder, expected_codes, tokens_payload
 
 END = Message(Kind.END)
 SAMPLE_BYTES = 4
@@ -144,6 +145,38 @@ def test_a_peer_whose_numbers_differ_is_not_encoded() -> None:
     answers = talk.say(json_message(Kind.HANDSHAKE, {"sample_rate": 44100}), Message(Kind.AUDIO, PCM), END)
     assert names(answers) == ["handshake_mismatch", "bad_audio", "END"]
     assert tokens_of(answers) == b""
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["AUDIO", "END", "CANCEL", "CANCEL at once"]), st.integers(0, 9)), max_size=12)
+)
+def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: list[tuple[str, int]]) -> None:
+    conversation = Conversation()
+    answers = [conversation.session.handshake()]
+    for what, samples in told:
+        if what == "AUDIO":
+            answers += conversation.say(Message(Kind.AUDIO, noise(samples)))
+        elif what == "CANCEL at once":
+            conversation.cancels_waiting += 1
+            answers += conversation.say(Message(Kind.AUDIO, noise(samples)), Message(Kind.CANCEL))
+        elif what == "CANCEL":
+            conversation.cancels_waiting += 1
+            answers += conversation.say(Message(Kind.CANCEL))
+        elif conversation.session.state is not State.IDLE:
+            answers += conversation.say(END)
+    decoder = DecodeSession(Renderer(CountingDecoder(), Ramp()), {})
+    heard = [answer for message in answers for answer in decoded(decoder, message)]
+    assert [answer for answer in heard if answer.kind == Kind.ERROR] == []
+    streams = [fields(answer)["stream"] for answer in answers if answer.kind == Kind.END]
+    ends = sum(answer.kind == Kind.END for answer in heard)
+    assert ends == sum(stream is not None for stream in streams)
+
+
+def decoded(session: DecodeSession, message: Message) -> list[Message]:
+    answers = list(session.handle(message))
+    while session.is_due:
+        answers += session.advance()
+    return answers
 
 
 def test_end_of_input_ends_the_stream() -> None:

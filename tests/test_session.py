@@ -100,6 +100,13 @@ def end_of(stream: int | None, frames: int, errors: int = 0, **more: Any) -> dic
 # --- streams ---------------------------------------------------------------------------------------
 
 
+def test_an_encoder_that_had_nothing_to_cancel_is_not_refused() -> None:
+    conversation = Conversation()
+    assert conversation.say(json_message(Kind.END, {"stream": None, "cancelled": True})) == []
+    for other in (json_message(Kind.END, {"stream": 0}), json_message(Kind.END, {}), Message(Kind.END, b"null")):
+        assert outline(conversation.say(other)) == ["no_stream"]
+
+
 @given(st.lists(st.integers(0, 4), max_size=6), st.sampled_from([Ramp(), Ramp(1), Fixed(1), Fixed(3), Fixed(100)]))
 def test_a_token_stream_is_its_frames_however_they_come(pieces: list[int], schedule: Schedule) -> None:
     frames = some_frames(sum(pieces) + 1)

@@ -61,7 +61,8 @@ def test_what_is_due_is_dropped_when_a_cancel_waits_behind_it() -> None:
     assert list(session.advance()) == []
     assert not session.is_due
     waiting.clear()
-    (end,) = session.handle(Message(Kind.CANCEL))
+    nothing, end = session.handle(Message(Kind.CANCEL))
+    assert nothing == Message(Kind.TOKENS)
     assert end.kind == Kind.END
     answers = [*session.handle(AUDIO), *session.handle(Message(Kind.END))]
     tokens = b"".join(answer.payload for answer in answers if answer.kind == Kind.TOKENS)

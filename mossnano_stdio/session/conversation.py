@@ -94,6 +94,7 @@ class Conversation(ABC):
     """
 
     DIRECTION: ClassVar[str]
+    OPENED_BY: ClassVar[str]  # what opens a stream, for people
     TRANSITIONS: ClassVar[Mapping[tuple[State, Kind], Action]]
 
     def __init__(
@@ -248,12 +249,12 @@ class Conversation(ABC):
             self._finish_loop()
             yield from self._compute_due()
         if not self._drops():
-            yield self._end(self._maybe_open, cancelled=False, **self._end_extras())
+            yield from self._end(self._maybe_open, cancelled=False, **self._end_extras())
         self._close()
 
     def _cancel(self, message: Message) -> Answers:
         maybe_tally = self._maybe_first_dropped or self._maybe_open
-        yield self._end(maybe_tally, cancelled=True, echo=_repeated(message))
+        yield from self._end(maybe_tally, cancelled=True, echo=_repeated(message))
         self._maybe_first_dropped = None
         self._close()
 
@@ -271,7 +272,8 @@ class Conversation(ABC):
         yield self._error(_PeerError(f"the peer sent an ERROR of its own: {_repeated(message)}"))
 
     def _refuse_no_stream(self, message: Message) -> Answers:
-        yield self._error(_NoStreamError("END came while no stream was open: TOKENS or ARTIFACT opens one"))
+        if not _ends_nothing(message):
+            yield self._error(_NoStreamError(f"END came while no stream was open: {self.OPENED_BY} opens one"))
 
     def _refuse_out_of_place(self, message: Message) -> Answers:
         yield self._error(
@@ -320,8 +322,8 @@ class Conversation(ABC):
         self._maybe_open.frames += frames
         self._maybe_open.samples += samples
 
-    def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: Any) -> Message:
-        return json_message(
+    def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: Any) -> Answers:
+        yield json_message(
             Kind.END,
             {
                 "stream": maybe_tally.stream if maybe_tally else None,
@@ -390,6 +392,14 @@ def error_message(error: MossnanoError, *, stream: int | None = None, fatal: boo
     """What a peer is told of an error."""
     said = str(error)[:ERROR_CHARACTERS]
     return json_message(Kind.ERROR, {"code": error.code, "message": said, "stream": stream, "fatal": fatal})
+
+
+def _ends_nothing(message: Message) -> bool:
+    """Is this END what an encoder answers to a CANCEL while nothing is open?"""
+    try:
+        return parse_json(message).get("stream", 0) is None
+    except PayloadError:
+        return False
 
 
 def _repeated(message: Message) -> str:

@@ -60,6 +60,7 @@ class DecodeSession(Conversation):
     """A peer who sends tokens and hears audio."""
 
     DIRECTION = "decode"
+    OPENED_BY = "TOKENS or ARTIFACT"
     TRANSITIONS = DECODING
 
     def __init__(

@@ -5,6 +5,8 @@ Rules of this room:
 - `ENCODING` is the whole protocol of this direction, printed in protocol.md and compared by a test, as DECODING is.
 - Audio may be cut anywhere, inside a sample too. What is left of a sample at the end of its stream is an error.
 - An END says `original_samples`, how long the stream was before its last frame was filled up.
+- A stream that was too short for a frame, or dropped before it gave one, gives an empty TOKENS before its END: to the
+  decoder behind us, there is no stream without TOKENS.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mossnano_stdio.pcm import from_pcm16
 from mossnano_stdio.protocol import Kind, Message
 from mossnano_stdio.recorder import Recorder
 from mossnano_stdio.schedule import RAMP_MAX_FRAMES
-from mossnano_stdio.session.conversation import Action, Answers, Conversation, State
+from mossnano_stdio.session.conversation import Action, Answers, Conversation, State, StreamTally
 
 ENCODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.IDLE, Kind.HANDSHAKE): Action.COMPARE_FORMATS,
@@ -49,6 +51,7 @@ class EncodeSession(Conversation):
     """A peer who sends audio and gets tokens."""
 
     DIRECTION = "encode"
+    OPENED_BY = "AUDIO"
     TRANSITIONS = ENCODING
 
     def __init__(
@@ -109,6 +112,11 @@ class EncodeSession(Conversation):
                 )
             )
         yield from super()._finish(message)
+
+    def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: Any) -> Answers:
+        if maybe_tally is not None and not maybe_tally.frames:
+            yield Message(Kind.TOKENS, b"")
+        yield from super()._end(maybe_tally, cancelled=cancelled, **extra)
 
     def _finish_loop(self) -> None:
         self._recorder.finish()
