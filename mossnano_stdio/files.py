@@ -23,6 +23,7 @@ from typing import BinaryIO, Final, cast
 from mossnano_stdio.errors import OutputError, UsageError
 
 STANDARD_STREAM: Final = "-"
+NAMED_CHARACTERS: Final = 40  # of a file, in the name of what is not yet it: a name has at most 255 bytes
 
 
 @contextlib.contextmanager
@@ -46,12 +47,12 @@ def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         return
     destination = Path(os.path.realpath(path))  # a symlink stays one, and what it points to is replaced
     if destination.exists() and not destination.is_file():
-        with _opened_for_writing(destination) as file:
+        with _opened_for_writing(destination, destination) as file:
             yield file
         return
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.part")
+    unfinished = destination.with_name(f".{destination.name[:NAMED_CHARACTERS]}.{os.getpid()}.part")
     try:  # from before the file is there: a signal may come at any moment
-        with _opened_for_writing(unfinished) as file:
+        with _opened_for_writing(unfinished, destination) as file:
             yield file
         if destination.exists():
             shutil.copymode(destination, unfinished)
@@ -78,11 +79,11 @@ def _standard_output() -> Iterator[BinaryIO]:
         buffered.detach()
 
 
-def _opened_for_writing(path: Path) -> BinaryIO:
+def _opened_for_writing(path: Path, destination: Path) -> BinaryIO:
     try:
         return path.open("wb")
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise _cannot_write(destination, error) from None
 
 
 def _rename(unfinished: Path, destination: Path) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors
 
 from mossnano_stdio import cli
-from mossnano_stdio.bundle import load_bundle
+from mossnano_stdio.benchmarks.graphs import sides_of
+from mossnano_stdio.bundle import DEMO_FOLDER, load_bundle
+from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.graph.arithmetic import bytes_per_step, decoding_macs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
+from mossnano_stdio.graph.contract import DECODE_STEP_FILE
+from tests.tool import call_tool
 
 SIDES = {"official loop", "our runtime, official graph"}
 
@@ -52,6 +57,37 @@ def test_the_process_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> 
     assert figures["overhead"]["8"]["process_over_bare"] > 0
     assert figures["first_audio"]["first_byte_p95_ms"] >= figures["first_audio"]["first_byte_p50_ms"]
     assert figures["start"]["handshake_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--encode"], ExitStatus.NO_WEIGHTS, "has no streaming encoder to measure"),
+        (["--against", "demo", "--against", "demo", "--against", "demo"], ExitStatus.USAGE, "name it once"),
+        (["--plot", "x.png", "--bits"], ExitStatus.USAGE, "leave --process, --encode and --bits out"),
+        (["--plot", "-"], ExitStatus.USAGE, "--plot takes a file"),
+        (["--plot", "no/such/x.png"], ExitStatus.OUTPUT_FAILED, "cannot write x.png there"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_it_is(arguments: list[str], status: int, words: str) -> None:
+    outcome = call_tool("bench", "--weights", "demo", *arguments)
+    assert outcome.status == status
+    assert words in outcome.error_line
+
+
+@pytest.mark.parametrize("what", [[], ["--process"]])
+def test_weights_that_do_not_run(tiny_bundle: Path, tmp_path: Path, what: list[str]) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (folder / DECODE_STEP_FILE).write_bytes(b"no graph")
+    outcome = call_tool("bench", "--weights", folder, *what, "--threads", "1")
+    assert outcome.status == ExitStatus.NO_WEIGHTS
+    assert str(folder) in outcome.error_line
+
+
+def test_two_folders_of_one_name(tmp_path: Path) -> None:
+    bundles = [load_bundle(Path(shutil.copytree(DEMO_FOLDER, tmp_path / place / "demo"))) for place in ("a", "b")]
+    names = [side.name for side in sides_of(bundles[0], bundles)]
+    assert len(set(names)) == len(names) == 4
 
 
 def test_the_arithmetic_is_that_of_the_matrices(tiny_reference: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from mossnano_stdio import __version__, cli, errors
+from mossnano_stdio.bundle import DEMO_FOLDER
 from mossnano_stdio.cli import VERBS
 from mossnano_stdio.errors import ExitStatus, MossnanoError, Terminated, exit_status_of
 from tests.tool import COMMAND, call_tool, run_tool
@@ -152,3 +154,13 @@ def test_a_tool_can_be_run_in_any_thread() -> None:
 def test_the_verdict_is_given_without_a_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     assert exit_status_of(errors.UsageError("why"), "x") == ExitStatus.USAGE
+
+
+def test_a_name_that_is_no_text_comes_out_as_it_is(tmp_path: Path) -> None:
+    """Even where stdout is strict, as it is in most places. (onnxruntime opens no such files, which is then said.)"""
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    shutil.copytree(DEMO_FOLDER, os.fsdecode(folder))
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([COMMAND, "check", folder], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (ExitStatus.NO_WEIGHTS, b"")
+    assert done.stdout.startswith(folder + b": ")

@@ -142,3 +142,19 @@ def test_closed_standard_streams_are_named(closed: str, word: bytes) -> None:
     run = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, COPY], capture_output=True)
     assert run.returncode == ExitStatus.USAGE
     assert word in run.stderr
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)
+    with open_output(path) as file:
+        file.write(b"all of it")
+    assert path.read_bytes() == b"all of it"
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_error_names_what_was_to_be_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"cannot write x\.wav there: No such file"),
+        open_output(tmp_path / "no/x.wav"),
+    ):
+        pass

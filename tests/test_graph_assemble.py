@@ -233,7 +233,15 @@ def test_an_encoder_that_departs_is_not_kept(
     outcome = call_tool("build", "--from-bundle", tiny_bundle, tmp_path / "out")
     assert outcome.status == ExitStatus.CHECK_FAILED
     assert contract.ENCODE_FILE in outcome.error_line
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_way_of_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / SIDECAR_NAME).mkdir(parents=True)
+    outcome = call_tool("build", "--from-bundle", tiny_bundle, tmp_path / "out")
+    assert outcome.status == ExitStatus.OUTPUT_FAILED
+    assert f"{tmp_path / 'out' / SIDECAR_NAME}: cannot be written: Is a directory (EISDIR)" in outcome.error_line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [SIDECAR_NAME]
 
 
 def test_standin_tool(tmp_path: Path) -> None:

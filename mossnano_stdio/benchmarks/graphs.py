@@ -12,7 +12,6 @@ Rules of this room:
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from mossnano_stdio.benchmarks.measured import Measured, measured
 from mossnano_stdio.bundle import Bundle
+from mossnano_stdio.errors import UsageError
 
 WORKER: Final = Path(__file__).with_name("worker.py")
 UTTERANCE_SECONDS: Final = (0.08, 1, 3, 10)  # the first is one frame of nano: the first audio of a stream
@@ -56,7 +57,11 @@ def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
         sides.append(Side("fast graph", "fast", bundle.folder))
     for other in against:
         kind = "fast" if other.has_graph("fast") else "official"
-        sides.append(Side(f"{other.folder.name}, {kind}", kind, other.folder))
+        taken = {side.name for side in sides}
+        names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}, {kind}") not in taken]
+        if not names:
+            raise UsageError(f"{other.folder} is to be measured twice; name it once")
+        sides.append(Side(names[0], kind, other.folder))
     return sides
 
 
@@ -160,24 +165,17 @@ class GraphBench:
     def _worker(self, side: Side, threads: int) -> Iterator[_Worker]:
         numbers = map(str, (threads, self._fill_frames, self._bundle.format.codebook_size))
         command = [sys.executable, str(WORKER), side.kind, str(side.folder), *numbers]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-            try:
-                yield _Worker(child)
-            finally:
-                child.kill()
+        with measured(command, side.folder) as process:
+            yield _Worker(process)
 
 
 class _Worker:
-    def __init__(self, child: subprocess.Popen[str]) -> None:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        self._stdin, self._stdout = child.stdin, child.stdout
-        self.facts: dict[str, float] = json.loads(self._stdout.readline())
+    def __init__(self, process: Measured) -> None:
+        self._process = process
+        self.facts = process.facts
 
     def ask(self, what: str, **details: int) -> Any:
-        self._stdin.write(json.dumps({"do": what, **details}) + "\n")
-        self._stdin.flush()
-        return json.loads(self._stdout.readline())
+        return self._process.ask(json.dumps({"do": what, **details}))
 
 
 def _frames_to_fill(bundle: Bundle) -> int:

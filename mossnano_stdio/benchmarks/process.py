@@ -9,7 +9,6 @@ Rules of this room:
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from mossnano_stdio.benchmarks.measured import Measured, ended, measured
 from mossnano_stdio.bits import pack_frames
 from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, parse_json
@@ -160,32 +160,26 @@ def _measure_overhead(folder: Path, threads: int, chunk_frames: int, frames: int
 
 
 class _BareLoop:
-    def __init__(self, child: subprocess.Popen[str]) -> None:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        self._stdin, self._stdout = child.stdin, child.stdout
-        self.facts: dict[str, float] = json.loads(self._stdout.readline())
+    def __init__(self, process: Measured) -> None:
+        self._process = process
+        self.facts = process.facts
 
     def run(self, frames: int, chunk_frames: int) -> float:
         """The seconds that so many frames took."""
-        self._stdin.write(f"{frames} {chunk_frames}\n")
-        self._stdin.flush()
-        return float(self._stdout.readline())
+        return float(self._process.ask(f"{frames} {chunk_frames}"))
 
 
 @contextmanager
 def _bare_loop(folder: Path, threads: int) -> Iterator[_BareLoop]:
-    command = [sys.executable, "-c", _BARE_LOOP, str(folder), str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        yield _BareLoop(child)
-        assert child.stdin is not None
-        child.stdin.close()
+    with measured([sys.executable, "-c", _BARE_LOOP, str(folder), str(threads)], folder) as process:
+        yield _BareLoop(process)
 
 
 class _Talk:
     """A conversation with the process, on bare descriptors: the client should cost as little as it can."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    def __init__(self, child: subprocess.Popen[bytes], folder: Path) -> None:
+        self._folder = folder
         assert child.stdin is not None
         assert child.stdout is not None
         self._stdin_fd, self._stdout_fd = child.stdin.fileno(), child.stdout.fileno()
@@ -205,7 +199,7 @@ class _Talk:
         """Wait for the next bytes."""
         data = os.read(self._stdout_fd, READ_BYTES)
         if not data:
-            raise EOFError("the process ended")
+            raise ended(self._folder)
         self._messages.extend(self._reader.feed(data))
 
     def until(self, kind: Kind) -> Message:
@@ -223,7 +217,7 @@ def _talk(folder: Path, threads: int, chunk_frames: int) -> Iterator[_Talk]:
     command = [sys.executable, "-m", "mossnano_stdio", "--weights", str(folder)]
     command += ["--threads", str(threads), "--chunk-frames", str(chunk_frames)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
-        yield _Talk(child)
+        yield _Talk(child, folder)
         assert child.stdin is not None
         child.stdin.close()
         assert child.stdout is not None

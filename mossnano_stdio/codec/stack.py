@@ -59,9 +59,8 @@ class Stack:
     ) -> None:
         """`inputs` and `outputs`: what the graph has beside its transformers."""
         if engine.provider != "cpu":
-            raise UsageError(
-                f"{graph.path}: runs on provider 'cpu' only; `--graph official` runs on {engine.provider!r}"
-            )
+            other = f"; `--graph official` runs on {engine.provider!r}" if graph.name == "fast" else ""
+            raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
         support = attention_support()
         if support == "none":
             raise UnfitRuntimeError(f"{graph.path}: {_unfit_runtime()}")

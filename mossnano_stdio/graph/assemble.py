@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,18 +116,31 @@ def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> 
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to build in, whose files are moved into `folder` at the end and are gone where something failed."""
     stage = None
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
         yield stage
-        for path in sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME):
-            path.replace(folder / path.name)
+        _move(stage, folder)
+        made.clear()  # it stays
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror} ({name})") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _move(stage: Path, folder: Path) -> None:
+    paths = sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME)
+    for target in (folder / path.name for path in paths):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    for path in paths:
+        path.replace(folder / path.name)
 
 
 def _try(source: Bundle, built: Bundle) -> None:

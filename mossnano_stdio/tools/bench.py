@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from mossnano_stdio.errors import ExitStatus, UsageError
+from mossnano_stdio.errors import BundleError, ExitStatus, UsageError
+from mossnano_stdio.files import STANDARD_STREAM, open_output
 from mossnano_stdio.options import whole_number
 
 if TYPE_CHECKING:
@@ -50,21 +52,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    figures = _measured(args)
-    if args.json:
-        print(json.dumps(figures, indent=1))
-    else:
-        print("\n".join(_tables(figures)))
-    if args.plot:
-        _plot(figures, Path(args.plot))
+    with _opened_picture(args) as maybe_picture:
+        figures = _measured(args)
+        if args.json:
+            print(json.dumps(figures, indent=1))
+        else:
+            print("\n".join(_tables(figures)))
+        if maybe_picture is not None:
+            _plot(figures, maybe_picture)
     return ExitStatus.DONE
+
+
+@contextmanager
+def _opened_picture(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
+    """Where the picture goes: what is wrong with that should not come out after minutes of measuring."""
+    if args.plot is None:
+        yield None
+        return
+    if args.process or args.encode or args.bits:
+        raise UsageError("--plot draws the steps of graphs; leave --process, --encode and --bits out")
+    if args.plot == STANDARD_STREAM:
+        raise UsageError("--plot takes a file: stdout has the figures")
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'mossnano-stdio[plot]'")
+    with open_output(args.plot) as file:
+        yield file
 
 
 def _measured(args: argparse.Namespace) -> dict[str, Any]:
     from mossnano_stdio.benchmarks.packing import bits_figures
 
-    if args.plot and (args.process or args.encode or args.bits):
-        raise UsageError("--plot draws the steps of graphs; leave --process, --encode and --bits out")
     if args.bits:
         return {"bits": bits_figures()}
     from mossnano_stdio.bundle import find_weights, load_bundle
@@ -102,6 +119,8 @@ def _measure_graphs(bundle: Bundle, against: Sequence[Bundle], args: argparse.Na
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
     from mossnano_stdio.benchmarks.graphs import GraphBench, Side
 
+    if not bundle.has_graph("encode_step"):
+        raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
     sides = [Side("decoding", "fast" if bundle.has_graph("fast") else "official", bundle.folder)]
     sides.append(Side("encoding", "encode", bundle.folder))
     bench = GraphBench(bundle, sides, args.turns, _progress)
@@ -192,11 +211,9 @@ def _limit_rows(found: Mapping[str, Any]) -> list[str]:
     return rows
 
 
-def _plot(figures: Mapping[str, Any], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'mossnano-stdio[plot]'") from None
+def _plot(figures: Mapping[str, Any], picture: BinaryIO) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6 * len(figures["threads"]), 4.5), layout="constrained")
     for number, (threads, found) in enumerate(figures["threads"].items()):
         axes = figure.add_subplot(1, len(figures["threads"]), number + 1)
@@ -208,7 +225,7 @@ def _plot(figures: Mapping[str, Any], path: Path) -> None:
             title=f"{threads} threads, caches full", xlabel="frames per step", ylabel="ms per frame", ylim=(0, None)
         )
         axes.legend()
-    figure.savefig(path)
+    figure.savefig(picture, format="png")
 
 
 def _progress(line: str) -> None:

@@ -24,6 +24,7 @@ from mossnano_stdio.codec import EncoderRuntime, GraphName, Runtime, UnfitRuntim
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.facts import as_json
 from mossnano_stdio.layout import CodecFormat, Codes
+from mossnano_stdio.options import add_engine_arguments
 from mossnano_stdio.pcm import FULL_SCALE
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", nargs="?", metavar="WEIGHTS", help=f"a weights folder, or {DEMO!r}")
-    parser.add_argument("--threads", type=int, metavar="N", help="of one decode step (4, or the CPUs we may use)")
-    parser.add_argument("--provider", default="cpu", metavar="P", help="where the graphs run (default: %(default)s)")
+    add_engine_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
