@@ -50,7 +50,6 @@ from mossnano_stdio.shapes import (
     normalised_codes,
     normalised_wave,
     sample_range,
-    warm_up_frames,
 )
 
 if TYPE_CHECKING:
@@ -271,7 +270,7 @@ class Codec:
         first_frame = samples.start // self.frame_samples
         end_frame = math.ceil(samples.stop / self.frame_samples)
         decoder = self._runtime.new_decoder()
-        seek(decoder, frames, first_frame, self._maybe_warm_up_frames(warm_up))
+        seek(decoder, frames, first_frame, maybe_warm_up_frames(self._runtime, warm_up))
         audio = self._decoded(decoder, frames[first_frame:end_frame], STEP_FRAMES)
         skipped = samples.start - first_frame * self.frame_samples
         return audio[:, skipped : skipped + len(samples)]
@@ -405,11 +404,6 @@ class Codec:
                 f"chunk_duration is {chunk_duration}, allowed are multiples of a frame, {self._seconds(1)} seconds"
             )
         return samples // self.frame_samples
-
-    def _maybe_warm_up_frames(self, warm_up: float | None) -> int | None:
-        if warm_up is None:
-            return maybe_warm_up_frames(self._runtime)
-        return warm_up_frames(warm_up, self.format.frames_per_second)
 
     def _seconds(self, frames: int) -> float:
         return frames * self.frame_samples / self.sample_rate

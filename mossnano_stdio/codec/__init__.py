@@ -18,6 +18,7 @@ from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.recorder import Encoder
 from mossnano_stdio.renderer import Decoder
+from mossnano_stdio.shapes import warm_up_frames
 
 if TYPE_CHECKING:
     from mossnano_stdio.codec.encoder import FullEncoder as FullEncoder
@@ -135,21 +136,24 @@ def load_runtime(
     return OfficialRuntime(bundle, engine)
 
 
-def maybe_warm_up_frames(runtime: Runtime) -> int | None:
-    """How many frames before a place have to be decoded to lose nothing that could be heard there. None: all of them.
+def maybe_warm_up_frames(runtime: Runtime, maybe_seconds: float | None = None) -> int | None:
+    """How many frames before a place are decoded for what they leave behind: as many as are asked for, or else as have
+    to be, to lose nothing that could be heard there. None: all of them.
 
     Each layer looks back from where the one after it does, so it is the sum of what all look back. The demo is no such
     model: its tones go on from where they were, since the start.
     """
+    if maybe_seconds is not None:
+        return warm_up_frames(maybe_seconds, runtime.format.frames_per_second)
     return None if runtime.bundle.demo else sum(runtime.layer_context_frames)
 
 
-def seek(decoder: StreamDecoder, codes: Codes, start_frame: int, warm_up_frames: int | None) -> None:
-    """Bring a decoder to `start_frame` of a stream by decoding only the last `warm_up_frames` before it (None: all).
+def seek(decoder: StreamDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:
+    """Bring a decoder to `start_frame` of a stream by decoding the `maybe_warm_up` frames before it, or all (None).
 
     What lies further back is missing from the caches.
     """
-    begin = 0 if warm_up_frames is None else max(0, start_frame - warm_up_frames)
+    begin = 0 if maybe_warm_up is None else max(0, start_frame - maybe_warm_up)
     decoder.reset(begin)
     for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
         decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])

@@ -32,7 +32,7 @@ from mossnano_stdio.options import add_chunk_arguments, add_decoder_arguments, c
 from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.renderer import Decoder, Renderer
 from mossnano_stdio.schedule import Fixed, Schedule
-from mossnano_stdio.shapes import sample_range, warm_up_frames
+from mossnano_stdio.shapes import sample_range
 
 if TYPE_CHECKING:
     from mossnano_stdio.bundle import Bundle
@@ -153,7 +153,7 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
     """All of the artifact, or what --start and --duration leave of it, with the decoder brought there."""
     if args.start is None and args.duration is None:
         return _Part(artifact.codes, 0, artifact.original_samples)
-    from mossnano_stdio.codec import seek
+    from mossnano_stdio.codec import maybe_warm_up_frames, seek
 
     assert loaded.maybe_stream is not None  # see _check_flags
     runtime, decoder = loaded.maybe_stream
@@ -164,17 +164,9 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
         raise UsageError(str(error)) from None
     first_frame = samples.start // codec_format.frame_samples
     end_frame = -(-samples.stop // codec_format.frame_samples)
-    seek(decoder, artifact.codes, first_frame, _maybe_warm_up_frames(args, runtime))
+    seek(decoder, artifact.codes, first_frame, maybe_warm_up_frames(runtime, args.warm_up))
     skipped_samples = samples.start - first_frame * codec_format.frame_samples
     return _Part(artifact.codes[first_frame:end_frame], skipped_samples, len(samples))
-
-
-def _maybe_warm_up_frames(args: argparse.Namespace, runtime: Runtime) -> int | None:
-    from mossnano_stdio.codec import maybe_warm_up_frames
-
-    if args.warm_up is None:
-        return maybe_warm_up_frames(runtime)
-    return warm_up_frames(args.warm_up, runtime.format.frames_per_second)
 
 
 # --- sound --------------------------------------------------------------------------------------------------------
