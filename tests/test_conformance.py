@@ -206,6 +206,11 @@ def test_our_process_passes_with_fixed_chunks() -> None:
     assert what_went_wrong(try_on(double({}, "--chunk-frames", "4"), cases)) == []
 
 
+def test_our_process_passes_where_messages_may_be_longer_than_answers() -> None:
+    (verdict,) = try_on(double({}, "--max-message-bytes", "2000000"), [CASE_NAMED["framing-longest-message"]])
+    assert (verdict.status, verdict.seen) == (Status.PASSED, "")
+
+
 def test_an_implementation_that_shares_nothing_with_ours_passes_in_every_case() -> None:
     verdicts = try_on(OTHER_PEER)
     assert what_went_wrong(verdicts) == []

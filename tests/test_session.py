@@ -16,7 +16,7 @@ from mossnano_stdio.protocol import Kind, Message, json_message
 from mossnano_stdio.renderer import Renderer
 from mossnano_stdio.schedule import Fixed, Ramp, Schedule
 from mossnano_stdio.session import DECODING, DecodeSession, State
-from mossnano_stdio.session.conversation import MAX_AUDIO_BYTES
+from mossnano_stdio.session.conversation import MAX_AUDIO_BYTES, MAX_SENT_BYTES
 from tests.doubles import (
     NANO,
     SMALL,
@@ -195,6 +195,21 @@ def test_a_ping_comes_back_after_all_that_was_due() -> None:
     list(talk.session.handle(tokens(FRAMES)))
     assert outline(talk.say(PING)) == ["AUDIO"] * 3 + ["PING"]
     assert talk.say(PING) == [PING]
+
+
+def test_a_ping_is_echoed_only_where_the_echo_may_be_sent() -> None:
+    longest = Message(Kind.PING, bytes(MAX_SENT_BYTES))
+    talk = Conversation()
+    assert talk.say(longest) == [longest]
+    too_long = Message(Kind.PING, bytes(MAX_SENT_BYTES + 1))
+    (refusal,) = talk.say(too_long)
+    assert fields(refusal) == {
+        "code": "bad_payload",
+        "message": "a PING of 1048576 bytes is too long to be echoed: 1048575 bytes of payload are allowed",
+        "stream": None,
+        "fatal": False,
+    }
+    assert outline(talk.say(tokens(FRAMES[:1]), too_long, END)) == ["AUDIO", "bad_payload", "END 0"]
 
 
 def test_a_ping_does_not_hurry_a_fixed_chunk() -> None:

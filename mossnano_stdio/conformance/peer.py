@@ -103,10 +103,6 @@ class Peer:
         """How many bytes of a message that is not whole have come."""
         return self._messages.incomplete_bytes
 
-    def expect_longer_messages(self, message_bytes: int) -> None:
-        """PINGs come back as long as they were sent."""
-        self._messages = MessageReader(max(message_bytes, MAX_MESSAGE_BYTES) + 1)
-
     @property
     def pipe_bytes(self) -> int:
         """How much the child can write that nobody reads."""

@@ -23,7 +23,8 @@ from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat, frame_bytes
 from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, Message, json_message, kind_name, parse_json
 from mossnano_stdio.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Fixed, Ramp, Schedule
 
-MAX_AUDIO_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of one AUDIO payload, whatever the chunk: a reader like ours takes it
+MAX_SENT_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of any payload of ours: a reader like ours takes it
+MAX_AUDIO_BYTES: Final = MAX_SENT_BYTES  # of one AUDIO payload, whatever the chunk
 ERROR_CHARACTERS: Final = 2000  # of what is said of an error: a peer's text in it could be as long as a message
 REPEATED_CHARACTERS: Final = 1000  # of a peer's text that goes back to it
 
@@ -242,6 +243,14 @@ class Conversation(ABC):
         yield from ()
 
     def _echo(self, message: Message) -> Answers:
+        if len(message.payload) > MAX_SENT_BYTES:  # whatever --max-message-bytes lets in
+            yield self._error(
+                PayloadError(
+                    f"a PING of {len(message.payload)} bytes is too long to be echoed: "
+                    f"{MAX_SENT_BYTES} bytes of payload are allowed"
+                )
+            )
+            return
         yield Message(Kind.PING, message.payload)
 
     def _finish(self, message: Message) -> Answers:

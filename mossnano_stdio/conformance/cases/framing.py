@@ -9,7 +9,7 @@ from typing import Final
 from mossnano_stdio.conformance.peer import DepartureError
 from mossnano_stdio.conformance.talk import END, Talk, expect_equal_pcm, not_applicable
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.protocol import Kind, Message, encode_message
+from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, Message, encode_message
 
 _BETWEEN_BYTES_SECONDS: Final = 0.001  # so that the peer reads them one by one
 _LARGEST_TRIED_BYTES: Final = 1 << 26
@@ -44,12 +44,15 @@ def answers_before_more_input_comes(talk: Talk) -> None:
 
 
 def longest_message(talk: Talk) -> None:
-    """A message of max_message_bytes is taken."""
+    """A message of max_message_bytes is taken; a PING whose echo would be above 1 MiB is a bad_payload."""
     longest = _max_message_bytes(talk)
-    talk.peer.expect_longer_messages(longest)
     payload = bytes(index % 251 for index in range(longest - 1))
     talk.say(Message(Kind.PING, payload))
-    talk.expect_ping(payload, f"the echo of a PING of {longest} bytes, kind and payload")
+    if longest > MAX_MESSAGE_BYTES:
+        talk.expect_error("bad_payload")
+        talk.expect_nothing("a PING that is too long to be echoed")
+    else:
+        talk.expect_ping(payload, f"the echo of a PING of {longest} bytes, kind and payload")
 
 
 def length_above_the_longest(talk: Talk) -> None:
