@@ -126,6 +126,18 @@ def number_above_zero(most: float) -> Callable[[str], float]:
     return parse
 
 
+def any_number(text: str) -> float:
+    """An argument that is a number of any size. NaN is none: as a limit it would hold nothing, or everything.
+
+    >>> any_number("-1.5")
+    -1.5
+    """
+    number = _number(text)
+    if math.isnan(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number is allowed")
+    return number
+
+
 def _prebuffer_ms(text: str) -> float:
     return math.inf if text == "all" else _milliseconds(text)
 

@@ -26,6 +26,7 @@ from mossnano_stdio.comparison import Comparison, Join, compare_recordings
 from mossnano_stdio.errors import CheckFailedError, ExitStatus, InputError, UsageError
 from mossnano_stdio.facts import as_json, as_table
 from mossnano_stdio.files import open_input, open_output
+from mossnano_stdio.options import any_number
 from mossnano_stdio.pcm import Recording, pcm16_samples, read_audio
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frame-samples", type=int, default=3840, metavar="N", help="samples in a frame (default: 3840)"
     )
-    parser.add_argument("--max-error", type=float, metavar="STEPS", help="the largest error that is allowed")
-    parser.add_argument("--min-snr", type=float, metavar="DB", help="the least signal-to-noise ratio that is allowed")
+    parser.add_argument("--max-error", type=any_number, metavar="STEPS", help="the largest error that is allowed")
+    parser.add_argument(
+        "--min-snr", type=any_number, metavar="DB", help="the least signal-to-noise ratio that is allowed"
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="draw both waveforms, the error and the joins")
     parser.add_argument("--sample-rate", type=int, default=48000, metavar="HZ", help="of raw PCM (default: 48000)")
     parser.add_argument("--channels", type=int, default=2, metavar="N", help="of raw PCM (default: 2)")
