@@ -67,6 +67,7 @@ def _run_tool(verb: str, words: list[str]) -> int:
         prog=f"mossnano {verb}",
         description=tool.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     tool.add_arguments(parser)
     status: int = tool.run(parser.parse_args(words))
@@ -102,6 +103,7 @@ def _top_parser() -> argparse.ArgumentParser:
         + "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
         + "\n\n`mossnano VERB --help` explains each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mossnano {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")

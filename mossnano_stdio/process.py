@@ -312,6 +312,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Decode framed codec tokens from stdin to PCM on stdout. protocol.md says how to talk to it.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     add_decoder_arguments(parser)

@@ -42,6 +42,12 @@ def test_a_wrong_command_line_is_2(arguments: list[str]) -> None:
     assert "usage: mossnano" in outcome.err
 
 
+@pytest.mark.parametrize("arguments", [["--vers"], ["info", "--js", "x"], ["compare", "--min", "1", "x", "y"]])
+def test_options_are_written_out(arguments: list[str]) -> None:
+    """What is short today may mean two things tomorrow."""
+    assert call_tool(*arguments).status == ExitStatus.USAGE
+
+
 def ending_of(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     """What becomes of a tool that ends with `error`."""
 

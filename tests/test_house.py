@@ -232,6 +232,21 @@ def _packages_of(source: Source) -> list[str]:
     ]
 
 
+def test_no_parser_takes_options_that_are_cut_short() -> None:
+    wrong = []
+    for source in sources():
+        for node in ast.walk(source.tree):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="ArgumentParser" | "add_parser"), keywords=keywords):
+                    if not any(word.arg == "allow_abbrev" and _is_false(word.value) for word in keywords):
+                        wrong.append(f"{source.name}:{node.lineno}")
+    assert not wrong
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
 def test_names_say_something() -> None:
     wrong = []
     for source in sources():

@@ -216,6 +216,8 @@ def test_missing_weights_are_an_error_in_place_of_the_handshake(tmp_path: Path) 
         ["--threads", "0"],
         ["--output", "mp3"],
         ["--no-such-flag"],
+        ["--chunk-f", "1"],  # what is short today may mean two things tomorrow
+        ["--volume", "nan", "--play"],
     ],
 )
 def test_a_wrong_command_line_is_refused_with_nothing_on_stdout(arguments: list[str]) -> None:
