@@ -69,6 +69,9 @@ def chosen_schedule(
     return Ramp(ramp_max_frames)
 
 
+PLAYER_OPTIONS: Final = ("device", "prebuffer_ms", "latency", "volume")  # what add_player_arguments adds
+
+
 def add_player_arguments(parser: Arguments) -> None:
     """What is played on, and how far ahead."""
     parser.add_argument("--device", metavar="D", help="its index, or a part of its name that no other has")

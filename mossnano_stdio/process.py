@@ -29,6 +29,7 @@ from mossnano_stdio.layout import CodecFormat
 from mossnano_stdio.logs import LEVELS, log, start_logging, write_stderr
 from mossnano_stdio.metrics import Durations, StepTimes, TimedDecoder, TimedEncoder, peak_resident_bytes
 from mossnano_stdio.options import (
+    PLAYER_OPTIONS,
     add_chunk_arguments,
     add_decoder_arguments,
     add_player_arguments,
@@ -343,7 +344,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stats", action="store_true", help="one line of JSON on stderr at the end (always on SIGUSR1)"
     )
-    options = parser.parse_args(arguments)
+    # argparse leaves alone what it finds set, so None says that a flag was not given, whatever its default is.
+    options = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(PLAYER_OPTIONS)))
+    for name in PLAYER_OPTIONS:
+        if getattr(options, name) is None:
+            setattr(options, name, parser.get_default(name))
+        elif not options.play:
+            parser.error(f"--{name.replace('_', '-')} is for the sound card, which is used with --play only: add that")
     if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
         parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
     return options

@@ -225,6 +225,17 @@ def test_a_wrong_command_line_is_refused_with_nothing_on_stdout(arguments: list[
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--device", "x"], ["--prebuffer-ms", "160"], ["--latency", "low"], ["--volume", "1"]]
+)
+@pytest.mark.parametrize("other", [[], ["--encode"]])
+def test_a_flag_for_the_sound_card_needs_play(arguments: list[str], other: list[str]) -> None:
+    """Its default too: who gives it wants to hear something."""
+    done = run([*PROCESS, "--weights", "demo", *arguments, *other])
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"{arguments[0]} is for the sound card, which is used with --play only: add that".encode() in done.stderr
+
+
 def test_messages_longer_than_max_message_bytes_are_refused() -> None:
     assert run(double({}, "--max-message-bytes", str(len(TOKENS.payload))), STREAM).returncode == 76
     assert run(double({}, "--max-message-bytes", str(len(TOKENS.payload) + 1)), STREAM).returncode == 0
