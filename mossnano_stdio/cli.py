@@ -3,6 +3,7 @@
 Rules of this room:
 
 - A tool is a module with `add_arguments(parser)` and `run(args) -> int`; its page of help is its docstring.
+- `python -m mossnano_stdio.cli` is `mossnano`, where no script is on the PATH; `python -m mossnano_stdio` is the process.
 - `mossnano --help` imports no tool, so neither numpy nor onnxruntime nor sounddevice.
 - Whatever ends a tool ends it here: an error of ours is one line on stderr and its own exit status, Ctrl-C and
   SIGTERM unwind it and are 130 and 143.
@@ -108,3 +109,7 @@ def _top_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mossnano {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,6 +30,19 @@ def test_help_names_every_verb() -> None:
         assert all(f"  {verb} " in page and summary in page for verb, summary in VERBS.items())
 
 
+def test_it_runs_by_module_too(tmp_path: Path) -> None:
+    def by_module(*arguments: str) -> tuple[int, bytes, bytes]:
+        done = subprocess.run(
+            [sys.executable, "-m", "mossnano_stdio.cli", *arguments], capture_output=True, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    assert by_module("--version") == (0, f"mossnano {__version__}\n".encode(), b"")
+    assert by_module("clients") == (0, run_tool("clients").out, b"")
+    missing = f"mossnano unpack: error: No such file or directory: {tmp_path / 'x'}\n".encode()
+    assert by_module("unpack", str(tmp_path / "x"), "-", "--form", "json") == (ExitStatus.NO_WEIGHTS, b"", missing)
+
+
 def test_version() -> None:
     assert run_tool("--version").out.decode() == f"mossnano {__version__}\n"
 
