@@ -3,7 +3,7 @@
 Rules of this room:
 
 - A tool is a module with `add_arguments(parser)` and `run(args) -> int`; its page of help is its docstring.
-- `python -m mossnano_stdio.cli` is `mossnano`, where no script is on the PATH; `python -m mossnano_stdio` is the process.
+- `python -m mossnano_stdio.cli` is `mossnano`, and `python -m mossnano_stdio` is the process.
 - `mossnano --help` imports no tool, so neither numpy nor onnxruntime nor sounddevice.
 - Whatever ends a tool ends it here: an error of ours is one line on stderr and its own exit status, Ctrl-C and
   SIGTERM unwind it and are 130 and 143.
@@ -41,6 +41,7 @@ VERBS = {
     "standin": "a seeded random model in the true shape, for tests",
     "bench": "measure it, side by side with the official loop",
     "clients": "list or copy the clients for other languages",
+    "protocol": "print protocol.md, the whole protocol",
     "conformance": "hold any implementation against protocol.md",
 }
 
