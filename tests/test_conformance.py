@@ -257,6 +257,24 @@ def test_who_says_no_handshake_is_asked_nothing_more() -> None:
     assert verdict.seen == "the end of the output, status 1, stderr: no weights"
 
 
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ("while True: print('y')", "messages on stdout and nothing else"),
+        ("print('\\x0b\\0\\0\\0\\0no object!', end='', flush=True); input()", "HANDSHAKE with a JSON object"),
+        (
+            "print('\\x03\\0\\0\\0\\0{}', end='', flush=True); input()",
+            "a HANDSHAKE whose sample_rate is a number above 0",
+        ),
+    ],
+    ids=["no messages", "no JSON", "no numbers"],
+)
+def test_who_says_no_handshake_of_use_is_asked_nothing_more(says: str, expected: str) -> None:
+    """Or the same failure would come once for each case."""
+    (verdict,) = try_on([sys.executable, "-c", says])
+    assert verdict.expected == expected
+
+
 def test_what_a_child_starts_ends_with_it() -> None:
     spawner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     (verdict,) = try_cases(CASES, [sys.executable, "-c", spawner], start_seconds=1, case_seconds=1, jobs=1)
@@ -305,6 +323,36 @@ def test_the_tool_says_why_a_case_is_not_applicable() -> None:
         "0 passed, 0 failed, 1 not applicable",
     ]
     assert outcome.status == ExitStatus.DONE
+
+
+def sleeper_before(seconds: float, *command: str) -> list[str]:
+    """A child that lets us wait, then is another."""
+    return [sys.executable, "-c", f"import os, time; time.sleep({seconds}); os.execv(*{(command[0], command)})"]
+
+
+def test_the_tool_says_that_it_waits_for_the_handshake_and_tries_one_case_only() -> None:
+    outcome = conformance("--start-timeout", "3.5", "--", *sleeper_before(60, "/bin/cat"))
+    assert outcome.status == ExitStatus.CHECK_FAILED
+    assert outcome.error_line == "waiting for the HANDSHAKE, 1.5 s more at the most (--start-timeout)"
+    lines = outcome.out.decode().splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["FAIL", "promise", "expected", "seen"]
+    assert lines[-1] == f"0 passed, 1 failed, 0 not applicable, {len(CASES) - 1} not tried"
+
+
+def test_the_tool_is_patient_with_who_starts_slowly_and_says_so_once() -> None:
+    names = ("streams-may-be-sent-ahead", "streams-end-may-hold-json")
+    chosen = [word for name in names for word in ("--case", name)]
+    outcome = conformance(*chosen, "--", *sleeper_before(2.5, *OTHER_PEER))
+    assert outcome.out.decode().splitlines()[-1] == "2 passed, 0 failed, 0 not applicable"
+    assert outcome.error_line == "waiting for the HANDSHAKE, 58 s more at the most (--start-timeout)"
+
+
+def test_the_tool_does_not_wait_for_a_handshake_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the case takes then."""
+    monkeypatch.setattr("mossnano_stdio.conformance.table.QUIET_SECONDS", 3.0)
+    broken = [*OTHER_PEER, "no length is too large"]
+    outcome = conformance("--case", "framing-length-above-the-longest", "--timeout", "4", "--", *broken)
+    assert (outcome.status, outcome.err) == (ExitStatus.CHECK_FAILED, "")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
@@ -25,6 +27,8 @@ from mossnano_stdio.conformance.cases import (
 from mossnano_stdio.conformance.peer import DepartureError, NotApplicableError, Peer
 from mossnano_stdio.conformance.talk import Talk, describe, fields_of
 from mossnano_stdio.protocol import Kind
+
+QUIET_SECONDS: Final = 2.0  # so long a first child may load in silence, then people want to know what is waited for
 
 ROOMS: Final[tuple[ModuleType, ...]] = (
     handshakes,
@@ -66,11 +70,11 @@ class Verdict:
     seconds: float
     expected: str = ""
     seen: str = ""
-    is_mute: bool = False  # there was no HANDSHAKE
+    is_mute: bool = False  # there was no HANDSHAKE that a conversation could begin with
 
 
 class _MuteError(DepartureError):
-    """The first message is no HANDSHAKE."""
+    """There is no HANDSHAKE, or none that says what the cases have to know."""
 
 
 def _cases_in(room: ModuleType) -> Iterator[Case]:
@@ -86,25 +90,51 @@ CASES: Final[tuple[Case, ...]] = tuple(case for room in ROOMS for case in _cases
 
 
 def try_cases(
-    cases: Sequence[Case], command: Sequence[str], *, start_seconds: float, case_seconds: float, jobs: int
+    cases: Sequence[Case],
+    command: Sequence[str],
+    *,
+    start_seconds: float,
+    case_seconds: float,
+    jobs: int,
+    on_wait: Callable[[float], None] = lambda seconds_left: None,
 ) -> Iterator[Verdict]:
     """Each case with a child of its own, `jobs` of them at a time; the verdicts in the order of the cases.
 
     A child gets `start_seconds` for its HANDSHAKE, and a case `case_seconds` from then on. Where the first child says
-    no HANDSHAKE, there is nobody to talk to, and no other case is tried.
+    none that is of use, every other case would end as the first did, and none is tried. `on_wait` is called once, with
+    the seconds that are left, where the first child lets us wait.
     """
 
     def try_one(case: Case) -> Verdict:
         return _try(case, command, start_seconds, case_seconds)
 
-    first = try_one(cases[0])
+    with _called_when_slow(on_wait, start_seconds) as stop_waiting:
+        first = _try(cases[0], command, start_seconds, case_seconds, stop_waiting)
     yield first
     if not first.is_mute:
         with ThreadPoolExecutor(jobs) as pool:
             yield from pool.map(try_one, cases[1:])
 
 
-def _try(case: Case, command: Sequence[str], start_seconds: float, case_seconds: float) -> Verdict:
+@contextmanager
+def _called_when_slow(on_wait: Callable[[float], None], start_seconds: float) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called once the wait is over."""
+    timer = threading.Timer(QUIET_SECONDS, on_wait, [start_seconds - QUIET_SECONDS])
+    if start_seconds > QUIET_SECONDS:
+        timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+
+
+def _try(
+    case: Case,
+    command: Sequence[str],
+    start_seconds: float,
+    case_seconds: float,
+    on_handshake: Callable[[], None] = lambda: None,
+) -> Verdict:
     started = time.monotonic()
     expected = seen = ""
     status = Status.PASSED
@@ -113,6 +143,7 @@ def _try(case: Case, command: Sequence[str], start_seconds: float, case_seconds:
         with Peer(command) as peer:
             peer.allow(start_seconds)
             talk = _begin(peer)
+            on_handshake()
             peer.allow(case_seconds)
             case.run(talk)
     except DepartureError as departure:
@@ -124,9 +155,12 @@ def _try(case: Case, command: Sequence[str], start_seconds: float, case_seconds:
 
 
 def _begin(peer: Peer) -> Talk:
-    maybe_message = peer.maybe_read()
-    if maybe_message is None:
-        raise _MuteError("HANDSHAKE as the first message", peer.describe_end())
-    if maybe_message.kind != Kind.HANDSHAKE:
-        raise _MuteError("HANDSHAKE as the first message", describe(maybe_message))
-    return Talk(peer, fields_of(maybe_message))
+    try:
+        maybe_message = peer.maybe_read()
+        if maybe_message is None:
+            raise DepartureError("HANDSHAKE as the first message", peer.describe_end())
+        if maybe_message.kind != Kind.HANDSHAKE:
+            raise DepartureError("HANDSHAKE as the first message", describe(maybe_message))
+        return Talk(peer, fields_of(maybe_message))
+    except DepartureError as departure:
+        raise _MuteError(departure.expected, departure.seen) from None

@@ -4,7 +4,8 @@
 
 COMMAND is started once for each case, talked to through its stdin and stdout, and judged by what it answers and how
 it ends. Sizes, quantizers and codebook are taken from its HANDSHAKE. A line for each case, and for each that fails
-what was expected and what was seen. The exit status is 1 where any failed.
+what was expected and what was seen. The exit status is 1 where any failed. Where the first case gets no HANDSHAKE,
+nothing else is tried.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -49,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("there is no COMMAND: mossnano conformance -- PROGRAM ARGUMENTS")
     counts: Counter[Status] = Counter()
     for verdict in try_cases(
-        cases, args.command, start_seconds=args.start_timeout, case_seconds=args.timeout, jobs=args.jobs
+        cases,
+        args.command,
+        start_seconds=args.start_timeout,
+        case_seconds=args.timeout,
+        jobs=args.jobs,
+        on_wait=_print_wait,
     ):
         counts[verdict.status] += 1
         _print_verdict(verdict, as_json=args.json)
@@ -74,6 +81,12 @@ def _chosen(maybe_names: Sequence[str] | None) -> Sequence[Case]:
 def _print_cases(cases: Sequence[Case], *, as_json: bool) -> None:
     for case in cases:
         print(json.dumps({"name": case.name, "promise": case.promise}) if as_json else f"{case.name}\n  {case.promise}")
+
+
+def _print_wait(seconds_left: float) -> None:
+    print(
+        f"waiting for the HANDSHAKE, {seconds_left:g} s more at the most (--start-timeout)", file=sys.stderr, flush=True
+    )
 
 
 def _print_verdict(verdict: Verdict, *, as_json: bool) -> None:
