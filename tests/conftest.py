@@ -1,19 +1,53 @@
-"""What several rooms' tests share: weights folders, and something to play on."""
+"""What several rooms' tests share: weights folders, something to play on, and how the suite behaves on any machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.sound import FileDevice, SoundServer
+
+# How long an example takes says what else the machine does, not whether the code is right.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
+
+# By what the reason of a skipped test says: how to get it to run.
+WAYS_TO_RUN_SKIPPED = {
+    r"gcc is not": "apt-get install gcc libc6-dev",
+    r"(mcs|mono) is not": "apt-get install mono-mcs mono-runtime",
+    r"node is not": "apt-get install nodejs",
+    r"libportaudio2": "apt-get install libportaudio2 libasound2",
+    r"pulseaudio|libasound2-plugins": "apt-get install pulseaudio pulseaudio-utils libasound2-plugins",
+    r"the extra|could not import": "pip install --editable '.[test]'",
+    r"two CPUs": "let it use two CPUs (see taskset)",
+    r"no git checkout": "run it in a git clone",
+}
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny"
 
 # Doctests are looked for in every module, which imports it; this one needs torch, which no test of the usual run does.
 collect_ignore = [] if find_spec("torch") else ["torch_export.py"]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that these lines come after pytest's own
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    yield
+    reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
+    if reasons:
+        terminalreporter.section("what was skipped, and how to get it")
+    for way, count in Counter(map(way_to_run, reasons)).most_common():
+        terminalreporter.write_line(f"{count} skipped: {way}")
+
+
+def way_to_run(reason: str) -> str:
+    """What to do about a skipped test; where nothing is known that would help, why it was skipped."""
+    return next((way for words, way in WAYS_TO_RUN_SKIPPED.items() if re.search(words, reason)), reason)
 
 
 @pytest.fixture(scope="session", autouse=True)

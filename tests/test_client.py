@@ -403,7 +403,7 @@ SCRIPTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(script=SCRIPTS)
 def test_whatever_is_done_what_is_heard_is_right(decoder: Face, script: list[tuple[str, int]]) -> None:
     """Each stream gives all of its PCM, or if it was cancelled a beginning of it, and never anything else."""

@@ -480,7 +480,7 @@ class Memory:
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(("context_tokens", "tokens_per_frame"), [(1, 1), (5, 2), (64, 1), (70, 3)])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     steps=st.lists(
         st.tuples(
