@@ -147,9 +147,11 @@ def _maybe_work(bundle: Bundle) -> _Work | None:
 
         decoder = extract_weights(bundle).decoder
         return _Work(2 * decoding_macs(decoder) / 1e6, bytes_per_step(decoder) / 1e6)
-    except (ImportError, MossnanoError) as error:
+    except ImportError as error:
+        _progress(f"no limit is computed, as {error.name} is not installed: pip install 'mossnano-stdio[build]'")
+    except MossnanoError as error:
         _progress(f"no limit is computed: {error}")
-        return None
+    return None
 
 
 def _limits(work: _Work, threads: int) -> dict[str, float]:
