@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
-import wave
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -311,6 +310,8 @@ def _next_block(soundfile: ModuleType, sound: Any, dtype: str, name: str, start:
 
 
 def _opened_by_wave(file: BinaryIO, name: str) -> _Opened:
+    import wave  # here, as nothing that decodes needs it
+
     with _wave_errors(name):
         sound = wave.open(file, "rb")  # noqa: SIM115 - closed where the last block was read
     sample_rate, channels, width_bytes = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
@@ -329,6 +330,8 @@ def _opened_by_wave(file: BinaryIO, name: str) -> _Opened:
 
 @contextlib.contextmanager
 def _wave_errors(name: str) -> Iterator[None]:
+    import wave
+
     try:
         yield
     except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that claims to end before it begins

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import math
-from decimal import ROUND_HALF_UP, Decimal
 from typing import Protocol
 
 from mossnano_stdio.errors import UsageError
@@ -31,6 +30,8 @@ def frames_for_seconds(seconds: float, frames_per_second: float) -> int:
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise UsageError(f"a chunk of {seconds} seconds, allowed is any length above 0")
+    from decimal import ROUND_HALF_UP, Decimal  # here, as few starts need it
+
     frames = Decimal(repr(float(seconds))) * Decimal(repr(float(frames_per_second)))
     return max(1, int(frames.to_integral_value(ROUND_HALF_UP)))
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
 
 from mossnano_stdio import cli
-from mossnano_stdio.benchmarks.graphs import sides_of
+from mossnano_stdio.benchmarks.estimate import Estimate, Pace
+from mossnano_stdio.benchmarks.graphs import GraphBench, Side, sides_of
+from mossnano_stdio.benchmarks.worker import LoopStream
+from mossnano_stdio.benchmarks.worker import Worker as RealWorker
 from mossnano_stdio.bundle import DEMO_FOLDER, load_bundle
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.graph.arithmetic import bytes_per_step, decoding_macs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
 from mossnano_stdio.graph.contract import DECODE_STEP_FILE
-from tests.tool import call_tool
+from mossnano_stdio.tools import bench as bench_tool
+from tests.tool import COMMAND, call_tool
 
 SIDES = {"official loop", "our runtime, official graph"}
 
@@ -45,9 +56,193 @@ def test_graphs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_bundle: Pa
         assert set(cells) == SIDES
         assert all(cell["lowest"] <= cell["median"] <= cell["highest"] for cell in cells.values())
         assert cells["official loop"]["times"] == 1
+    starts = {part: cells["official loop"]["median"] for part, cells in figures["starts"].items()}
+    assert starts["start_to_first_audio_ms"] > starts["import_ms"] + starts["load_ms"] + starts["first_step_ms"]
     assert figures["limit_ms_per_frame"] > 0
     assert figures["reading_ms_per_step"] > 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+# --- how long it takes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", [[], ["--process"]], ids=["graphs", "process"])
+def test_it_says_first_how_long_it_takes_and_then_how_far_it_is(tiny_bundle: Path, what: list[str]) -> None:
+    outcome = call_tool("bench", "--weights", tiny_bundle, "--threads", "1", "--chunks", "1", "--turns", "1", *what)
+    assert outcome.status == 0
+    lines = outcome.err.splitlines()
+    begin = next(number for number, line in enumerate(lines) if re.fullmatch(r"this takes about \d+ (s|min)", line))
+    assert not [line for line in lines[:begin] if line.startswith("[")]
+    progress = [line for line in lines[begin:] if line.startswith("[")]
+    parts = len(progress)
+    assert parts >= 5
+    for number, line in enumerate(progress, start=1):
+        assert re.fullmatch(rf"\[{number}/{parts}\] .+ \(\d+ (s|min) of about \d+ (s|min)\)", line)
+
+
+def test_packing_says_how_long_it_takes() -> None:
+    assert "takes a few seconds" in call_tool("bench", "--bits").error_line
+
+
+def test_the_estimate_counts_the_frames_that_a_worker_decodes(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a second for each frame and none for anything else."""
+    frames = 0
+
+    def step(self: LoopStream, codes: Any) -> None:
+        nonlocal frames
+        frames += len(codes)
+
+    monkeypatch.setattr(LoopStream, "step", step)
+    worker = RealWorker("loop", str(tiny_bundle), 1, 20, 1024)
+    side = Side("the loop", "loop", tiny_bundle)
+    estimate = Estimate({(side.name, 1): Pace(0, 0, lone_step_seconds=1, trial_step_seconds=8)}, frames_to_fill=20)
+    calls = {
+        "steps": worker.steps,
+        "utterance": worker.utterance,
+        "streams": worker.streams_at_once,
+        "memory": worker.memory,
+    }
+    with estimate.start(side, 1) as reckoning:
+        for what, details in (
+            ("steps", {"chunk_frames": 4, "steps": 3}),
+            ("steps", {"chunk_frames": 1, "steps": 5}),
+            ("utterance", {"frames": 13, "chunk_frames": 1}),
+            ("steps", {"chunk_frames": 1, "steps": 5}),
+            ("memory", {}),
+            ("streams", {"count": 4, "frames": 6}),
+            ("memory", {"streams": 6}),
+        ):
+            frames, estimate.seconds = 0, 0.0
+            calls[what](**details)  # type: ignore[operator]
+            reckoning.ask(what, **details)
+            assert estimate.seconds == frames, (what, details)
+
+
+def test_the_estimate_counts_starts_sessions_and_rests(tiny_bundle: Path) -> None:
+    loop, ours = Side("the loop", "loop", tiny_bundle), Side("ours", "official", tiny_bundle)
+    pace = Pace(start_seconds=100, load_seconds=10, lone_step_seconds=0, trial_step_seconds=0)
+    estimate = Estimate({(side.name, 2): pace for side in (loop, ours)}, frames_to_fill=20)
+    with estimate.start(loop, 2) as one, estimate.start(ours, 2) as other:
+        assert estimate.seconds == 200
+        for worker in (one, other):
+            worker.ask("streams", count=8, frames=6)  # the loop has a session for each, ours has one
+            worker.ask("memory", streams=4)
+            worker.rest(0.5)
+    assert estimate.seconds == 200 + 7 * 10 + 2 * 0.5
+
+
+def test_a_step_takes_what_the_line_through_both_tried_ones_says() -> None:
+    pace = Pace(0, 0, lone_step_seconds=2, trial_step_seconds=9)
+    assert [pace.step_seconds(frames) for frames in (1, 4, 8, 23)] == [2, 5, 9, 24]
+    assert Pace(0, 0, 2, 1).step_seconds(23) == 2  # what was tried was disturbed
+
+
+# --- an early end ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (signal.SIGINT, ExitStatus.INTERRUPTED, "mossnano bench: interrupted"),
+        (signal.SIGTERM, ExitStatus.TERMINATED, "mossnano bench: terminated"),
+    ],
+)
+def test_who_ends_it_early_gets_what_was_measured(
+    tiny_bundle: Path, number: signal.Signals, status: int, words: str
+) -> None:
+    command = [str(COMMAND), "bench", "--weights", str(tiny_bundle), "--threads", "1", "--chunks", "1,2", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("[2/"):
+                break
+        os.killpg(child.pid, number)  # as a terminal does
+        out, err = child.communicate(timeout=60)  # its workers, which have the same stderr, are gone as well
+    assert child.returncode == status
+    assert err.splitlines()[-1] == words
+    assert "Traceback" not in err
+    assert set(json.loads(out)["threads"]["1"]["steps_ms"]["1"]) == SIDES
+
+
+class WorkerOfFewAnswers:
+    """Is ended by Ctrl-C after so many."""
+
+    facts: Mapping[str, float] = {}
+
+    def __init__(self, answers: int) -> None:
+        self.left = answers
+
+    def ask(self, what: str, **details: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return [float(self.left)]
+
+    def rest(self, seconds: float) -> None:
+        pass
+
+
+def test_turns_that_were_whole_count(tiny_bundle: Path) -> None:
+    worker = WorkerOfFewAnswers(2 + 2 * 3 + 1)  # two sides: to warm up, three turns, and half of one
+
+    @contextmanager
+    def start(side: Side, threads: int) -> Iterator[WorkerOfFewAnswers]:
+        yield worker
+
+    sides = [Side("a", "loop", tiny_bundle), Side("b", "official", tiny_bundle)]
+    found: dict[str, Any] = {}
+    with pytest.raises(KeyboardInterrupt):
+        GraphBench(12.5, sides, 9, start, lambda line: None).steps(1, [1, 2], found)
+    (cells,) = found["steps_ms"].values()
+    assert (cells["a"]["highest"], cells["a"]["median"], cells["a"]["lowest"]) == (6, 4, 2)
+    assert (cells["b"]["highest"], cells["b"]["median"], cells["b"]["lowest"]) == (5, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"weights": "w", "threads": {}},
+        {"weights": "w", "threads": {"1": {}}},
+        {"weights": "w", "threads": {"1": {"steps_ms": {}, "utterances_ms": {}}}},
+        {"process": [{"threads": 1}]},
+    ],
+)
+def test_whatever_is_there_can_be_shown(figures: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(args: object, found: dict[str, Any]) -> None:
+        found |= figures
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_tool, "_measure", measure)
+    outcome = call_tool("bench")
+    assert (outcome.status, outcome.error_line) == (130, "mossnano bench: interrupted")
+    assert outcome.out
+
+
+def test_nothing_is_shown_where_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(args: object, found: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_tool, "_measure", measure)
+    assert call_tool("bench", "--json").out == b""
+
+
+# --- what is measured ------------------------------------------------------------------------------
+
+
+def test_a_start_loads_nothing_that_decoding_does_not_need() -> None:
+    """The process and its runtime; each module costs a start some time."""
+    program = (
+        "import sys, mossnano_stdio.process, mossnano_stdio.codec.fast, mossnano_stdio.codec.official\n"
+        "print(*sorted(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "mossnano_stdio.session" in loaded
+    assert not {"decimal", "wave", "asyncio", "subprocess", "tempfile", "socket", "urllib.request"} & set(loaded)
 
 
 def test_the_process_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:

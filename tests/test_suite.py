@@ -29,7 +29,7 @@ def run_python(*arguments: str, env: Mapping[str, str] | None = None) -> subproc
 
 
 def test_no_example_has_to_be_quick() -> None:
-    assert hypothesis.settings.default.deadline is None
+    assert hypothesis.settings().deadline is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the CPUs that a process may use")

@@ -7,6 +7,7 @@ Rules of this room:
 - A turn begins when the one before has come to rest: with onnxruntime's defaults, threads spin on after their work.
 - A figure is the median over turns, with the lowest and highest beside it; "times" is how many times as good as the
   first side this one is, the median over turns.
+- Figures are put into the caller's dict after each turn, so that one who is interrupted has what was measured.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from mossnano_stdio.benchmarks.measured import Measured, measured
 from mossnano_stdio.bundle import Bundle
@@ -34,6 +35,8 @@ FRAMES_PER_TURN: Final = 12
 LEAST_STEPS_PER_TURN: Final = 3
 SETTLING_SECONDS: Final = 0.1  # the threads were seen to spin for 40 ms
 FRAMES_PER_STREAM: Final = 6
+
+START_PARTS: Final = ("start_to_first_audio_ms", "import_ms", "load_ms", "first_step_ms", "resident_mb")
 
 Report = Callable[[str], None]
 
@@ -65,117 +68,134 @@ def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
     return sides
 
 
-class GraphBench:
-    """All measurements of some sides over one bundle's format."""
+class Worker(Protocol):
+    """One side, loaded; or one that only reckons how long that would take."""
 
-    def __init__(self, bundle: Bundle, sides: Sequence[Side], turns: int, report: Report) -> None:
-        self._bundle = bundle
+    facts: Mapping[str, float]
+
+    def ask(self, what: str, **details: int) -> Any:
+        """What worker.py is to do, and what it answers."""
+
+    def rest(self, seconds: float) -> None:
+        """Let its threads come to rest."""
+
+
+StartWorker = Callable[[Side, int], AbstractContextManager[Worker]]  # (side, threads)
+
+
+class GraphBench:
+    """All measurements of some sides over one format."""
+
+    def __init__(
+        self, frames_per_second: float, sides: Sequence[Side], turns: int, start: StartWorker, report: Report
+    ) -> None:
+        self._fps = frames_per_second
         self._sides = sides
         self._turns = turns
+        self._start = start
         self._report = report
-        self._fps = bundle.format.frames_per_second
-        self._fill_frames = _frames_to_fill(bundle)
 
-    def steps(self, threads: int, chunks: Sequence[int]) -> dict[str, Any]:
+    def steps(self, threads: int, chunks: Sequence[int], found: dict[str, Any]) -> None:
         """Milliseconds per step with full caches."""
 
-        def of_chunk(worker: _Worker, chunk_frames: int) -> float:
+        def of_chunk(worker: Worker, chunk_frames: int) -> float:
             steps = max(LEAST_STEPS_PER_TURN, FRAMES_PER_TURN // chunk_frames)
             return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps)))
 
+        cells = found.setdefault("steps_ms", {})
         with self._workers(threads) as workers:
-            return {
-                str(chunk): self._in_turn(
-                    f"{threads} threads, steps of {chunk}", workers, partial(_call, of_chunk, chunk)
-                )
-                for chunk in chunks
-            }
+            for chunk in chunks:
+                self._report(f"{threads} threads, steps of {chunk}")
+                for summary in self._in_turn(workers, partial(_call, of_chunk, chunk)):
+                    cells[str(chunk)] = summary
 
-    def utterances(self, threads: int) -> dict[str, Any]:
+    def utterances(self, threads: int, found: dict[str, Any]) -> None:
         """Milliseconds for whole utterances from a reset, in 1-frame steps."""
 
-        def of_seconds(worker: _Worker, seconds: float) -> float:
+        def of_seconds(worker: Worker, seconds: float) -> float:
             return float(worker.ask("utterance", frames=max(1, round(seconds * self._fps)), chunk_frames=1))
 
+        cells = found.setdefault("utterances_ms", {})
         with self._workers(threads) as workers:
-            return {
-                str(seconds): self._in_turn(
-                    f"{threads} threads, {seconds} s from a reset", workers, partial(_call, of_seconds, seconds)
-                )
-                for seconds in UTTERANCE_SECONDS
-            }
+            for seconds in UTTERANCE_SECONDS:
+                self._report(f"{threads} threads, {seconds} s from a reset")
+                for summary in self._in_turn(workers, partial(_call, of_seconds, seconds)):
+                    cells[str(seconds)] = summary
 
-    def starts(self, threads: int) -> dict[str, Any]:
-        """What a start is made of: imports, load, first step; and the memory that is taken then, caches full."""
+    def starts(self, threads: int, found: dict[str, Any]) -> None:
+        """From the start of a process to its first audio, and what that is made of; memory then, caches full."""
         facts: dict[str, list[dict[str, float]]] = {side.name: [] for side in self._sides}
         for turn in range(self._turns):
             self._report(f"{threads} threads, start {turn + 1} of {self._turns}")
             for side in self._sides:
-                with self._worker(side, threads) as worker:
+                with self._start(side, threads) as worker:
                     facts[side.name].append({**worker.facts, "resident_mb": worker.ask("memory") / 1e6})
-        return {
-            part: _summary({name: [fact[part] for fact in found] for name, found in facts.items()})
-            for part in ("import_ms", "load_ms", "first_step_ms", "resident_mb")
-        }
+            found["starts"] = {
+                part: _summary({name: [fact[part] for fact in seen] for name, seen in facts.items()})
+                for part in START_PARTS
+            }
 
-    def streams(self, threads: int) -> dict[str, Any]:
+    def streams(self, threads: int, found: dict[str, Any]) -> None:
         """How many streams in real time a core carries, and what four of them take: sessions of their own, or one."""
 
-        def of_count(worker: _Worker, count: int) -> float:
+        def of_count(worker: Worker, count: int) -> float:
             return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
 
+        cells = found.setdefault("real_time_streams_per_core", {})
         with self._workers(threads) as workers:
-            carried = {
-                str(count): self._in_turn(
-                    f"{count} streams at once", workers, partial(_call, of_count, count), more_is_better=True
-                )
-                for count in STREAM_COUNTS
-            }
+            for count in STREAM_COUNTS:
+                self._report(f"{threads} threads, {count} streams at once")
+                for summary in self._in_turn(workers, partial(_call, of_count, count), more_is_better=True):
+                    cells[str(count)] = summary
         with self._workers(threads) as workers:
-            memory = self._in_turn(
-                f"memory of {MANY_STREAMS} streams",
-                workers,
-                lambda worker: float(worker.ask("memory", streams=MANY_STREAMS)) / 1e6,
-            )
-        return {"real_time_streams_per_core": carried, "resident_mb_of_four_streams": memory}
+            self._report(f"{threads} threads, memory of {MANY_STREAMS} streams")
+            for summary in self._in_turn(workers, lambda worker: worker.ask("memory", streams=MANY_STREAMS) / 1e6):
+                found["resident_mb_of_four_streams"] = summary
 
     def _in_turn(
-        self,
-        what: str,
-        workers: Mapping[str, _Worker],
-        measure: Callable[[_Worker], float],
-        more_is_better: bool = False,
-    ) -> dict[str, Any]:
-        self._report(what)
+        self, workers: Mapping[str, Worker], measure: Callable[[Worker], float], more_is_better: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """What is known after each turn."""
         figures: dict[str, list[float]] = {name: [] for name in workers}
         for worker in workers.values():
             measure(worker)  # warms up, and fills caches
         for _ in range(self._turns):
             for name, worker in workers.items():
-                time.sleep(SETTLING_SECONDS)
+                worker.rest(SETTLING_SECONDS)
                 figures[name].append(measure(worker))
-        return _summary(figures, more_is_better)
+            yield _summary(figures, more_is_better)
 
     @contextmanager
-    def _workers(self, threads: int) -> Iterator[dict[str, _Worker]]:
+    def _workers(self, threads: int) -> Iterator[dict[str, Worker]]:
         with ExitStack() as stack:
-            yield {side.name: stack.enter_context(self._worker(side, threads)) for side in self._sides}
+            yield {side.name: stack.enter_context(self._start(side, threads)) for side in self._sides}
+
+
+class WorkerProcesses:
+    """Starts the workers that really measure."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.frames_to_fill = _frames_to_fill(bundle)
+        self._codebook_size = bundle.format.codebook_size
 
     @contextmanager
-    def _worker(self, side: Side, threads: int) -> Iterator[_Worker]:
-        numbers = map(str, (threads, self._fill_frames, self._bundle.format.codebook_size))
+    def start(self, side: Side, threads: int) -> Iterator[Worker]:
+        numbers = map(str, (threads, self.frames_to_fill, self._codebook_size))
         command = [sys.executable, str(WORKER), side.kind, str(side.folder), *numbers]
         with measured(command, side.folder) as process:
-            yield _Worker(process)
+            yield _WorkerProcess(process)
 
 
-class _Worker:
+class _WorkerProcess:
     def __init__(self, process: Measured) -> None:
         self._process = process
-        self.facts = process.facts
+        self.facts: Mapping[str, float] = {**process.facts, "start_to_first_audio_ms": process.ready_ms}
 
     def ask(self, what: str, **details: int) -> Any:
         return self._process.ask(json.dumps({"do": what, **details}))
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 def _frames_to_fill(bundle: Bundle) -> int:
@@ -185,7 +205,7 @@ def _frames_to_fill(bundle: Bundle) -> int:
     return max(load_runtime(bundle, graph="official").layer_context_frames, default=1) + 8
 
 
-def _call(measure: Callable[[_Worker, Any], float], number: float, worker: _Worker) -> float:
+def _call(measure: Callable[[Worker, Any], float], number: float, worker: Worker) -> float:
     return measure(worker, number)
 
 

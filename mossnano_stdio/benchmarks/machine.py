@@ -53,5 +53,6 @@ def stream_gb_per_second(threads: int) -> float:
 def _printed_seconds(code: str, threads: int) -> float:
     libraries = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     command = [sys.executable, "-c", _BEST_OF + code]
-    done = subprocess.run(command, env={**os.environ, **libraries}, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **libraries}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, start_new_session=True)
     return float(done.stdout)

@@ -4,12 +4,14 @@ Rules of this room:
 
 - One that ends instead has said why on stderr, which it shares with us. What it was given were weights, so that is what
   is wrong.
+- Ctrl-C is for us alone: processes are in a session of their own, so that nothing of theirs is said then.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +21,12 @@ from mossnano_stdio.errors import BundleError
 
 
 class Measured:
-    def __init__(self, child: subprocess.Popen[str], folder: Path) -> None:
+    def __init__(self, child: subprocess.Popen[str], folder: Path, began: float) -> None:
         assert child.stdin is not None
         assert child.stdout is not None
         self._stdin, self._stdout, self._folder = child.stdin, child.stdout, folder
         self.facts: dict[str, float] = self._answer()
+        self.ready_ms = 1000 * (time.perf_counter() - began)
 
     def ask(self, line: str) -> Any:
         self._stdin.write(f"{line}\n")
@@ -40,9 +43,11 @@ class Measured:
 @contextmanager
 def measured(command: Sequence[str], folder: Path) -> Iterator[Measured]:
     """`folder` is where the weights lie, for the error."""
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    began = time.perf_counter()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as child:
         try:
-            yield Measured(child, folder)
+            yield Measured(child, folder, began)
         finally:
             child.kill()
 

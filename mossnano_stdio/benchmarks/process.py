@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -26,10 +26,10 @@ from mossnano_stdio.bits import pack_frames
 from mossnano_stdio.layout import CodecFormat, Codes
 from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, parse_json
 
-TURNS: Final = 15
 LONE_FRAMES: Final = 150
 FRAMES_BY_CHUNK: Final = {1: 60, 8: 160}
 READ_BYTES: Final = 1 << 18
+WIRE_SECONDS: Final = 3.0  # what `measure_wire` was seen to take
 
 _BARE_LOOP: Final = """
 import sys, time, json
@@ -66,18 +66,36 @@ def some_codes(frames: int, codec_format: CodecFormat) -> Codes:
     return random.integers(0, codec_format.codebook_size, (frames, codec_format.quantizers)).astype(np.uint16)
 
 
-def measure_process(folder: Path, threads: int, turns: int = TURNS) -> dict[str, Any]:
-    """All figures of one weights folder, ready to be shown."""
-    return {
-        "threads": threads,
-        "start": _measure_start(folder, threads, turns),
-        "first_audio": _measure_first_audio(folder, threads),
-        "overhead": {
-            str(chunk): _measure_overhead(folder, threads, chunk, frames, turns)
-            for chunk, frames in FRAMES_BY_CHUNK.items()
-        },
-        "wire": measure_wire(),
-    }
+def measure_process(
+    folder: Path, threads: int, turns: int, report: Callable[[str], None], found: dict[str, Any]
+) -> None:
+    """All figures of one weights folder, ready to be shown, put into `found` as they come."""
+    found["threads"] = threads
+    report(f"{threads} threads, starts")
+    found["start"] = _measure_start(folder, threads, turns)
+    report(f"{threads} threads, first audio")
+    found["first_audio"] = _measure_first_audio(folder, threads)
+    found["overhead"] = {}
+    for chunk, frames in FRAMES_BY_CHUNK.items():
+        report(f"{threads} threads, chunks of {chunk}")
+        found["overhead"][str(chunk)] = _measure_overhead(folder, threads, chunk, frames, turns)
+    report("reading and writing messages")
+    found["wire"] = measure_wire()
+
+
+PARTS: Final = 3 + len(FRAMES_BY_CHUNK)  # that `measure_process` reports
+
+
+def estimated_seconds(folder: Path, threads: int, turns: int) -> float:
+    """How long `measure_process` is going to take, as far as a short trial can tell."""
+    began = time.perf_counter()
+    with _bare_loop(folder, threads) as bare:
+        start_seconds = time.perf_counter() - began
+        step_seconds = {chunk: bare.run(4 * chunk, chunk) / 4 for chunk in (1, *FRAMES_BY_CHUNK)}
+    rounds = {chunk: (turns + 1) * frames / chunk for chunk, frames in FRAMES_BY_CHUNK.items()}
+    starts = 2 * turns + 2 * (1 + len(FRAMES_BY_CHUNK))
+    steps_seconds = LONE_FRAMES * step_seconds[1] + sum(rounds[chunk] * step_seconds[chunk] for chunk in rounds)
+    return starts * start_seconds + 2 * steps_seconds + WIRE_SECONDS  # twice: the process, and the bare loop
 
 
 def measure_wire(turns: int = 5) -> dict[str, Any]:
@@ -218,7 +236,8 @@ class _Talk:
 def _talk(folder: Path, threads: int, chunk_frames: int) -> Iterator[_Talk]:
     command = [sys.executable, "-m", "mossnano_stdio", "--weights", str(folder)]
     command += ["--threads", str(threads), "--chunk-frames", str(chunk_frames)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True) as child:
         yield _Talk(child, folder)
         assert child.stdin is not None
         child.stdin.close()

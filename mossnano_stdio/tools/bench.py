@@ -9,6 +9,9 @@
 Sides take turns in one run, each in processes of its own. Figures are medians, with the lowest and highest in
 brackets; "x" is how many times as good as the first side (the official loop) a side is. On a machine that does other
 things as well, believe the ratios and not the milliseconds.
+
+How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
+then is printed, and the exit status is 130 or 143.
 """
 
 from __future__ import annotations
@@ -16,21 +19,33 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from mossnano_stdio.errors import BundleError, ExitStatus, UsageError
+from mossnano_stdio.errors import BundleError, ExitStatus, Terminated, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_output
 from mossnano_stdio.options import whole_number
 
 if TYPE_CHECKING:
+    from mossnano_stdio.benchmarks.graphs import GraphBench, Side
     from mossnano_stdio.bundle import Bundle
 
 DEFAULT_CHUNKS = "1,2,4,8,17,23"
 DEFAULT_THREADS = "1,2"
 DEFAULT_TURNS = 7
+LIMITS_SECONDS = 5.0  # what measuring the machine was seen to take, for one number of threads
+
+START_TITLES = {
+    "start_to_first_audio_ms": "start to first audio, ms",
+    "import_ms": "of that, imports, ms",
+    "load_ms": "of that, loading, ms",
+    "first_step_ms": "of that, the first step, ms",
+    "resident_mb": "memory, caches full, MB",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,15 +67,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    figures: dict[str, Any] = {}
     with _opened_picture(args) as maybe_picture:
-        figures = _measured(args)
-        if args.json:
-            print(json.dumps(figures, indent=1))
-        else:
-            print("\n".join(_tables(figures)))
+        try:
+            _measure(args, figures)
+        except (KeyboardInterrupt, Terminated):
+            _print_figures(figures, as_json=args.json)
+            raise
+        _print_figures(figures, as_json=args.json)
         if maybe_picture is not None:
             _plot(figures, maybe_picture)
     return ExitStatus.DONE
+
+
+def _print_figures(figures: Mapping[str, Any], *, as_json: bool) -> None:
+    if figures:
+        print(json.dumps(figures, indent=1) if as_json else "\n".join(_tables(figures)), flush=True)
 
 
 @contextmanager
@@ -79,55 +101,120 @@ def _opened_picture(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
         yield file
 
 
-def _measured(args: argparse.Namespace) -> dict[str, Any]:
-    from mossnano_stdio.benchmarks.packing import bits_figures
+class _Progress:
+    """Says on stderr what is measured now, which of how many parts that is, and how long it has been."""
 
+    def __init__(self, parts: int, seconds: float) -> None:
+        _say(f"this takes about {_lasting(seconds)}")
+        if sys.dont_write_bytecode and not Path(cache_from_source(__file__)).exists():
+            _say("each start compiles our sources, as PYTHONDONTWRITEBYTECODE is set and no bytecode is there")
+        self._parts, self._about = parts, _lasting(seconds)
+        self._part = 0
+        self._began = time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        self._part += 1
+        passed = _lasting(time.monotonic() - self._began)
+        _say(f"[{self._part}/{self._parts}] {what} ({passed} of about {self._about})")
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Puts figures into the dict as they come, so that something is there when it is interrupted."""
     if args.bits:
-        return {"bits": bits_figures()}
+        from mossnano_stdio.benchmarks.packing import bits_figures
+
+        _say("packing an hour of codes some times takes a few seconds")
+        figures["bits"] = bits_figures()
+        return
     from mossnano_stdio.bundle import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
     if args.process:
-        from mossnano_stdio.benchmarks.process import measure_process
-
-        return {"process": [measure_process(bundle.folder, threads, args.turns) for threads in args.threads]}
-    against = [load_bundle(find_weights(folder)) for folder in args.against]
-    return _measure_encoding(bundle, args) if args.encode else _measure_graphs(bundle, against, args)
-
-
-def _measure_graphs(bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace) -> dict[str, Any]:
-    from mossnano_stdio.benchmarks.graphs import GraphBench, sides_of
-
-    bench = GraphBench(bundle, sides_of(bundle, against), args.turns, _progress)
-    maybe_work = _maybe_work(bundle)
-    return {
-        "weights": bundle.name,
-        **({} if maybe_work is None else maybe_work._asdict()),
-        "threads": {
-            str(threads): {
-                "steps_ms": bench.steps(threads, args.chunks),
-                "utterances_ms": bench.utterances(threads),
-                "starts": bench.starts(threads),
-                **bench.streams(threads),
-                **({} if maybe_work is None else _limits(maybe_work, threads)),
-            }
-            for threads in args.threads
-        },
-    }
+        _measure_process(bundle, args, figures)
+    elif args.encode:
+        _measure_encoding(bundle, args, figures)
+    else:
+        _measure_graphs(bundle, [load_bundle(find_weights(folder)) for folder in args.against], args, figures)
 
 
-def _measure_encoding(bundle: Bundle, args: argparse.Namespace) -> dict[str, Any]:
-    from mossnano_stdio.benchmarks.graphs import GraphBench, Side
+def _measure_process(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    from mossnano_stdio.benchmarks.process import PARTS, estimated_seconds, measure_process
+
+    seconds = sum(estimated_seconds(bundle.folder, threads, args.turns) for threads in args.threads)
+    progress = _Progress(PARTS * len(args.threads), seconds)
+    figures["process"] = []
+    for threads in args.threads:
+        figures["process"].append({})
+        measure_process(bundle.folder, threads, args.turns, progress, figures["process"][-1])
+
+
+def _measure_graphs(
+    bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace, figures: dict[str, Any]
+) -> None:
+    from mossnano_stdio.benchmarks.graphs import sides_of
+
+    def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
+        bench.steps(threads, args.chunks, found)
+        bench.utterances(threads, found)
+        bench.starts(threads, found)
+        bench.streams(threads, found)
+
+    _measure_sides(bundle, sides_of(bundle, against), args, measure, figures, has_limits=True)
+
+
+def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    from mossnano_stdio.benchmarks.graphs import Side
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
     sides = [Side("decoding", "fast" if bundle.has_graph("fast") else "official", bundle.folder)]
     sides.append(Side("encoding", "encode", bundle.folder))
-    bench = GraphBench(bundle, sides, args.turns, _progress)
-    return {
-        "weights": bundle.name,
-        "threads": {str(threads): {"steps_ms": bench.steps(threads, args.chunks)} for threads in args.threads},
+
+    def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
+        bench.steps(threads, args.chunks, found)
+
+    _measure_sides(bundle, sides, args, measure, figures, has_limits=False)
+
+
+def _measure_sides(
+    bundle: Bundle,
+    sides: Sequence[Side],
+    args: argparse.Namespace,
+    measure: Callable[[GraphBench, int, dict[str, Any]], None],
+    figures: dict[str, Any],
+    *,
+    has_limits: bool,
+) -> None:
+    """Goes through all measurements twice: first to estimate how long they take, then to take them."""
+    from mossnano_stdio.benchmarks.estimate import Estimate, try_pace
+    from mossnano_stdio.benchmarks.graphs import GraphBench, WorkerProcesses
+
+    fps = bundle.format.frames_per_second
+    processes = WorkerProcesses(bundle)
+    maybe_work = _maybe_work(bundle) if has_limits else None
+    _say("trying each side, to tell how long this takes")
+    paces = {
+        (side.name, threads): try_pace(side, threads, processes.start) for side in sides for threads in args.threads
     }
+    estimate = Estimate(paces, processes.frames_to_fill)
+    for threads in args.threads:
+        measure(GraphBench(fps, sides, args.turns, estimate.start, estimate.report), threads, {})
+        if maybe_work is not None:
+            estimate.report("limits")
+            estimate.add(LIMITS_SECONDS)
+    progress = _Progress(estimate.parts, estimate.seconds)
+    figures |= {"weights": bundle.name, **({} if maybe_work is None else maybe_work._asdict()), "threads": {}}
+    for threads in args.threads:
+        found: dict[str, Any] = {}
+        figures["threads"][str(threads)] = found
+        measure(GraphBench(fps, sides, args.turns, processes.start, progress), threads, found)
+        if maybe_work is not None:
+            progress(f"{threads} threads, what the machine allows")
+            found |= _limits(maybe_work, threads)
 
 
 class _Work(NamedTuple):
@@ -148,9 +235,9 @@ def _maybe_work(bundle: Bundle) -> _Work | None:
         decoder = extract_weights(bundle).decoder
         return _Work(2 * decoding_macs(decoder) / 1e6, bytes_per_step(decoder) / 1e6)
     except ImportError as error:
-        _progress(f"no limit is computed, as {error.name} is not installed: pip install 'mossnano-stdio[build]'")
+        _say(f"no limit is computed, as {error.name} is not installed: pip install 'mossnano-stdio[build]'")
     except MossnanoError as error:
-        _progress(f"no limit is computed: {error}")
+        _say(f"no limit is computed: {error}")
     return None
 
 
@@ -176,12 +263,12 @@ def _tables(figures: Mapping[str, Any]) -> list[str]:
     lines = [f"{figures['weights']}"]
     for threads, found in figures["threads"].items():
         lines += ["", f"{threads} threads"]
-        for frames, sides in found["steps_ms"].items():
+        for frames, sides in found.get("steps_ms", {}).items():
             lines += _rows(f"step of {frames}, caches full, ms", sides)
         for seconds, sides in found.get("utterances_ms", {}).items():
             lines += _rows(f"{seconds} s from a reset, steps of 1, ms", sides)
         for part, sides in found.get("starts", {}).items():
-            lines += _rows(f"start: {part}", sides)
+            lines += _rows(START_TITLES[part], sides)
         for count, sides in found.get("real_time_streams_per_core", {}).items():
             lines += _rows(f"{count} streams at once: real-time streams per core", sides)
         if "resident_mb_of_four_streams" in found:
@@ -230,8 +317,8 @@ def _plot(figures: Mapping[str, Any], picture: BinaryIO) -> None:
     figure.savefig(picture, format="png")
 
 
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr)
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _whole_numbers(text: str) -> list[int]:
