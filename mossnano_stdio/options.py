@@ -42,7 +42,11 @@ def add_decoder_arguments(parser: Arguments) -> None:
 def add_engine_arguments(parser: Arguments) -> None:
     """What graphs run on."""
     parser.add_argument(
-        "--threads", type=whole_number(1, 1024), metavar="N", help="of one step (the CPUs we may use, at most 4)"
+        "--threads",
+        type=whole_number(1, 1024),
+        metavar="N",
+        help="of one step: 1 for each voice of a game; more shorten a lone voice's steps, and take CPUs from others "
+        "(the CPUs we may use, at most 4)",
     )
     parser.add_argument(
         "--provider", default="cpu", metavar="P", help="cpu, cuda, tensorrt, coreml, directml or openvino (cpu)"
