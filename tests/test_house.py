@@ -186,6 +186,12 @@ def test_the_world_outside_is_spoken_to_where_it_may_be() -> None:
     assert not wrong
 
 
+def test_onnxruntime_is_imported_where_its_telemetry_is_turned_off() -> None:
+    importers = {source.name for source, imported in all_imports() if imported.module.startswith("onnxruntime")}
+    assert importers == {"mossnano_stdio/codec/runtime.py", *PROGRAMS}
+    assert all("ORT_DISABLE_TELEMETRY" in (ROOT / name).read_text("utf-8") for name in importers)
+
+
 def test_optional_dependencies_are_imported_late() -> None:
     wrong = [
         f"{source.name}:{imported.line} imports {imported.module} early"

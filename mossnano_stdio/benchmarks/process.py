@@ -35,7 +35,8 @@ _BARE_LOOP: Final = """
 import sys, time, json
 from pathlib import Path
 started = time.perf_counter()
-import numpy, onnxruntime
+from mossnano_stdio.codec.runtime import import_onnxruntime
+import_onnxruntime()
 imported = time.perf_counter()
 from mossnano_stdio.bundle import load_bundle
 from mossnano_stdio.codec import load_runtime

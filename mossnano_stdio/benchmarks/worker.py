@@ -32,6 +32,7 @@ from typing import Any
 
 STARTED = time.perf_counter()
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as codec/ does; this process imports nothing else
 import numpy as np  # noqa: E402 - the clock comes first
 import onnxruntime  # noqa: E402
 

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.codec.runtime import import_onnxruntime, native_value
+
 Support = Literal["in place", "by copies", "none"]
 Array = NDArray[Any]
 
@@ -47,8 +49,7 @@ def judge(session: Any) -> Support:
 
 
 def _probe_session() -> Any:
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
@@ -56,8 +57,6 @@ def _probe_session() -> Any:
 
 
 def _answers_right(session: Any, rings: tuple[Array, Array], rings_out: tuple[Array, Array]) -> bool:
-    from onnxruntime import OrtValue
-
     attended = np.zeros((1, NEW, HEADS * HEAD_DIM), dtype=np.float32)
     inputs = {
         "projected": _projected(),
@@ -68,9 +67,9 @@ def _answers_right(session: Any, rings: tuple[Array, Array], rings_out: tuple[Ar
     }
     binding = session.io_binding()
     for name, array in {**inputs, "keys": rings[0], "values": rings[1]}.items():
-        binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_input(name, native_value(array))
     for name, array in {"attended": attended, "keys_out": rings_out[0], "values_out": rings_out[1]}.items():
-        binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output(name, native_value(array))
     session.run_with_iobinding(binding)
     return bool(np.allclose(attended[0], _expected_attended(), rtol=0, atol=TOLERANCE))
 

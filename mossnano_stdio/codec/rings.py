@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.codec.runtime import native_value
+
 Floats = NDArray[np.float32]
 
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, and more memory
@@ -105,7 +107,7 @@ class Rings:
         self._cosines, self._sines = np.zeros((2, spec.max_slots, spec.ring_dim // 2), dtype=np.float32)
         self._last, self._total = np.zeros((2, 1), dtype=np.int32)
         for name in ("cosines", "sines", "last", "total"):
-            binding.bind_ortvalue_input(f"{name}_{spec.number}", _native(getattr(self, f"_{name}")))
+            binding.bind_ortvalue_input(f"{name}_{spec.number}", native_value(getattr(self, f"_{name}")))
         self._bind()
 
     def reset(self) -> None:
@@ -211,16 +213,9 @@ class Rings:
             self._binding.bind_ortvalue_output(name_out, target)
 
     def _natives(self, memory: Sequence[Floats], row: int) -> list[Any]:
-        return [_native(self._view(rows, row)[np.newaxis]) for rows in memory]
+        return [native_value(self._view(rows, row)[np.newaxis]) for rows in memory]
 
     def _view(self, rows: Floats, row: int) -> Floats:
         """[heads, slots, ring_dim] of a ring's memory, from a row on."""
         heads = self._spec.heads
         return rows[row : row + heads * self._slots].reshape(heads, self._slots, self._spec.ring_dim)
-
-
-def _native(array: NDArray[Any]) -> Any:
-    """The array's own memory as onnxruntime takes it."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -2,7 +2,8 @@
 
 Rules of this room:
 
-- onnxruntime is imported when the first session is made, not before: a missing file should not cost its import.
+- onnxruntime is imported here only, with its telemetry off, and when the first session is made, not before: a missing
+  file should not cost its import.
 - A session exists only when its files are whole, its inputs and outputs are what the metadata says, and the provider
   that was asked for is active. There is no silent fall to the CPU.
 - A session has no state of a stream. Any number of threads may run it at once, so many decoders share one.
@@ -43,6 +44,9 @@ BOUNDED_SPINNING_SINCE = (1, 26)  # of onnxruntime
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's severities
 MEMORY_WORDS = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
+
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"  # onnxruntime reads it while it is imported, and never again
+_importing = threading.Lock()
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -150,9 +154,31 @@ def translated_errors(graph: Graph) -> Iterator[None]:
         raise DecodeError(f"{graph.path}: the graph failed: {_first_line(error)}") from error
 
 
-def _native_session(graph: Graph, engine: Engine, optimise: bool) -> Any:
-    import onnxruntime
+def import_onnxruntime() -> Any:
+    """The package, which says nothing to anybody.
 
+    By itself version 1.32 looks for a host of its maker's, and writes below HOME and TMPDIR. A program that imported it
+    before us, or has set the variable, has decided for itself.
+    """
+    with _importing:
+        is_ours = NO_TELEMETRY not in os.environ and "onnxruntime" not in sys.modules
+        if is_ours:
+            os.environ[NO_TELEMETRY] = "1"
+        try:
+            import onnxruntime
+        finally:
+            if is_ours:  # what the program imports or starts later is its own affair
+                del os.environ[NO_TELEMETRY]
+    return onnxruntime
+
+
+def native_value(array: NDArray[Any]) -> Any:
+    """The array's own memory as onnxruntime takes it."""
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
+
+
+def _native_session(graph: Graph, engine: Engine, optimise: bool) -> Any:
+    onnxruntime = import_onnxruntime()
     wanted = PROVIDERS[engine.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise BundleError(f"provider {engine.provider!r} is not in this onnxruntime; {_available_providers()}")
@@ -285,9 +311,7 @@ def _fits(found: TensorSpec, wanted: TensorSpec) -> bool:
 
 
 def _available_providers() -> str:
-    import onnxruntime
-
-    available = onnxruntime.get_available_providers()
+    available = import_onnxruntime().get_available_providers()
     names = [name for name, native in PROVIDERS.items() if native in available]
     return f"here there are {', '.join(names)}; another build of onnxruntime, or its drivers, may bring it"
 

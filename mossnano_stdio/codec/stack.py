@@ -31,6 +31,8 @@ from mossnano_stdio.codec.runtime import (
     TensorSpec,
     UnfitRuntimeError,
     check_contract,
+    import_onnxruntime,
+    native_value,
     open_session,
     translated_errors,
 )
@@ -128,15 +130,13 @@ class StackStream:
 
     def _run(self, frames: int, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         """At most MAX_RUN_FRAMES at once."""
-        from onnxruntime import OrtValue
-
         for rings in self._rings:
             rings.prepare(self.next_frame - self._first_frame, frames, self.next_frame)
         with translated_errors(self._session.graph):
             for name, array in inputs.items():
-                self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+                self._binding.bind_ortvalue_input(name, native_value(array))
             for name, array in outputs.items():
-                self._binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(array))
+                self._binding.bind_ortvalue_output(name, native_value(array))
             self._session.native.run_with_iobinding(self._binding)
         self.next_frame += frames
         for rings in self._rings:
@@ -185,9 +185,7 @@ def _contract(specs: tuple[RingSpec, ...]) -> tuple[dict[str, TensorSpec], dict[
 
 
 def _unfit_runtime() -> str:
-    import onnxruntime
-
     return (
-        f"onnxruntime {onnxruntime.__version__} does not attend as this graph needs it; "
+        f"onnxruntime {import_onnxruntime().__version__} does not attend as this graph needs it; "
         f"1.24 and later do, `--graph official` runs with any"
     )
