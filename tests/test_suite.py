@@ -60,4 +60,4 @@ def test_every_package_of_the_ways_is_one_that_ci_installs() -> None:
     """Where it is Debian's."""
     names = {name for way in WAYS_TO_RUN_SKIPPED.values() if "apt-get" in way for name in way.split()[2:]}
     ci = (ROOT / ".ci" / "run").read_text("utf-8").split()
-    assert not names - set(ci) - {"pulseaudio-utils"}  # which comes with pulseaudio
+    assert not names - set(ci)
