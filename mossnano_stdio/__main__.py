@@ -15,7 +15,7 @@ import os
 import sys
 from typing import NoReturn
 
-from mossnano_stdio.stdio import Stopped, StopSignals
+from mossnano_stdio.process.stdio import Stopped, StopSignals
 
 
 def run() -> NoReturn:
@@ -25,7 +25,7 @@ def run() -> NoReturn:
     signals.install()
     try:
         with signals.ending():
-            from mossnano_stdio.process import main
+            from mossnano_stdio.process.loop import main
         status = main(signals)
     except Stopped as stopped:
         status = stopped.exit_status

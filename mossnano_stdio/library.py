@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.bundle import Bundle, find_weights, load_bundle
-from mossnano_stdio.codec import (
+from mossnano_stdio.chunks.recorder import Recorder
+from mossnano_stdio.chunks.schedule import Fixed
+from mossnano_stdio.codecs import (
     EncoderRuntime,
     GraphName,
     Runtime,
@@ -34,14 +35,10 @@ from mossnano_stdio.codec import (
     maybe_warm_up_frames,
     seek,
 )
-from mossnano_stdio.container import Artifact, ArtifactHeader, build_artifact, load_artifact
 from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.layout import CodecFormat, Codes, to_quantizer_major
-from mossnano_stdio.pcm import resampled
-from mossnano_stdio.recorder import Recorder
-from mossnano_stdio.schedule import Fixed
-from mossnano_stdio.shapes import (
+from mossnano_stdio.pcm.samples import resampled
+from mossnano_stdio.tokens.arrays import (
     check_range,
     checked_quantizers,
     checked_rate,
@@ -51,9 +48,12 @@ from mossnano_stdio.shapes import (
     normalised_wave,
     sample_range,
 )
+from mossnano_stdio.tokens.artifact import Artifact, ArtifactHeader, build_artifact, load_artifact
+from mossnano_stdio.tokens.format import CodecFormat, Codes, to_quantizer_major
+from mossnano_stdio.weights.folder import Bundle, find_weights, load_bundle
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec import FullEncoder
+    from mossnano_stdio.codecs import FullEncoder
 
 Audio = NDArray[np.float32]
 

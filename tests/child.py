@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message
+from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 
 ROOT = Path(__file__).parent.parent
 PROCESS = [sys.executable, "-m", "mossnano_stdio"]

@@ -86,8 +86,8 @@ def tiny_bundle() -> Path:
 def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights once more, as we build them."""
     skip_if_nothing_can_be_built()
-    from mossnano_stdio.graph.assemble import save_bundle
-    from mossnano_stdio.graph.checkpoint import load_checkpoint
+    from mossnano_stdio.build.bundle import save_bundle
+    from mossnano_stdio.build.checkpoint import load_checkpoint
 
     folder = tmp_path_factory.mktemp("built")
     save_bundle(folder, load_checkpoint(REFERENCE), name="tiny", checkpoint_name="tiny")
@@ -97,7 +97,7 @@ def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stand-in with the published model's dimensions, built once."""
-    from mossnano_stdio.graph.assemble import build_standin
+    from mossnano_stdio.build.bundle import build_standin
 
     folder = tmp_path_factory.mktemp("nano")
     build_standin(folder, "nano", seed=0, trial=False)  # which takes seconds, and which tests do themselves

@@ -27,19 +27,19 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mossnano_stdio import process, stdio
+from mossnano_stdio.process import loop, stdio
 from tests.doubles import NANO, SMALL, CountingDecoder, CountingEncoder
 
 
 def main() -> None:
     plan: dict[str, Any] = json.loads(sys.argv[1])
 
-    def load(options: argparse.Namespace) -> process.Loaded:
+    def load(options: argparse.Namespace) -> loop.Loaded:
         if "load_seconds" in plan:
             print("loading", file=sys.stderr, flush=True)
             time.sleep(plan["load_seconds"])
         if options.encode:
-            return process.ready_to_encode(CountingEncoder(), {"demo": False})
+            return loop.ready_to_encode(CountingEncoder(), {"demo": False})
         decoder = CountingDecoder(
             NANO if plan.get("nano") else SMALL,
             step_seconds=plan.get("step_seconds", 0),
@@ -47,12 +47,12 @@ def main() -> None:
             failing_steps=plan.get("failing_steps", ()),
             on_step=lambda step: on_step(plan, step),
         )
-        return process.ready_to_decode(decoder, {"demo": False})
+        return loop.ready_to_decode(decoder, {"demo": False})
 
     spoil_descriptors(plan)
     signals = stdio.StopSignals()
     signals.install()
-    os._exit(process.main(signals, sys.argv[2:], load))
+    os._exit(loop.main(signals, sys.argv[2:], load))
 
 
 def on_step(plan: dict[str, Any], step: int) -> None:

@@ -29,13 +29,13 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from mossnano_stdio.container import ArtifactReader, build_artifact
+from mossnano_stdio.chunks.renderer import Renderer
+from mossnano_stdio.chunks.schedule import Ramp
 from mossnano_stdio.errors import ArtifactError, ProtocolError
-from mossnano_stdio.layout import SAMPLE_BYTES
-from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message
-from mossnano_stdio.renderer import Renderer
-from mossnano_stdio.schedule import Ramp
-from mossnano_stdio.session import DecodeSession
+from mossnano_stdio.protocol.decoding import DecodeSession
+from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
+from mossnano_stdio.tokens.artifact import ArtifactReader, build_artifact
+from mossnano_stdio.tokens.format import SAMPLE_BYTES
 from tests.doubles import SMALL, CountingDecoder
 
 CORPUS = Path(__file__).parent / "corpus"

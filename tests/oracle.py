@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.graph.weights import (
+from mossnano_stdio.build.model import (
     DecoderWeights,
     EncoderWeights,
     LayerWeights,

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.bits import pack_frames
-from mossnano_stdio.bundle import DEMO_FOLDER
 from mossnano_stdio.errors import OutOfMemoryError
-from mossnano_stdio.inbox import Inbox
-from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, Message, MessageReader
-from mossnano_stdio.stdio import InputThread
+from mossnano_stdio.process.inbox import Inbox
+from mossnano_stdio.process.stdio import InputThread
+from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message, MessageReader
+from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.weights.folder import DEMO_FOLDER
 from tests.child import DEMO, PROCESS, ROOT, TIMEOUT_SECONDS, Child, decoded, double, encoded, fields, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
 
@@ -551,7 +551,7 @@ def test_two_signals_at_once_are_not_lost_on_each_other(times: int) -> None:
 def test_a_signal_while_the_weights_are_loaded(times: int) -> None:
     """From the first moment at which the interpreter is ours; before that no program can do anything."""
     program = (
-        "import os, mossnano_stdio.stdio as stdio\n"
+        "import os, mossnano_stdio.process.stdio as stdio\n"
         "install = stdio.StopSignals.install\n"
         "stdio.StopSignals.install = lambda self: (install(self), os.write(2, b'!'))\n"
         "from mossnano_stdio.__main__ import run\n"
@@ -993,7 +993,7 @@ def poisoned(folder: Path, graph: str, tensor_name: str) -> Path:
 @pytest.fixture(scope="module", params=["official", "fast"])
 def poisoned_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnx", reason="the extra `build` is not installed")
-    from mossnano_stdio.graph.assemble import build_from_bundle
+    from mossnano_stdio.build.bundle import build_from_bundle
 
     folder = writable_copy(request.getfixturevalue("tiny_bundle"), tmp_path_factory.mktemp("poison") / "weights")
     if request.param == "official":

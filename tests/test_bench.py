@@ -19,16 +19,16 @@ import pytest
 import safetensors
 
 from mossnano_stdio import cli
-from mossnano_stdio.benchmarks.estimate import Estimate, Pace
-from mossnano_stdio.benchmarks.graphs import GraphBench, Side, sides_of
-from mossnano_stdio.benchmarks.worker import LoopStream
-from mossnano_stdio.benchmarks.worker import Worker as RealWorker
-from mossnano_stdio.bundle import DEMO_FOLDER, load_bundle
+from mossnano_stdio.build.arithmetic import bytes_per_step, decoding_macs
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.contract import DECODE_STEP_FILE
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.graph.arithmetic import bytes_per_step, decoding_macs
-from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.contract import DECODE_STEP_FILE
 from mossnano_stdio.tools import bench as bench_tool
+from mossnano_stdio.tools.bench.estimate import Estimate, Pace
+from mossnano_stdio.tools.bench.graphs import GraphBench, Side, sides_of
+from mossnano_stdio.tools.bench.worker import LoopStream
+from mossnano_stdio.tools.bench.worker import Worker as RealWorker
+from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
 from tests.tool import COMMAND, call_tool
 
 SIDES = {"official loop", "our runtime, official graph"}
@@ -237,11 +237,11 @@ def test_nothing_is_shown_where_nothing_is_there(monkeypatch: pytest.MonkeyPatch
 def test_a_start_loads_nothing_that_decoding_does_not_need() -> None:
     """The process and its runtime; each module costs a start some time."""
     program = (
-        "import sys, mossnano_stdio.process, mossnano_stdio.codec.fast, mossnano_stdio.codec.official\n"
+        "import sys, mossnano_stdio.process.loop, mossnano_stdio.codecs.fast, mossnano_stdio.codecs.stepping\n"
         "print(*sorted(sys.modules))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert "mossnano_stdio.session" in loaded
+    assert "mossnano_stdio.protocol" in loaded
     assert not {"decimal", "wave", "asyncio", "subprocess", "tempfile", "socket", "urllib.request"} & set(loaded)
 
 
@@ -317,6 +317,6 @@ def test_a_step_reads_every_matrix_and_all_caches_once(tiny_reference: Path, tin
 
 
 def test_the_fill_is_longer_than_every_context(tiny_bundle: Path) -> None:
-    from mossnano_stdio.benchmarks.graphs import _frames_to_fill
+    from mossnano_stdio.tools.bench.graphs import _frames_to_fill
 
     assert _frames_to_fill(load_bundle(tiny_bundle)) >= 10

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio import pinned
-from mossnano_stdio.bundle import (
+from mossnano_stdio.errors import BundleError
+from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.weights import published
+from mossnano_stdio.weights.folder import (
     DEMO_FOLDER,
     METADATA_NAME,
     SIDECAR_NAME,
@@ -27,9 +29,7 @@ from mossnano_stdio.bundle import (
     record_files,
     save_sidecar,
 )
-from mossnano_stdio.errors import BundleError
-from mossnano_stdio.layout import CodecFormat
-from mossnano_stdio.pinned import FileRecord
+from mossnano_stdio.weights.published import FileRecord
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "reference" / "official"
 needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="../shared/reference/official is not here")
@@ -81,7 +81,7 @@ def test_the_official_metadata_loads_as_it_is() -> None:
     step = bundle.graphs["decode_step"]
     assert step.path == OFFICIAL / STEP
     assert [file.path.name for file in step.files] == [STEP, SHARED]
-    assert [file.record for file in step.files] == [pinned.BUNDLE.files[STEP], pinned.BUNDLE.files[SHARED]]
+    assert [file.record for file in step.files] == [published.BUNDLE.files[STEP], published.BUNDLE.files[SHARED]]
     assert step.input_names == ("audio_codes", "audio_code_lengths")
     assert step.output_names == ("audio", "audio_lengths")
     assert len(step.states) == 52
@@ -90,15 +90,15 @@ def test_the_official_metadata_loads_as_it_is() -> None:
 
 @needs_official
 def test_the_pinned_table_is_the_published_one() -> None:
-    published = json.loads((OFFICIAL / "files.json").read_text())
-    for key, repository in (("onnx", pinned.BUNDLE), ("checkpoint", pinned.CHECKPOINT)):
-        assert published[key]["repo"] == repository.repository
-        assert published[key]["revision"] == repository.revision
-        assert published[key]["files"] == {
+    official = json.loads((OFFICIAL / "files.json").read_text())
+    for key, repository in (("onnx", published.BUNDLE), ("checkpoint", published.CHECKPOINT)):
+        assert official[key]["repo"] == repository.repository
+        assert official[key]["revision"] == repository.revision
+        assert official[key]["files"] == {
             name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in repository.files.items()
         }
-    assert published["licence"] == pinned.LICENCE.lower()
-    assert record_files(OFFICIAL, [METADATA_NAME])[METADATA_NAME] == pinned.BUNDLE.files[METADATA_NAME]
+    assert official["licence"] == published.LICENCE.lower()
+    assert record_files(OFFICIAL, [METADATA_NAME])[METADATA_NAME] == published.BUNDLE.files[METADATA_NAME]
 
 
 @needs_official
@@ -341,8 +341,10 @@ def test_a_stand_in_with_published_metadata_is_held_against_its_own_records(fold
 def test_published_graphs_beside_other_metadata_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One changed digit in the metadata would be a wrong sample rate that no graph can contradict."""
     load_bundle(folder).graph("decode_step")
-    published = record_files(folder, [STEP])
-    monkeypatch.setattr(pinned, "BUNDLE", pinned.PinnedRepository("a/b", "c", {**pinned.BUNDLE.files, **published}))
+    pinned = record_files(folder, [STEP])
+    monkeypatch.setattr(
+        published, "BUNDLE", published.PinnedRepository("a/b", "c", {**published.BUNDLE.files, **pinned})
+    )
     with pytest.raises(BundleError, match=rf"{METADATA_NAME}: is not the one that was published with {STEP}"):
         load_bundle(folder).graph("decode_step")
 
@@ -422,7 +424,7 @@ def put_weights(folder: Path) -> Path:
 def test_the_order_of_the_search(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the last place to the first: each one that is there hides those after it."""
     repository = "models--OpenMOSS-Team--MOSS-Audio-Tokenizer-Nano-ONNX"
-    hub = put_weights(elsewhere / "hub" / repository / "snapshots" / pinned.BUNDLE.revision)
+    hub = put_weights(elsewhere / "hub" / repository / "snapshots" / published.BUNDLE.revision)
     assert find_weights() == hub
     cached = put_weights(elsewhere / "cache" / "MOSS-Audio-Tokenizer-Nano-ONNX")
     assert find_weights() == cached
@@ -434,7 +436,7 @@ def test_the_order_of_the_search(elsewhere: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_hub_keeps_its_cache_where_its_variables_say(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tail = Path("models--OpenMOSS-Team--MOSS-Audio-Tokenizer-Nano-ONNX") / "snapshots" / pinned.BUNDLE.revision
+    tail = Path("models--OpenMOSS-Team--MOSS-Audio-Tokenizer-Nano-ONNX") / "snapshots" / published.BUNDLE.revision
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "xdg"))
     in_xdg = put_weights(elsewhere / "xdg" / "huggingface" / "hub" / tail)

@@ -13,9 +13,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mossnano_stdio.bundle import METADATA_NAME, Sidecar, load_sidecar, record_files, save_sidecar
-from mossnano_stdio.codec import memory
+from mossnano_stdio.codecs import memory
 from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.weights.folder import METADATA_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 from tests.tool import call_tool
 
 STEP = "moss_audio_tokenizer_decode_step.onnx"
@@ -225,7 +225,7 @@ def test_a_graph_of_our_own_that_is_wrong(built: Path, graph: str, output: str) 
 
 
 def test_what_this_onnxruntime_cannot_run_is_absent(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mossnano_stdio.codec.stack.attention_support", lambda: "none")
+    monkeypatch.setattr("mossnano_stdio.codecs.in_place.attention_support", lambda: "none")
     status, rows = check(built)
     assert status == ExitStatus.DONE
     assert rows["graph fast"]["verdict"] == rows["graph encode_step"]["verdict"] == "absent"

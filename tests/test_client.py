@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from mossnano_stdio.client import AsyncDecoder, Decoder, DecoderDiedError, DecoderError, StreamEnd, StreamOverError
 from mossnano_stdio.client.exchange import Exchange
 from mossnano_stdio.errors import ArtifactError, TokenError, UsageError
-from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, json_message
+from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message, json_message
 from tests.child import DEMO, ROOT, double, pcm_of, run
 from tests.clients import CLIENTS, Face, start
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mossnano_stdio.protocol import Kind, encode_message
+from mossnano_stdio.protocol.messages import Kind, encode_message
 from tests.child import DEMO, ROOT, run
 from tests.doubles import NANO, some_frames, tokens_payload
 

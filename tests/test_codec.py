@@ -16,22 +16,23 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
-from mossnano_stdio import codec, pinned
-from mossnano_stdio.bundle import (
+from mossnano_stdio import codecs
+from mossnano_stdio.codecs import Engine, engine, memory
+from mossnano_stdio.codecs.encoder import FullEncoder
+from mossnano_stdio.codecs.engine import Session
+from mossnano_stdio.codecs.stepping import FullDecoder, OfficialRuntime, StreamDecoder
+from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
+from mossnano_stdio.pcm.comparison import compare_recordings
+from mossnano_stdio.pcm.samples import Recording, pcm16_samples, to_pcm16
+from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.weights import published
+from mossnano_stdio.weights.folder import (
     METADATA_NAME,
     Sidecar,
     load_bundle,
     record_files,
     save_sidecar,
 )
-from mossnano_stdio.codec import Engine, memory, runtime
-from mossnano_stdio.codec.encoder import FullEncoder
-from mossnano_stdio.codec.official import FullDecoder, OfficialRuntime, StreamDecoder
-from mossnano_stdio.codec.runtime import Session
-from mossnano_stdio.comparison import compare_recordings
-from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
-from mossnano_stdio.layout import Codes
-from mossnano_stdio.pcm import Recording, pcm16_samples, to_pcm16
 
 STEP = "moss_audio_tokenizer_decode_step.onnx"
 FULL = "moss_audio_tokenizer_decode_full.onnx"
@@ -72,7 +73,7 @@ def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copied
 
 
-def in_chunks(decoder: codec.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
+def in_chunks(decoder: codecs.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
     starts = range(0, len(codes), chunk_frames)
     return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
@@ -95,7 +96,7 @@ def furthest(here: Audio, there: Audio) -> float:
 @pytest.mark.parametrize("bundle_name", ["tiny_bundle", "built_bundle"])
 def test_goldens(bundle_name: str, codes: Codes, audio: Audio, request: pytest.FixtureRequest) -> None:
     bundle = load_bundle(request.getfixturevalue(bundle_name))
-    whole = codec.load_full_decoder(bundle, threads=1).decode(codes)
+    whole = codecs.load_full_decoder(bundle, threads=1).decode(codes)
     assert furthest(whole, audio) < TOLERANCE
     decoder = OfficialRuntime(bundle, Engine.of(threads=1)).new_decoder()
     for chunk_frames in (1, 2, 5, 7, 12, 24):
@@ -118,7 +119,7 @@ def test_encoder_goldens(bundle_name: str, tiny_reference: Path, request: pytest
 @pytest.mark.parametrize("chunk_frames", [1, 23])
 def test_nano_past_its_shortest_context(nano_bundle: Path, nano: OfficialRuntime, chunk_frames: int) -> None:
     codes = np.random.default_rng(6).integers(0, 1024, (60, 16)).astype(np.uint16)
-    whole = codec.load_full_decoder(load_bundle(nano_bundle)).decode(codes)
+    whole = codecs.load_full_decoder(load_bundle(nano_bundle)).decode(codes)
     assert furthest(in_chunks(nano.new_decoder(), codes, chunk_frames), whole) <= PCM16_STEP
 
 
@@ -145,7 +146,7 @@ def nano(nano_bundle: Path) -> OfficialRuntime:
 def nano_whole(nano_bundle: Path) -> tuple[Codes, Audio]:
     """16 s: the longest context is 10 s."""
     codes = np.random.default_rng(5).integers(0, 1024, (200, 16)).astype(np.uint16)
-    return codes, codec.load_full_decoder(load_bundle(nano_bundle)).decode(codes)
+    return codes, codecs.load_full_decoder(load_bundle(nano_bundle)).decode(codes)
 
 
 def halve_caches(folder: Path) -> None:
@@ -175,7 +176,7 @@ def halve_caches(folder: Path) -> None:
 
 def test_caches_of_half_precision(folder: Path, codes: Codes, audio: Audio) -> None:
     halve_caches(folder)
-    decoder = codec.load_decoder(load_bundle(folder), threads=1)
+    decoder = codecs.load_decoder(load_bundle(folder), threads=1)
     found = in_chunks(decoder, codes, 5)
     assert 0 < furthest(found, audio) < 0.01
     dtypes = {name: tensor.dtype.name for name, tensor in decoder.snapshot().tensors.items()}
@@ -441,7 +442,7 @@ def test_wrong_codes_never_reach_the_graph(
 def test_a_code_outside_of_a_smaller_codebook_is_refused(folder: Path, codes: Codes) -> None:
     """The graph itself would take it: its codebook is larger than what the notes say."""
     save_sidecar(folder, Sidecar(codebook_size=1000))
-    decoder = codec.load_decoder(load_bundle(folder))
+    decoder = codecs.load_decoder(load_bundle(folder))
     assert codes.max() >= 1000
     with pytest.raises(TokenError, match="allowed is 0 to 999"):
         decoder.step(codes)
@@ -470,7 +471,7 @@ def test_a_run_that_fails_is_one_of_our_errors(tiny: OfficialRuntime, capfd: pyt
 
 def test_memory_that_runs_out_is_a_memory_error(tiny: OfficialRuntime) -> None:
     for message in ("std::bad_alloc", "Failed to allocate memory for requested buffer of size 123"):
-        with pytest.raises(MemoryError), runtime.translated_errors(tiny.session.graph):
+        with pytest.raises(MemoryError), engine.translated_errors(tiny.session.graph):
             raise RuntimeError(message)
 
 
@@ -478,8 +479,8 @@ def test_memory_that_runs_out_is_a_memory_error(tiny: OfficialRuntime) -> None:
 
 
 def test_threads_and_providers() -> None:
-    assert 1 <= codec.default_threads() <= 4
-    assert Engine.of() == Engine("cpu", codec.default_threads(), spin=False)
+    assert 1 <= codecs.default_threads() <= 4
+    assert Engine.of() == Engine("cpu", codecs.default_threads(), spin=False)
     with pytest.raises(UsageError, match="provider 'gpu' is not known, allowed are cpu, cuda"):
         Engine.of("gpu")
     with pytest.raises(UsageError, match="0 threads, allowed is a whole number from 1 to 1024"):
@@ -487,21 +488,21 @@ def test_threads_and_providers() -> None:
 
 
 def test_threads_spin_for_moments_only_unless_asked_to() -> None:
-    assert runtime._spinning(Engine.of(), "1.25.1") == {"intra_op.allow_spinning": "0"}
-    assert runtime._spinning(Engine.of(spin=True), "1.31.1") == {"intra_op.allow_spinning": "1"}
-    assert runtime._spinning(Engine.of(), "1.26.0")["intra_op.spin_duration_us"] == "10"
+    assert engine._spinning(Engine.of(), "1.25.1") == {"intra_op.allow_spinning": "0"}
+    assert engine._spinning(Engine.of(spin=True), "1.31.1") == {"intra_op.allow_spinning": "1"}
+    assert engine._spinning(Engine.of(), "1.26.0")["intra_op.spin_duration_us"] == "10"
 
 
 def test_default_threads_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for usable, expected in ((1, 1), (3, 3), (64, 4)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, usable=usable: range(usable))
-        assert codec.default_threads() == expected
+        assert codecs.default_threads() == expected
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt", "coreml", "directml", "openvino"])
 def test_a_provider_that_is_not_there_is_refused(tiny_bundle: Path, provider: str) -> None:
     with pytest.raises(BundleError, match=f"provider '{provider}' is not in this onnxruntime; here there are cpu"):
-        codec.load_runtime(load_bundle(tiny_bundle), provider=provider)
+        codecs.load_runtime(load_bundle(tiny_bundle), provider=provider)
 
 
 def test_a_provider_that_does_not_start_is_refused(
@@ -511,21 +512,21 @@ def test_a_provider_that_does_not_start_is_refused(
     import onnxruntime
 
     genuine = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(runtime.PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(engine.PROVIDERS.values()))
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
         lambda path, options, providers, enable_fallback: genuine(path, options, providers=["CPUExecutionProvider"]),
     )
     with pytest.raises(BundleError, match="provider 'cuda' was asked for, but did not start"):
-        codec.load_runtime(load_bundle(tiny_bundle), provider="cuda")
+        codecs.load_runtime(load_bundle(tiny_bundle), provider="cuda")
     assert capfd.readouterr().out == ""
 
 
 def test_a_fast_graph_that_is_not_there_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="has no fast graph; `mossnano build` makes one"):
-        codec.load_runtime(load_bundle(tiny_bundle), graph="fast")
-    assert codec.load_runtime(load_bundle(tiny_bundle)).graph_name == "official"
+        codecs.load_runtime(load_bundle(tiny_bundle), graph="fast")
+    assert codecs.load_runtime(load_bundle(tiny_bundle)).graph_name == "official"
 
 
 def spoilt_model(path: Path, spoil: Callable[[onnx.ModelProto], None]) -> None:
@@ -584,7 +585,7 @@ def test_a_graph_of_another_make_is_refused(
 ) -> None:
     spoilt_model(folder / STEP, spoil)
     with pytest.raises(BundleError, match=says) as raised:
-        codec.load_runtime(load_bundle(folder))
+        codecs.load_runtime(load_bundle(folder))
     assert str(raised.value).startswith(str(folder / STEP))
     assert raised.value.exit_status == 66
     assert capfd.readouterr() == ("", ""), "what is wrong is said once, by the error"
@@ -621,15 +622,15 @@ def test_spoilt_files(folder: Path, name: str, known: str, monkeypatch: pytest.M
     if known == "recorded":
         save_sidecar(folder, Sidecar(codebook_size=1024, files=records))
     if known == "published":
-        monkeypatch.setattr(pinned, "BUNDLE", pinned.PinnedRepository("a/b", "c", records))
+        monkeypatch.setattr(published, "BUNDLE", published.PinnedRepository("a/b", "c", records))
     if known == "unknown":
         save_sidecar(folder, Sidecar(codebook_size=1024))
-    assert codec.load_runtime(load_bundle(folder))
+    assert codecs.load_runtime(load_bundle(folder))
     SPOILT[name](folder)
     if known == "unknown" and name == "bit of the data":
         return  # nothing can tell it from other weights
     with pytest.raises(BundleError) as raised:
-        codec.load_runtime(load_bundle(folder))
+        codecs.load_runtime(load_bundle(folder))
     said, guilty = str(raised.value), SHARED if "data" in name else STEP
     assert said.startswith(str(folder))
     assert guilty in (said if known == "unknown" else said.partition(":")[0])
@@ -638,9 +639,9 @@ def test_spoilt_files(folder: Path, name: str, known: str, monkeypatch: pytest.M
 def test_a_damaged_graph_is_never_shown_to_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_sidecar(folder, Sidecar(codebook_size=1024, files=record_files(folder, [STEP])))
     flip_bit(folder / STEP, 1000)
-    monkeypatch.setattr(runtime, "_native_session", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(engine, "_native_session", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(BundleError, match="SHA-256"):
-        codec.load_runtime(load_bundle(folder))
+        codecs.load_runtime(load_bundle(folder))
 
 
 def test_metadata_of_another_codec_is_refused(folder: Path) -> None:
@@ -649,7 +650,7 @@ def test_metadata_of_another_codec_is_refused(folder: Path) -> None:
     with pytest.raises(
         BundleError, match=r"'audio_codes' is int32 \[1, \?, 16\], the metadata says int32 \[1, \?, 8\]"
     ):
-        codec.load_runtime(load_bundle(folder))
+        codecs.load_runtime(load_bundle(folder))
 
 
 @pytest.mark.parametrize("layout", ["as the hub keeps it", "every file elsewhere", "folder"])
@@ -667,7 +668,7 @@ def test_weights_behind_symlinks(tiny_bundle: Path, tmp_path: Path, layout: str,
             blobs.mkdir(exist_ok=True)
             shutil.copyfile(tiny_bundle / name, blobs / f"{number:064x}")
             (folder / name).symlink_to(f"../../{blobs.name}/{number:064x}")
-    decoder = codec.load_decoder(load_bundle(folder), threads=1)
+    decoder = codecs.load_decoder(load_bundle(folder), threads=1)
     assert furthest(decoder.step(codes), audio) < TOLERANCE
 
 
@@ -675,7 +676,7 @@ def test_data_missing_behind_a_symlink(folder: Path) -> None:
     (folder / SHARED).unlink()
     (folder / SHARED).symlink_to("nowhere")
     with pytest.raises(BundleError, match=f"{SHARED}: is not there"):
-        codec.load_runtime(load_bundle(folder))
+        codecs.load_runtime(load_bundle(folder))
 
 
 # --- whole-file runs ------------------------------------------------------------------------------------------------
@@ -719,5 +720,5 @@ def test_a_fast_graph_that_is_recorded_but_gone_is_an_error_and_no_silent_fall_b
     shutil.copytree(built_bundle, folder)
     (folder / load_bundle(folder).graphs["fast"].path.name).unlink()
     with pytest.raises(BundleError, match="is not there"):
-        codec.load_runtime(load_bundle(folder))
-    assert codec.load_runtime(load_bundle(folder), graph="official").graph_name == "official"
+        codecs.load_runtime(load_bundle(folder))
+    assert codecs.load_runtime(load_bundle(folder), graph="official").graph_name == "official"

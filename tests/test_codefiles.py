@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.codefiles import FORMS, form_of, load_codes, save_codes
 from mossnano_stdio.errors import InputError, UsageError
+from mossnano_stdio.tokens.plain import FORMS, form_of, load_codes, save_codes
 
 CODES = np.array([[1, 2], [3, 4], [515, 65535]], dtype=np.uint16)
 

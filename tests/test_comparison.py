@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mossnano_stdio import comparison as room
-from mossnano_stdio.comparison import compare_recordings
 from mossnano_stdio.errors import ExitStatus, InputError, UsageError
-from mossnano_stdio.pcm import Recording, WavWriter
+from mossnano_stdio.pcm import comparison as room
+from mossnano_stdio.pcm.comparison import compare_recordings
+from mossnano_stdio.pcm.samples import Recording, WavWriter
 from tests.tool import call_tool, run_tool
 
 RATE = 48000

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mossnano_stdio.conformance import CASES, Case, Status, Verdict, try_cases
 from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.tools.conformance.table import CASES, Case, Status, Verdict, try_cases
 from tests.child import DEMO, ROOT, double
 from tests.tool import Outcome, call_tool
 
@@ -349,7 +349,7 @@ def test_the_tool_is_patient_with_who_starts_slowly_and_says_so_once() -> None:
 
 def test_the_tool_does_not_wait_for_a_handshake_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the case takes then."""
-    monkeypatch.setattr("mossnano_stdio.conformance.table.QUIET_SECONDS", 3.0)
+    monkeypatch.setattr("mossnano_stdio.tools.conformance.table.QUIET_SECONDS", 3.0)
     broken = [*OTHER_PEER, "no length is too large"]
     outcome = conformance("--case", "framing-length-above-the-longest", "--timeout", "4", "--", *broken)
     assert (outcome.status, outcome.err) == (ExitStatus.CHECK_FAILED, "")
@@ -380,7 +380,7 @@ def test_the_cases_are_held_against_the_document() -> None:
     table = document.split("### 0x05 ERROR")[1].split("### 0x06")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     codes = {code.strip(" `") for row in rows for code in row.split(",")}
-    tried = "".join(path.read_text("utf-8") for path in (ROOT / "mossnano_stdio/conformance/cases").glob("*.py"))
+    tried = "".join(path.read_text("utf-8") for path in (ROOT / "mossnano_stdio/tools/conformance/cases").glob("*.py"))
     assert {code for code in codes if f'"{code}"' not in tried} == {
         "decode_failed", "not_finite", "bad_weights", "no_device", "out_of_memory", "bug", "bad_audio",
     }  # fmt: skip

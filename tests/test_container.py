@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.container import (
+from mossnano_stdio.errors import ArtifactError
+from mossnano_stdio.tokens.artifact import (
     FIELD_LIMITS,
     HEADER_BYTES,
     MAGIC,
@@ -26,8 +27,7 @@ from mossnano_stdio.container import (
     load_artifact,
     parse_artifact,
 )
-from mossnano_stdio.errors import ArtifactError
-from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.tokens.format import CodecFormat
 
 REAL_CODES = Path(__file__).parents[2] / "shared" / "data" / "real_codes.jsonl"
 FIELDS = tuple(FIELD_LIMITS)

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mossnano_stdio.bundle import DEMO_FOLDER
-from mossnano_stdio.container import Artifact, build_artifact
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.pcm import from_pcm16, read_audio
+from mossnano_stdio.pcm.samples import from_pcm16, read_audio
+from mossnano_stdio.tokens.artifact import Artifact, build_artifact
+from mossnano_stdio.weights.folder import DEMO_FOLDER
 from tests.tool import COMMAND, call_tool, run_tool
 
 PROCESS = Path(sys.executable).with_name("mossnano-stdio")
@@ -215,7 +215,7 @@ def test_parts_that_are_none(long_artifact: Path, built_bundle: Path, flags: lis
 
 def test_sound_that_is_none_is_an_error(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file must not hold silence where the graph failed."""
-    from mossnano_stdio.codec.official import StreamDecoder
+    from mossnano_stdio.codecs.stepping import StreamDecoder
 
     genuine = StreamDecoder.step
 

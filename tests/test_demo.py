@@ -14,14 +14,14 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from mossnano_stdio.bits import unpack_frames
-from mossnano_stdio.bundle import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
-from mossnano_stdio.container import parse_artifact
+from mossnano_stdio.demo.notes import FORMAT, HARMONICS, Note, code_of, codes_for_notes, gain_of_partials
+from mossnano_stdio.demo.synth import CUT_SAMPLES, melody, save_demo
 from mossnano_stdio.errors import UsageError
-from mossnano_stdio.graph.demo import CUT_SAMPLES, melody, save_demo
-from mossnano_stdio.graph.notes import FORMAT, HARMONICS, Note, code_of, codes_for_notes, gain_of_partials
-from mossnano_stdio.layout import to_graph
-from mossnano_stdio.protocol import Kind, MessageReader
+from mossnano_stdio.protocol.messages import Kind, MessageReader
+from mossnano_stdio.tokens.artifact import parse_artifact
+from mossnano_stdio.tokens.format import to_graph
+from mossnano_stdio.tokens.packing import unpack_frames
+from mossnano_stdio.weights.folder import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
 
 Codes = NDArray[np.integer]
 State = dict[str, NDArray[Any]]
@@ -132,7 +132,7 @@ def test_the_shipped_files_are_what_the_code_writes(tmp_path: Path) -> None:
     }
     assert written.keys() == shipped.keys()
     differing = [str(name) for name in written if written[name] != shipped[name]]
-    assert not differing, "run python -m mossnano_stdio.graph.demo"
+    assert not differing, "run python -m mossnano_stdio.demo.synth"
     assert sum(map(len, shipped.values())) < 100_000
 
 
@@ -370,7 +370,7 @@ def test_levels_out_of_range_are_refused() -> None:
 def test_notes_need_no_onnx() -> None:
     program = (
         "import sys; sys.modules['onnx'] = None\n"
-        "from mossnano_stdio.graph.notes import Note, codes_for_notes\n"
+        "from mossnano_stdio.demo.notes import Note, codes_for_notes\n"
         "print(codes_for_notes([Note(0, 0.08, 69)]).shape)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mossnano_stdio import digest
-from mossnano_stdio.digest import MEMORY_NAME, SMALL_BYTES, cache_folder, sha256_of
+from mossnano_stdio.weights import digest
+from mossnano_stdio.weights.digest import MEMORY_NAME, SMALL_BYTES, cache_folder, sha256_of
 
 LONG_AGO_NS = 1_600_000_000_000_000_000
 

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.protocol import Kind, Message, json_message
-from mossnano_stdio.recorder import Recorder
-from mossnano_stdio.renderer import Renderer
-from mossnano_stdio.schedule import Fixed, Ramp, Schedule
-from mossnano_stdio.session import ENCODING, DecodeSession, EncodeSession, State
+from mossnano_stdio.chunks.recorder import Recorder
+from mossnano_stdio.chunks.renderer import Renderer
+from mossnano_stdio.chunks.schedule import Fixed, Ramp, Schedule
+from mossnano_stdio.protocol.connection import State
+from mossnano_stdio.protocol.decoding import DecodeSession
+from mossnano_stdio.protocol.encoding import ENCODING, EncodeSession
+from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from tests.doubles import SMALL, CountingDecoder, CountingEncoder, expected_codes, tokens_payload
 
 END = Message(Kind.END)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from mossnano_stdio.facts import as_json, as_table
+from mossnano_stdio.tools.facts import as_json, as_table
 
 
 def test_json_is_strict_however_deep() -> None:

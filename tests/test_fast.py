@@ -16,17 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mossnano_stdio import codec
-from mossnano_stdio.bundle import Bundle, load_bundle
-from mossnano_stdio.codec import Engine, fast, probe, rings, stack
-from mossnano_stdio.codec.fast import FastDecoder, FastRuntime
-from mossnano_stdio.codec.rings import MAX_RUN_FRAMES, Rings, RingSpec
+from mossnano_stdio import codecs
+from mossnano_stdio.build.attention import PROBE_PATH, attention_probe
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.decode_step import FAST_FILE, fast_decode_step
+from mossnano_stdio.build.model import DecoderWeights, transformers
+from mossnano_stdio.codecs import Engine, fast, in_place, probe, rings
+from mossnano_stdio.codecs.fast import FastDecoder, FastRuntime
+from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Rings, RingSpec
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
-from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.fast import FAST_FILE, fast_decode_step
-from mossnano_stdio.graph.probe import PROBE_PATH, attention_probe
-from mossnano_stdio.graph.weights import DecoderWeights, transformers
-from mossnano_stdio.layout import Codes
+from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.weights.folder import Bundle, load_bundle
 from tests import oracle
 
 TOLERANCE = 1e-5
@@ -79,7 +79,7 @@ def long_audio(weights: DecoderWeights, long_codes: Codes) -> NDArray[np.float64
     return oracle.decode(weights, long_codes)
 
 
-def in_chunks(decoder: codec.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
+def in_chunks(decoder: codecs.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
     starts = range(0, len(codes), chunk_frames)
     return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
@@ -144,7 +144,7 @@ def test_chunks_of_mixed_sizes_and_many_streams_in_turn(
         assert furthest(found, long_audio[: len(found)]) < TOLERANCE
 
 
-def from_the_middle(runtime: codec.Runtime, codes: Codes, start_frame: int) -> Audio:
+def from_the_middle(runtime: codecs.Runtime, codes: Codes, start_frame: int) -> Audio:
     decoder = runtime.new_decoder()
     decoder.reset(start_frame)
     audio = in_chunks(decoder, codes, 8)
@@ -153,12 +153,12 @@ def from_the_middle(runtime: codec.Runtime, codes: Codes, start_frame: int) -> A
 
 
 @pytest.fixture(scope="module")
-def official(bundle: Bundle) -> codec.Runtime:
-    return codec.load_runtime(bundle, graph="official", threads=1)
+def official(bundle: Bundle) -> codecs.Runtime:
+    return codecs.load_runtime(bundle, graph="official", threads=1)
 
 
 def test_for_a_minute_it_is_the_official_graphs_twin(
-    runtime: FastRuntime, official: codec.Runtime, long_codes: Codes
+    runtime: FastRuntime, official: codecs.Runtime, long_codes: Codes
 ) -> None:
     for start_frame in (1, 300, 750):
         found, expected = (from_the_middle(either, long_codes[:40], start_frame) for either in (runtime, official))
@@ -166,7 +166,7 @@ def test_for_a_minute_it_is_the_official_graphs_twin(
 
 
 def test_later_it_is_right_where_the_official_graph_is_not(
-    runtime: FastRuntime, official: codec.Runtime, long_codes: Codes, long_audio: NDArray[np.float64]
+    runtime: FastRuntime, official: codecs.Runtime, long_codes: Codes, long_audio: NDArray[np.float64]
 ) -> None:
     """RoPE turns by differences: what a stream's age changes is nothing but rounding."""
     truth = long_audio[: 40 * 3840]
@@ -193,8 +193,8 @@ def test_angles_are_rounded_first_and_exact_later() -> None:
 def test_nano_within_one_step_of_the_official_graph_for_a_minute(nano_bundle: Path, chunk_frames: int) -> None:
     bundle = load_bundle(nano_bundle)
     codes = np.random.default_rng(5).integers(0, 1024, (750, 16)).astype(np.uint16)
-    expected = in_chunks(codec.load_decoder(bundle, graph="official"), codes, 8)
-    found = in_chunks(codec.load_decoder(bundle, graph="fast"), codes, chunk_frames)
+    expected = in_chunks(codecs.load_decoder(bundle, graph="official"), codes, 8)
+    found = in_chunks(codecs.load_decoder(bundle, graph="fast"), codes, chunk_frames)
     assert furthest(found, expected) <= PCM16_STEP
 
 
@@ -207,7 +207,7 @@ def test_nano_later_is_right_where_the_official_graph_is_not(nano_bundle: Path, 
     truth = oracle.decode(load_checkpoint(nano_bundle / "checkpoint").decoder, codes)
     fast, official = (
         furthest(from_the_middle(runtime, codes, minute * 750), truth)
-        for runtime in (codec.load_runtime(bundle, graph="fast"), codec.load_runtime(bundle, graph="official"))
+        for runtime in (codecs.load_runtime(bundle, graph="fast"), codecs.load_runtime(bundle, graph="official"))
     )
     print(
         f"minute {minute}: fast graph {fast / PCM16_STEP:.3f}, official graph {official / PCM16_STEP:.3f} 16-bit steps"
@@ -305,7 +305,7 @@ def test_every_ring_is_heard(runtime: FastRuntime, codes: Codes) -> None:
                 windows = list(snapshot.windows)
                 windows[transformer] = window.copy()
                 windows[transformer][ring] = spoilt
-                decoder.restore(stack.StackState(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
+                decoder.restore(in_place.StackState(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
                 assert furthest(decoder.step(codes[12:16]), expected) > 4 * PCM16_STEP, (transformer, ring)
 
 
@@ -339,7 +339,7 @@ def memories(decoder: FastDecoder) -> list[NDArray[np.float32]]:
 
 @pytest.fixture
 def by_copies(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FastRuntime:
-    monkeypatch.setattr(stack, "attention_support", lambda: "by copies")
+    monkeypatch.setattr(in_place, "attention_support", lambda: "by copies")
     return FastRuntime(bundle, Engine.of(threads=1))
 
 
@@ -361,7 +361,7 @@ def test_by_copies_it_is_the_same_sound(
 def test_by_copies_is_said_in_the_log(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stack, "attention_support", lambda: "by copies")
+    monkeypatch.setattr(in_place, "attention_support", lambda: "by copies")
     with caplog.at_level(logging.WARNING, "mossnano"):
         FastRuntime(bundle, Engine.of(threads=1))
     assert "does not write in place" in caplog.text
@@ -370,13 +370,13 @@ def test_by_copies_is_said_in_the_log(
 def test_a_runtime_that_does_not_attend_runs_the_official_graph(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert codec.load_runtime(bundle, threads=1).graph_name == "fast"
-    monkeypatch.setattr(stack, "attention_support", lambda: "none")
+    assert codecs.load_runtime(bundle, threads=1).graph_name == "fast"
+    monkeypatch.setattr(in_place, "attention_support", lambda: "none")
     with caplog.at_level(logging.WARNING, "mossnano"):
-        assert codec.load_runtime(bundle, threads=1).graph_name == "official"
+        assert codecs.load_runtime(bundle, threads=1).graph_name == "official"
     assert "the official graph runs instead" in caplog.text
     with pytest.raises(BundleError, match="does not attend as this graph needs it"):
-        codec.load_runtime(bundle, graph="fast", threads=1)
+        codecs.load_runtime(bundle, graph="fast", threads=1)
 
 
 def test_other_providers_run_the_official_graph(bundle: Bundle) -> None:
@@ -494,7 +494,7 @@ def test_the_window_is_always_what_the_next_token_can_see(
     in_place: bool, context_tokens: int, tokens_per_frame: int, steps: list[tuple[str, int]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rings, "_native", lambda array: array)
+        patch.setattr(rings, "native_value", lambda array: array)
         memory = Memory()
         spec = a_spec(context_tokens=context_tokens, tokens_per_frame=tokens_per_frame)
         ring = Rings(spec, memory, in_place=in_place)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mossnano_stdio import pinned
-from mossnano_stdio.bundle import load_bundle
 from mossnano_stdio.errors import OutputError
-from mossnano_stdio.fetch import Selection, fetch, selections
+from mossnano_stdio.weights import published
+from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights.hub import Selection, fetch, selections
 from tests.hub import CDN_HOST, HUB_HOST, Hub, serving
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `fetch` is not installed")
@@ -34,14 +34,14 @@ SHARED_BYTES = 300_000
 DRIVER = """
 import json, sys, time
 import huggingface_hub.constants
-from mossnano_stdio import pinned
-from mossnano_stdio.bundle import load_bundle
+from mossnano_stdio.weights import published
+from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.cli import main
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
 time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
 for name, facts in json.loads(sys.argv[1]).items():
-    files = {file: pinned.FileRecord(*record) for file, record in facts["files"].items()}
-    setattr(pinned, name, pinned.PinnedRepository(facts["repository"], facts["revision"], files))
+    files = {file: published.FileRecord(*record) for file, record in facts["files"].items()}
+    setattr(published, name, published.PinnedRepository(facts["repository"], facts["revision"], files))
 sys.exit(main(["fetch", *sys.argv[2:]]))
 """
 
@@ -51,8 +51,8 @@ def contents(names: list[str]) -> dict[str, bytes]:
     return {name: generator.bytes(SHARED_BYTES if name.endswith((".data", ".safetensors")) else 500) for name in names}
 
 
-BUNDLE_FILES = contents(list(pinned.BUNDLE.files))
-CHECKPOINT_FILES = contents(list(pinned.CHECKPOINT.files))
+BUNDLE_FILES = contents(list(published.BUNDLE.files))
+CHECKPOINT_FILES = contents(list(published.CHECKPOINT.files))
 DECODE_NAMES = selections()["decode"].file_names
 
 
@@ -155,7 +155,7 @@ def test_the_metadata_comes_last(place: Place, hub: Hub) -> None:
     """A folder that has it is taken for whole."""
     hub.status[STEP] = 404
     assert place.fetch("--to", "there").returncode == 66
-    assert pinned.METADATA_NAME not in found_in(place.root / "there")
+    assert published.METADATA_NAME not in found_in(place.root / "there")
 
 
 def test_files_outlive_the_hub_cache(place: Place) -> None:
@@ -340,7 +340,7 @@ def test_hf_xet_says_its_errno_in_words(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(OutputError, match=r"\(ENOSPC\)"):
-        fetch(Selection(pinned.BUNDLE, "any", (pinned.METADATA_NAME,)), tmp_path, report=lambda line: None)
+        fetch(Selection(published.BUNDLE, "any", (published.METADATA_NAME,)), tmp_path, report=lambda line: None)
 
 
 # --- graphs of our own -----------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def test_hf_xet_says_its_errno_in_words(tmp_path: Path, monkeypatch: pytest.Monk
 def tiny_place(hub: Hub, place: Place, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A hub that publishes graphs."""
     monkeypatch.setattr(sys.modules[__name__], "BUNDLE_FILES", {})
-    for name in pinned.BUNDLE.files:
+    for name in published.BUNDLE.files:
         BUNDLE_FILES[name] = hub.files[BUNDLE, name] = (tiny_bundle / name).read_bytes()
     return place
 
@@ -422,8 +422,8 @@ def test_help_needs_no_network_and_no_extra() -> None:
 
 def test_selections_cover_every_pinned_file() -> None:
     chosen = selections()
-    assert {*chosen["decode"].file_names, *chosen["encode"].file_names} == set(pinned.BUNDLE.files)
-    assert set(chosen["checkpoint"].file_names) == set(pinned.CHECKPOINT.files)
+    assert {*chosen["decode"].file_names, *chosen["encode"].file_names} == set(published.BUNDLE.files)
+    assert set(chosen["checkpoint"].file_names) == set(published.CHECKPOINT.files)
     assert len(DECODE_NAMES) == 4
 
 
@@ -432,14 +432,14 @@ def test_selections_cover_every_pinned_file() -> None:
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
-@pytest.mark.parametrize("repository", [pinned.BUNDLE, pinned.CHECKPOINT], ids=["bundle", "checkpoint"])
-def test_the_page_on_weights_has_the_pinned_facts(repository: pinned.PinnedRepository) -> None:
+@pytest.mark.parametrize("repository", [published.BUNDLE, published.CHECKPOINT], ids=["bundle", "checkpoint"])
+def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRepository) -> None:
     page = (WEIGHTS / "README.md").read_text("utf-8")
     _, section = page.split(f"## {repository.repository}\n")
     section = section.split("\n## ")[0]
-    assert f"Revision {repository.revision}, licence {pinned.LICENCE}," in section
+    assert f"Revision {repository.revision}, licence {published.LICENCE}," in section
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
-    written = {name: pinned.FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
+    written = {name: published.FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
     assert written == repository.files
 
 

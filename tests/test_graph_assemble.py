@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.bundle import DEMO_FOLDER, METADATA_NAME, SIDECAR_NAME, SidecarGraph, load_bundle
-from mossnano_stdio.codec import load_decoder, load_encoder_runtime, load_runtime
+from mossnano_stdio.build import bundle, contract
+from mossnano_stdio.build.bundle import staged
+from mossnano_stdio.build.decode_step import FAST_DATA, FAST_FILE, save_fast_graph
+from mossnano_stdio.build.encode_step import ENCODE_STEP_DATA, ENCODE_STEP_FILE, save_encode_step
+from mossnano_stdio.build.model import DecoderWeights, EncoderWeights, LayerWeights, TransformerWeights
+from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_runtime
 from mossnano_stdio.errors import BundleError, ExitStatus, OutputError
-from mossnano_stdio.graph import assemble, contract
-from mossnano_stdio.graph.assemble import staged
-from mossnano_stdio.graph.encode_step import ENCODE_STEP_DATA, ENCODE_STEP_FILE, save_encode_step
-from mossnano_stdio.graph.fast import FAST_DATA, FAST_FILE, save_fast_graph
-from mossnano_stdio.graph.weights import DecoderWeights, EncoderWeights, LayerWeights, TransformerWeights
-from mossnano_stdio.layout import Codes
+from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.weights.folder import DEMO_FOLDER, METADATA_NAME, SIDECAR_NAME, SidecarGraph, load_bundle
 from tests.tool import call_tool
 
 
@@ -90,7 +90,7 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path, tiny_reference: Path, mo
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "graph.onnx")
 
-    monkeypatch.setattr(assemble, "save_graphs", full)
+    monkeypatch.setattr(bundle, "save_graphs", full)
     outcome = call_tool("build", tiny_reference, tmp_path)
     assert outcome.status == ExitStatus.OUTPUT_FAILED
     assert "graph.onnx: cannot be written: No space left on device (ENOSPC)" in outcome.error_line
@@ -211,7 +211,7 @@ def test_a_decoder_that_departs_is_not_kept(
     folder = official_copy(tiny_bundle, tmp_path / "bundle")
     before = contents(folder)
     monkeypatch.setattr(
-        assemble, "save_fast_graph", lambda stage, decoder: save_fast_graph(stage, wrong_by(decoder, **changes))
+        bundle, "save_fast_graph", lambda stage, decoder: save_fast_graph(stage, wrong_by(decoder, **changes))
     )
     outcome = call_tool("build", "--from-bundle", folder, folder)
     assert outcome.status == ExitStatus.CHECK_FAILED
@@ -229,7 +229,7 @@ def test_an_encoder_that_departs_is_not_kept(
         quantizer = replace(encoder.quantizer, in_proj_b=encoder.quantizer.in_proj_b + np.float32(0.01))
         return save_encode_step(stage, replace(encoder, quantizer=quantizer))
 
-    monkeypatch.setattr(assemble, "save_encode_step", save_wrong)
+    monkeypatch.setattr(bundle, "save_encode_step", save_wrong)
     outcome = call_tool("build", "--from-bundle", tiny_bundle, tmp_path / "out")
     assert outcome.status == ExitStatus.CHECK_FAILED
     assert contract.ENCODE_FILE in outcome.error_line

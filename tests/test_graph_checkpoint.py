@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from mossnano_stdio.build.checkpoint import INDEX_NAME, SINGLE_NAME, load_checkpoint
+from mossnano_stdio.build.config import parse_config
+from mossnano_stdio.build.model import TransformerWeights, transformers
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.graph.checkpoint import INDEX_NAME, SINGLE_NAME, load_checkpoint
-from mossnano_stdio.graph.config import parse_config
-from mossnano_stdio.graph.weights import TransformerWeights, transformers
 
 Tensors = dict[str, NDArray[Any]]
 

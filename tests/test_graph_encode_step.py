@@ -12,13 +12,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from mossnano_stdio.bundle import load_bundle
-from mossnano_stdio.codec import load_decoder, load_encoder_runtime, load_full_encoder
-from mossnano_stdio.graph.assemble import save_bundle
-from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.encode_step import ENCODE_STEP_FILE
-from mossnano_stdio.graph.standin import Size, save_standin
-from mossnano_stdio.graph.weights import CodecWeights, DecoderWeights, EncoderWeights, Module, PatchStep
+from mossnano_stdio.build.bundle import save_bundle
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.encode_step import ENCODE_STEP_FILE
+from mossnano_stdio.build.model import CodecWeights, DecoderWeights, EncoderWeights, Module, PatchStep
+from mossnano_stdio.build.random_weights import Size, save_standin
+from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_full_encoder
+from mossnano_stdio.weights.folder import load_bundle
 from tests import oracle
 
 Array = NDArray[Any]

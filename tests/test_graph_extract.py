@@ -13,14 +13,14 @@ import numpy as np
 import onnx
 import pytest
 
-from mossnano_stdio.bundle import METADATA_NAME, SIDECAR_NAME, load_bundle
+from mossnano_stdio.build import contract
+from mossnano_stdio.build.bundle import save_bundle
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.extract import extract_weights
+from mossnano_stdio.build.model import CodecWeights
+from mossnano_stdio.build.random_weights import SIZES, Size, save_standin
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.graph import contract
-from mossnano_stdio.graph.assemble import save_bundle
-from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.extract import extract_weights
-from mossnano_stdio.graph.standin import SIZES, Size, save_standin
-from mossnano_stdio.graph.weights import CodecWeights
+from mossnano_stdio.weights.folder import METADATA_NAME, SIDECAR_NAME, load_bundle
 
 STEP, FULL, ENCODE = contract.DECODE_STEP_FILE, contract.DECODE_FULL_FILE, contract.ENCODE_FILE
 

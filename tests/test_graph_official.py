@@ -12,12 +12,12 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from mossnano_stdio.bundle import METADATA_NAME
-from mossnano_stdio.graph import contract
-from mossnano_stdio.graph.assemble import save_bundle
-from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.standin import Size, save_standin
-from mossnano_stdio.graph.weights import CodecWeights
+from mossnano_stdio.build import contract
+from mossnano_stdio.build.bundle import save_bundle
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.model import CodecWeights
+from mossnano_stdio.build.random_weights import Size, save_standin
+from mossnano_stdio.weights.folder import METADATA_NAME
 from tests import oracle
 
 Array = NDArray[Any]

@@ -1,6 +1,6 @@
 """The house rules, held by looking at the source: who may import whom, who may speak to what, and what all files owe.
 
-The table of rooms is LAYERS. A new file in mossnano_stdio/ belongs in it before these tests pass.
+The table of rooms is FLOORS. A new file in mossnano_stdio/ belongs in it before these tests pass.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from mossnano_stdio.cli import VERBS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mossnano_stdio"
 
-# A room imports from lower layers only, never from its own.
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "layout", "facts", "logs", "digest", "pinned", "initializers"}),
-    frozenset({"shapes", "bits", "pcm", "schedule", "protocol", "files", "backlog", "entry"}),
-    frozenset({"container", "bundle", "renderer", "recorder", "codefiles", "comparison", "inbox", "options"}),
-    frozenset({"codec", "session", "playback", "tally", "metrics", "fetch"}),
-    frozenset({"stdio", "library", "client", "sources", "outputs"}),
-    frozenset({"process"}),
-    frozenset({"__main__", "cli", "tools"}),
+# From the ground up: a room imports from lower floors only, never from its own.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
+    frozenset({"files", "tokens"}),
+    frozenset({"pcm", "weights", "playback"}),
+    frozenset({"chunks"}),
+    frozenset({"codecs", "protocol"}),
+    frozenset({"library", "client", "demo"}),
+    frozenset({"process", "build"}),
+    frozenset({"cli", "tools"}),
 )
-# Beside the layers: tools import them, inside functions, and nobody else does. They may import up to ASIDE_LAYER.
-ASIDE = frozenset({"graph", "benchmarks", "conformance", "demo", "clients"})
-ASIDE_LAYER = 3
+ENTRANCES = frozenset(
+    {"cli", "tools", "library", "client", "demo", "process"}
+)  # what users call; nobody here has to import it
 
 # What only some rooms may speak to. Optional dependencies are imported inside functions.
 ONLY_IN = {
-    "onnxruntime": {"codec", "benchmarks"},  # benchmarks: the official loop, as others write it
+    "onnxruntime": {"codecs", "tools"},  # the official loop, as others write it, in tools/bench/
     "sounddevice": {"playback"},
     "soundfile": {"pcm"},
     "soxr": {"playback", "pcm"},
     "matplotlib": {"tools"},
-    "huggingface_hub": {"fetch"},
+    "huggingface_hub": {"weights"},
     "tqdm": {"tools"},
-    "onnx": {"graph"},
-    "google": {"graph"},  # protobuf, which comes with onnx
-    "safetensors": {"graph"},
-    "signal": {"stdio", "client", "conformance", "cli"},
-    "select": {"stdio", "client", "logs"},
-    "fcntl": {"stdio", "client", "conformance"},
-    "msvcrt": {"stdio", "client"},
-    "subprocess": {"client", "conformance", "benchmarks"},
-    # stdio and client start threads; inbox is what stdio's threads meet at; playback waits for a device's own thread;
-    # codec hashes weights while they load; library may be called by many; `play` shows its progress; conformance has
-    # a watchdog; benchmarks decode many streams at once.
-    "threading": {"stdio", "client", "inbox", "playback", "codec", "library", "tools", "conformance", "benchmarks"},
+    "onnx": {"build", "demo"},
+    "google": {"build"},  # protobuf, which comes with onnx
+    "safetensors": {"build"},
+    "signal": {"process", "client", "tools", "cli"},
+    "select": {"process", "client"},
+    "fcntl": {"process", "client", "tools"},
+    "msvcrt": {"process", "client"},
+    "subprocess": {"client", "tools"},
+    # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
+    # load; library may be called by many; `play` shows its progress, `conformance` has a watchdog, `bench` decodes
+    # many streams at once.
+    "threading": {"process", "client", "playback", "codecs", "library", "tools"},
     "asyncio": {"client"},
     "multiprocessing": set(),
 }
 IMPORTED_LATE = {"onnxruntime", "sounddevice", "soundfile", "soxr", "matplotlib", "huggingface_hub", "tqdm"}
-PROGRAMS = {"mossnano_stdio/benchmarks/worker.py"}  # run as a process of its own, never imported
+PROGRAMS = {"mossnano_stdio/tools/bench/worker.py"}  # run as a process of its own, never imported
 DESCRIPTOR_CALLS = {"dup", "dup2", "read", "write", "pipe", "set_blocking", "fdopen", "writev"}
-# logs writes without ever blocking; errors puts stdout aside as a program's last act.
-DESCRIPTOR_ROOMS = {"stdio", "client", "conformance", "benchmarks", "logs", "errors"}
+DESCRIPTOR_ROOMS = {"process", "client", "tools", "errors"}  # errors puts stdout aside as a program's last act
 
 VAGUE_WORDS = {"util", "utils", "common", "helper", "helpers", "base", "manager", "core", "misc"}
 
@@ -83,7 +83,8 @@ class Source(NamedTuple):
 
     @property
     def room(self) -> str:
-        return self.path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        room = self.path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        return "process" if room == "__main__" else room  # where that process begins
 
     @property
     def name(self) -> str:
@@ -116,10 +117,10 @@ def _is_typing(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def layer_of(room: str) -> int:
-    layers = [number for number, rooms in enumerate(LAYERS) if room in rooms]
-    assert layers, f"{room} has no place in LAYERS"
-    return layers[0]
+def floor_of(room: str) -> int:
+    floors = [number for number, rooms in enumerate(FLOORS) if room in rooms]
+    assert floors, f"{room} has no place in FLOORS"
+    return floors[0]
 
 
 def all_imports() -> Iterator[tuple[Source, Imported]]:
@@ -143,36 +144,32 @@ def test_the_look_sees_something() -> None:
 
 def test_every_room_has_its_place() -> None:
     on_disk = {source.room for source in sources()} - {"__init__"}
-    in_table = frozenset[str]().union(*LAYERS) | ASIDE
-    assert on_disk <= in_table, "put it into LAYERS, where it belongs"
-    assert sum(map(len, LAYERS)) + len(ASIDE) == len(in_table), "one place each"
-    assert not [room for room in in_table if not (PACKAGE / room).exists() and not (PACKAGE / f"{room}.py").exists()]
+    assert on_disk == frozenset[str]().union(*FLOORS), "put it into FLOORS, where it belongs"
+    assert sum(map(len, FLOORS)) == len(on_disk), "one place each"
 
 
 def test_imports_go_down() -> None:
-    wrong = []
-    for source, room, imported in our_imports():
-        if source.room == "__init__" or room in ASIDE or (source.room in ASIDE and layer_of(room) <= ASIDE_LAYER):
-            continue
-        if source.room in ASIDE or layer_of(room) >= layer_of(source.room):
-            wrong.append(f"{source.name}:{imported.line} imports {room}")
-    assert not wrong
-
-
-def test_what_stands_aside_is_imported_by_tools_and_late() -> None:
     wrong = [
         f"{source.name}:{imported.line} imports {room}"
         for source, room, imported in our_imports()
-        if room in ASIDE and not (source.room == "tools" and imported.is_late)
+        if source.room != "__init__" and floor_of(room) >= floor_of(source.room)
     ]
     assert not wrong
+
+
+def test_a_room_that_one_room_needs_lies_in_it() -> None:
+    importers: dict[str, set[str]] = {room: set() for rooms in FLOORS for room in rooms}
+    for source, room, _ in our_imports():
+        importers[room].add(verb_of(source) or source.room)
+    assert [room for room, by in importers.items() if len(by) < 2 and room not in ENTRANCES] == []
 
 
 def test_tools_do_not_import_each_other() -> None:
     wrong = [
         f"{source.name}:{imported.line} imports {imported.module}"
         for source, imported in all_imports()
-        if imported.module.startswith("mossnano_stdio.tools")
+        if imported.module.startswith("mossnano_stdio.tools.")
+        and not imported.module.startswith(("mossnano_stdio.tools.facts", f"mossnano_stdio.tools.{verb_of(source)}"))
     ]
     assert not wrong
 
@@ -188,7 +185,7 @@ def test_the_world_outside_is_spoken_to_where_it_may_be() -> None:
 
 def test_onnxruntime_is_imported_where_its_telemetry_is_turned_off() -> None:
     importers = {source.name for source, imported in all_imports() if imported.module.startswith("onnxruntime")}
-    assert importers == {"mossnano_stdio/codec/runtime.py", *PROGRAMS}
+    assert importers == {"mossnano_stdio/codecs/engine.py", *PROGRAMS}
     assert all("ORT_DISABLE_TELEMETRY" in (ROOT / name).read_text("utf-8") for name in importers)
 
 
@@ -281,13 +278,28 @@ def test_no_state_hides_in_a_module() -> None:
 # --- verbs -------------------------------------------------------------------------------------------------------
 
 
+def verb_of(source: Source) -> str:
+    """The tool that a file in tools/ is, or is a part of."""
+    parts = source.path.relative_to(PACKAGE).parts
+    return parts[1].removesuffix(".py") if parts[0] == "tools" else ""
+
+
+def is_tool(source: Source) -> bool:
+    """Is it the tool itself: a file, or the face of a folder?"""
+    return verb_of(source) in VERBS and source.path in (
+        PACKAGE / "tools" / f"{verb_of(source)}.py",
+        PACKAGE / "tools" / verb_of(source) / "__init__.py",
+    )
+
+
 def test_every_verb_has_its_tool_and_every_tool_its_verb() -> None:
-    assert {path.stem for path in (PACKAGE / "tools").glob("*.py")} - {"__init__"} == set(VERBS)
+    assert {verb_of(source) for source in sources() if is_tool(source)} == set(VERBS)
+    assert {verb_of(source) for source in sources() if source.room == "tools"} - set(VERBS) == {"__init__", "facts"}
 
 
 def test_every_tool_can_be_run() -> None:
     for source in sources():
-        if source.room == "tools" and source.path.name != "__init__.py":
+        if is_tool(source):
             functions = {node.name: node for node in source.tree.body if isinstance(node, ast.FunctionDef)}
             assert [argument.arg for argument in functions["add_arguments"].args.args] == ["parser"], source.name
             assert [argument.arg for argument in functions["run"].args.args] == ["args"], source.name

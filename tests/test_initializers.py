@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from mossnano_stdio.initializers import initializer_shapes
+from mossnano_stdio.weights.onnx_shapes import initializer_shapes
 
 
 @pytest.mark.parametrize("name", ["decode_step", "decode_full", "encode"])

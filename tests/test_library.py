@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 import mossnano_stdio
 from mossnano_stdio import Codec, EncodedAudio
-from mossnano_stdio.bundle import load_bundle
-from mossnano_stdio.codec import GraphName
-from mossnano_stdio.container import parse_artifact
+from mossnano_stdio.codecs import GraphName
 from mossnano_stdio.errors import ArtifactError, BundleError
-from mossnano_stdio.layout import Codes
+from mossnano_stdio.tokens.artifact import parse_artifact
+from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.weights.folder import load_bundle
 
 TOLERANCE = 2e-5  # of the goldens
 PCM16_STEP = 1 / 32767
@@ -170,7 +170,7 @@ def test_chunks_change_nothing(either: Codec, codes: Codes, audio: Audio, chunk_
 
 
 def test_chunks_are_decoded_in_steps_of_that_size(ours: Codec, codes: Codes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mossnano_stdio.codec.fast import FastDecoder
+    from mossnano_stdio.codecs.fast import FastDecoder
 
     steps: list[int] = []
     genuine = FastDecoder.step

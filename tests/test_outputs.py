@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import DeviceError
-from mossnano_stdio.outputs import NoOutput, RawOutput, SeveralOutputs, SpeakerOutput
-from mossnano_stdio.protocol import Kind, Message, json_message
+from mossnano_stdio.process.outputs import NoOutput, RawOutput, SeveralOutputs, SpeakerOutput
+from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from tests.child import DEMO, ROOT, decoded, fields, pcm_of
 from tests.doubles import SMALL
 from tests.sound import FileDevice, Samples, missing_portaudio

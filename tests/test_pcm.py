@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mossnano_stdio import pcm
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
-from mossnano_stdio.pcm import (
+from mossnano_stdio.pcm import samples as pcm
+from mossnano_stdio.pcm.samples import (
     BLOCK_SAMPLES,
     WavWriter,
     from_pcm16,

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.protocol import Kind, Message, encode_message, json_message
+from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message
 from tests.child import DEMO, ROOT
 from tests.sound import (
     FileDevice,

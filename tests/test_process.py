@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.protocol import INBOX_BYTES, Kind, Message, encode_message
-from mossnano_stdio.session import DECODING, ENCODING, Action, State
+from mossnano_stdio.protocol.connection import Action, State
+from mossnano_stdio.protocol.decoding import DECODING
+from mossnano_stdio.protocol.encoding import ENCODING
+from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_codes, expected_pcm, some_frames, tokens_payload
 

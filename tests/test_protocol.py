@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mossnano_stdio.errors import ExitStatus, PayloadError, ProtocolError
-from mossnano_stdio.protocol import (
+from mossnano_stdio.protocol.messages import (
     MAX_MESSAGE_BYTES,
     Kind,
     Message,

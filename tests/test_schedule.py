@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mossnano_stdio.chunks.schedule import Fixed, Ramp, Schedule, frames_for_seconds, plan
 from mossnano_stdio.errors import UsageError
-from mossnano_stdio.schedule import Fixed, Ramp, Schedule, frames_for_seconds, plan
 
 NANO_FRAMES_PER_SECOND = 12.5
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mossnano_stdio.chunks.renderer import Renderer
+from mossnano_stdio.chunks.schedule import Fixed, Ramp, Schedule
 from mossnano_stdio.errors import DecodeError, ProtocolError
-from mossnano_stdio.protocol import Kind, Message, json_message
-from mossnano_stdio.renderer import Renderer
-from mossnano_stdio.schedule import Fixed, Ramp, Schedule
-from mossnano_stdio.session import DECODING, DecodeSession, State
-from mossnano_stdio.session.conversation import MAX_AUDIO_BYTES, MAX_SENT_BYTES
+from mossnano_stdio.protocol.connection import MAX_AUDIO_BYTES, MAX_SENT_BYTES, State
+from mossnano_stdio.protocol.decoding import DECODING, DecodeSession
+from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from tests.doubles import (
     NANO,
     SMALL,

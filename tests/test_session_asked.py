@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mossnano_stdio.protocol import Kind, Message
-from mossnano_stdio.recorder import Recorder
-from mossnano_stdio.renderer import Renderer
-from mossnano_stdio.schedule import Fixed, Ramp
-from mossnano_stdio.session import DecodeSession, EncodeSession
+from mossnano_stdio.chunks.recorder import Recorder
+from mossnano_stdio.chunks.renderer import Renderer
+from mossnano_stdio.chunks.schedule import Fixed, Ramp
+from mossnano_stdio.protocol.decoding import DecodeSession
+from mossnano_stdio.protocol.encoding import EncodeSession
+from mossnano_stdio.protocol.messages import Kind, Message
 from tests.doubles import (
     SMALL,
     CountingDecoder,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.shapes import (
+from mossnano_stdio.tokens.arrays import (
     checked_quantizers,
     checked_rate,
     normalised_codes,

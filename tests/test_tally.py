@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.container import Artifact, build_artifact
-from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, encode_message
-from mossnano_stdio.tally import Tally
+from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, encode_message
+from mossnano_stdio.tokens.artifact import Artifact, build_artifact
+from mossnano_stdio.tools.info.tally import Tally
 
 
 def tally_of(*messages: tuple[int, bytes], cut: int = 0, piece_bytes: int = 1 << 16) -> tuple[dict[str, Any], str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mossnano_stdio.cli import VERBS
-from mossnano_stdio.protocol import Kind, encode_message
+from mossnano_stdio.protocol.messages import Kind, encode_message
 from tests.child import DEMO, PROCESS
 from tests.conftest import REFERENCE, skip_if_nothing_can_be_built
 from tests.sound import missing_portaudio
@@ -45,7 +45,7 @@ COMMANDS: dict[str, list[str]] = {
     "protocol": ["protocol"],
     "conformance": ["conformance", "--case", "pings-are-echoed", "--", *DEMO],
 }
-IMPORTS = "import os; from mossnano_stdio.codec.runtime import import_onnxruntime as it; "
+IMPORTS = "import os; from mossnano_stdio.codecs.engine import import_onnxruntime as it; "
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from mossnano_stdio.codefiles import FORMS, save_codes
-from mossnano_stdio.protocol import Kind, encode_message
+from mossnano_stdio.protocol.messages import Kind, encode_message
+from mossnano_stdio.tokens.plain import FORMS, save_codes
 from tests.fuzz_readers import corpus_of, mutated
 from tests.tool import call_tool
 

@@ -29,11 +29,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mossnano_stdio.bundle import METADATA_NAME
-from mossnano_stdio.graph import contract
-from mossnano_stdio.graph.builder import EXTERNAL_BYTES, OPSET
-from mossnano_stdio.graph.checkpoint import load_checkpoint
-from mossnano_stdio.graph.weights import (
+from mossnano_stdio.build import contract
+from mossnano_stdio.build.builder import EXTERNAL_BYTES, OPSET
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.model import (
     NORM_EPSILON,
     ROW_EPSILON,
     CodecWeights,
@@ -44,6 +43,7 @@ from mossnano_stdio.graph.weights import (
     PatchStep,
     TransformerWeights,
 )
+from mossnano_stdio.weights.folder import METADATA_NAME
 
 TRACED_FRAMES = 3
 

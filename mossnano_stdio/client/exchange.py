@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.bits import pack_frames
-from mossnano_stdio.container import parse_artifact
 from mossnano_stdio.errors import MossnanoError, TokenError, UsageError
-from mossnano_stdio.layout import CodecFormat
-from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, json_message, parse_json
+from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message, json_message, parse_json
+from mossnano_stdio.tokens.artifact import parse_artifact
+from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens.packing import pack_frames
 
 Frames = NDArray[np.integer] | Sequence[Sequence[int]] | bytes | bytearray | memoryview
 

@@ -16,19 +16,21 @@ ring.py is the ring, feed.py what the callback does with it, devices.py what the
 is made to fit, player.py all of it together.
 """
 
-from mossnano_stdio.playback.devices import OutputDevice, output_devices
-from mossnano_stdio.playback.player import (
-    ALL,
-    Latency,
-    Player,
-    ShouldStop,
-)
+from __future__ import annotations
 
-__all__ = [
-    "ALL",
-    "Latency",
-    "OutputDevice",
-    "Player",
-    "ShouldStop",
-    "output_devices",
-]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mossnano_stdio.playback.devices import OutputDevice, output_devices
+    from mossnano_stdio.playback.player import ALL, Latency, Player, ShouldStop
+
+__all__ = ["ALL", "Latency", "OutputDevice", "Player", "ShouldStop", "output_devices"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when they are asked for: a process that plays nothing wants the defaults of its flags only."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mossnano_stdio.playback import devices, player
+
+    return getattr(player if hasattr(player, name) else devices, name)

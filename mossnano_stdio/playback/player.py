@@ -23,8 +23,8 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from mossnano_stdio.errors import DeviceError, UsageError
-from mossnano_stdio.options import DEFAULT_LATENCY_MS, DEFAULT_PREBUFFER_MS, MAX_VOLUME
 from mossnano_stdio.playback.convert import Converter
+from mossnano_stdio.playback.defaults import LATENCY_MS, MAX_VOLUME, PREBUFFER_MS
 from mossnano_stdio.playback.devices import CHOOSE_ANOTHER, find_device, import_sounddevice, nearest_format
 from mossnano_stdio.playback.feed import Feed, Verdict
 from mossnano_stdio.playback.ring import PcmRing, Samples
@@ -63,8 +63,8 @@ class Player:
         channels: int,
         *,
         device: int | str | None = None,
-        prebuffer_ms: float = DEFAULT_PREBUFFER_MS,
-        latency: Latency = DEFAULT_LATENCY_MS,
+        prebuffer_ms: float = PREBUFFER_MS,
+        latency: Latency = LATENCY_MS,
         volume: float = 1.0,
     ) -> None:
         if not prebuffer_ms >= 0:

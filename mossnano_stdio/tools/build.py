@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.checkpoint is None) == (args.from_bundle is None):
         raise UsageError("build takes either CHECKPOINT_DIR OUT_DIR or --from-bundle DIR OUT_DIR")
     try:
-        from mossnano_stdio.graph.assemble import build_from_bundle, build_from_checkpoint
+        from mossnano_stdio.build.bundle import build_from_bundle, build_from_checkpoint
     except ImportError as error:
         raise UsageError(
             f"building needs {error.name}, which is not installed: pip install 'mossnano-stdio[build]'"

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio import codec
-from mossnano_stdio.bundle import DEMO, Bundle, WeightFile, find_weights, load_bundle
-from mossnano_stdio.codec import EncoderRuntime, GraphName, Runtime, UnfitRuntimeError
+from mossnano_stdio import codecs
+from mossnano_stdio.codecs import EncoderRuntime, GraphName, Runtime, UnfitRuntimeError
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
-from mossnano_stdio.facts import as_json
-from mossnano_stdio.layout import CodecFormat, Codes
-from mossnano_stdio.options import add_engine_arguments
-from mossnano_stdio.pcm import FULL_SCALE
+from mossnano_stdio.pcm.samples import FULL_SCALE
+from mossnano_stdio.process.flags import add_engine_arguments
+from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.tools.facts import as_json
+from mossnano_stdio.weights.folder import DEMO, Bundle, WeightFile, find_weights, load_bundle
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec import FullDecoder, FullEncoder
+    from mossnano_stdio.codecs import FullDecoder, FullEncoder
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
@@ -160,16 +160,16 @@ class _Graphs:
         bundle, engine = self._bundle, _EngineFlags(provider=self._provider, threads=self._threads)
 
         def load_runtime(graph: GraphName) -> None:
-            self.runtimes.append(codec.load_runtime(bundle, graph=graph, **engine))
+            self.runtimes.append(codecs.load_runtime(bundle, graph=graph, **engine))
 
         def load_full_decoder() -> None:
-            self.maybe_full_decoder = codec.load_full_decoder(bundle, **engine)
+            self.maybe_full_decoder = codecs.load_full_decoder(bundle, **engine)
 
         def load_encoder() -> None:
-            self.maybe_encoder = codec.load_encoder_runtime(bundle, **engine)
+            self.maybe_encoder = codecs.load_encoder_runtime(bundle, **engine)
 
         def load_full_encoder() -> None:
-            self.maybe_full_encoder = codec.load_full_encoder(bundle, **engine)
+            self.maybe_full_encoder = codecs.load_full_encoder(bundle, **engine)
 
         return {
             "decode_step": lambda: load_runtime("official"),

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.comparison import Comparison, Join, compare_recordings
 from mossnano_stdio.errors import CheckFailedError, ExitStatus, InputError, UsageError
-from mossnano_stdio.facts import as_json, as_table
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.options import any_number
-from mossnano_stdio.pcm import Recording, pcm16_samples, read_audio
+from mossnano_stdio.pcm.comparison import Comparison, Join, compare_recordings
+from mossnano_stdio.pcm.samples import Recording, pcm16_samples, read_audio
+from mossnano_stdio.process.flags import any_number
+from mossnano_stdio.tools.facts import as_json, as_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,20 +23,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mossnano_stdio.container import Artifact, load_artifact
+from mossnano_stdio.chunks.renderer import Decoder, Renderer
+from mossnano_stdio.chunks.schedule import Fixed, Schedule
 from mossnano_stdio.errors import ExitStatus, UsageError
-from mossnano_stdio.facts import as_json
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat, Codes
-from mossnano_stdio.options import add_chunk_arguments, add_decoder_arguments, chosen_schedule
-from mossnano_stdio.pcm import WavWriter
-from mossnano_stdio.renderer import Decoder, Renderer
-from mossnano_stdio.schedule import Fixed, Schedule
-from mossnano_stdio.shapes import sample_range
+from mossnano_stdio.pcm.samples import WavWriter
+from mossnano_stdio.process.flags import add_chunk_arguments, add_decoder_arguments, chosen_schedule
+from mossnano_stdio.tokens.arrays import sample_range
+from mossnano_stdio.tokens.artifact import Artifact, load_artifact
+from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat, Codes
+from mossnano_stdio.tools.facts import as_json
 
 if TYPE_CHECKING:
-    from mossnano_stdio.bundle import Bundle
-    from mossnano_stdio.codec import Engine, Runtime, StreamDecoder
+    from mossnano_stdio.codecs import Engine, Runtime, StreamDecoder
+    from mossnano_stdio.weights.folder import Bundle
 
 WAV_SUFFIX = ".wav"
 
@@ -94,16 +94,16 @@ class _Loaded:
 
 
 def _load(args: argparse.Namespace) -> _Loaded:
-    from mossnano_stdio import codec
-    from mossnano_stdio.bundle import find_weights, load_bundle
+    from mossnano_stdio import codecs
+    from mossnano_stdio.weights.folder import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
     if bundle.demo:
         _say("these are the built-in demo weights: a small synthesiser, not the codec")
     if args.decoder == "full":
-        full = codec.load_full_decoder(bundle, provider=args.provider, threads=args.threads)
+        full = codecs.load_full_decoder(bundle, provider=args.provider, threads=args.threads)
         return _Loaded(_AtOnce(full.format, full.decode), _identity(bundle, "decode_full", full.engine))
-    runtime = codec.load_runtime(bundle, provider=args.provider, threads=args.threads, graph=args.graph)
+    runtime = codecs.load_runtime(bundle, provider=args.provider, threads=args.threads, graph=args.graph)
     decoder = runtime.new_decoder()
     return _Loaded(decoder, _identity(bundle, runtime.graph_name, runtime.engine), (runtime, decoder))
 
@@ -153,7 +153,7 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
     """All of the artifact, or what --start and --duration leave of it, with the decoder brought there."""
     if args.start is None and args.duration is None:
         return _Part(artifact.codes, 0, artifact.original_samples)
-    from mossnano_stdio.codec import maybe_warm_up_frames, seek
+    from mossnano_stdio.codecs import maybe_warm_up_frames, seek
 
     assert loaded.maybe_stream is not None  # see _check_flags
     runtime, decoder = loaded.maybe_stream

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.container import build_artifact
 from mossnano_stdio.errors import ExitStatus, InputError, UsageError
-from mossnano_stdio.facts import as_json
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.options import add_engine_arguments, whole_number
-from mossnano_stdio.pcm import Sound, read_sound, resampled
-from mossnano_stdio.shapes import HIGHEST_RATE, LOWEST_RATE
+from mossnano_stdio.pcm.samples import Sound, read_sound, resampled
+from mossnano_stdio.process.flags import add_engine_arguments, whole_number
+from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
+from mossnano_stdio.tokens.artifact import build_artifact
+from mossnano_stdio.tools.facts import as_json
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codec import EncoderRuntime, FullEncoder
+    from mossnano_stdio.codecs import EncoderRuntime, FullEncoder
     from mossnano_stdio.library import EncodedAudio
 
 MONO = 1
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace, sound: Sound, name: str) -> EncoderRuntime | FullEncoder:
     """An encoder that takes this recording and gives as many quantizers as are asked for."""
-    from mossnano_stdio.bundle import find_weights, load_bundle
-    from mossnano_stdio.codec import load_encoder
+    from mossnano_stdio.codecs import load_encoder
+    from mossnano_stdio.weights.folder import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
     if sound.channels not in (MONO, bundle.format.channels):

@@ -18,9 +18,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mossnano_stdio.bundle import load_bundle
 from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.fetch import fetch, selections
+from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights.hub import fetch, selections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:
     if not bundle.has_graph("decode_step") or (bundle.has_graph("fast") and not are_files_new):
         return
     try:
-        from mossnano_stdio.graph.assemble import build_from_bundle
+        from mossnano_stdio.build.bundle import build_from_bundle
     except ModuleNotFoundError as error:
         _say(
             f"our own graphs are left out, as {error.name} is not installed: pip install 'mossnano-stdio[build]', "

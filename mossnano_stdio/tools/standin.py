@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from mossnano_stdio.graph.assemble import build_standin
+        from mossnano_stdio.build.bundle import build_standin
     except ImportError as error:
         raise UsageError(
             f"building needs {error.name}, which is not installed: pip install 'mossnano-stdio[build]'"

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 
-from mossnano_stdio.codefiles import FORMS, form_of, save_codes
-from mossnano_stdio.container import load_artifact
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.files import open_input, open_output
+from mossnano_stdio.tokens.artifact import load_artifact
+from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,178 @@
+"""A bundle, put together: every graph that can be built from some weights, the metadata, and our own notes beside it.
+
+Rules of this room:
+
+- Everything is written into a folder of its own within the target and moved from there when it is whole and was
+  tried out. Of a failed build nothing stays, and what was there before does.
+- `mossnano.json` comes last. Until it is there, what an older one says about sizes and SHA-256 does not fit the new
+  files, so a half-moved bundle is refused and never decoded.
+- Official files are never changed: built from a bundle, our graphs land beside its files, or beside copies of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from mossnano_stdio.build import contract, official
+from mossnano_stdio.build.builder import save_graphs
+from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.decode_step import save_fast_graph
+from mossnano_stdio.build.encode_step import save_encode_step
+from mossnano_stdio.build.extract import extract_weights
+from mossnano_stdio.build.model import CodecWeights
+from mossnano_stdio.build.random_weights import SIZES, save_standin
+from mossnano_stdio.build.trial import try_decoder, try_encoder
+from mossnano_stdio.errors import BundleError, OutputError
+from mossnano_stdio.weights import published
+from mossnano_stdio.weights.folder import (
+    METADATA_NAME,
+    SIDECAR_NAME,
+    Bundle,
+    Sidecar,
+    SidecarGraph,
+    load_bundle,
+    record_files,
+    save_sidecar,
+)
+
+PUBLISHED_CHECKPOINT_NAME = published.CHECKPOINT.repository.rpartition("/")[2]
+
+
+def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Every graph that a checkpoint gives, into `folder`."""
+    name = checkpoint.resolve().name
+    save_bundle(folder, load_checkpoint(checkpoint), name=name, checkpoint_name=name)
+
+
+def build_from_bundle(source: Path, folder: Path) -> None:
+    """Our own graphs into `folder`, their weights taken out of the official graphs in `source`; it may be the same."""
+    bundle = load_bundle(source)
+    if bundle.demo:
+        raise BundleError(f"{source}: is the demo, whose graphs have no weights to take out; official files are needed")
+    weights = extract_weights(bundle)
+    with staged(folder) as stage:
+        beside = folder.samefile(source)
+        if not beside:
+            _copy_official_files(bundle, stage)
+        graphs = _save_own_graphs(stage, weights)
+        sidecar = replace(
+            bundle.sidecar,
+            codebook_size=weights.format.codebook_size,
+            graphs={**bundle.sidecar.graphs, **graphs},
+            files={**bundle.sidecar.files, **record_files(stage, _files_of(graphs))},
+        )
+        save_sidecar(stage, sidecar)
+        shutil.copyfile(bundle.folder / METADATA_NAME, stage / METADATA_NAME)
+        _try(bundle, load_bundle(stage))
+        if beside:
+            (stage / METADATA_NAME).unlink()
+
+
+def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str, trial: bool = True) -> None:
+    """All graphs into `folder`: those of the official contract, our own, metadata and `mossnano.json`.
+
+    Without a trial they are kept unheard, for who tries them anyway.
+    """
+    with staged(folder) as stage:
+        names = _save_official_graphs(stage, weights)
+        metadata = contract.metadata(weights, checkpoint_name)
+        (stage / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        graphs = _save_own_graphs(stage, weights)
+        sidecar = Sidecar(
+            name=name,
+            codebook_size=weights.format.codebook_size,
+            graphs=graphs,
+            files=record_files(stage, [*names, METADATA_NAME, *_files_of(graphs)]),
+        )
+        save_sidecar(stage, sidecar)
+        if trial:
+            built = load_bundle(stage)
+            _try(built, built)
+
+
+def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
+    """Make up a stand-in: its checkpoint in `folder`/checkpoint, and the bundle built from that in `folder`."""
+    checkpoint = folder / "checkpoint"
+    with staged(checkpoint) as stage:
+        save_standin(stage, SIZES[size], seed)
+    save_bundle(
+        folder,
+        load_checkpoint(checkpoint),
+        name=f"{size} stand-in, seed {seed}",
+        checkpoint_name=PUBLISHED_CHECKPOINT_NAME,
+        trial=trial,
+    )
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to build in, whose files are moved into `folder` at the end and are gone where something failed."""
+    stage = None
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+        yield stage
+        _move(stage, folder)
+        made.clear()  # it stays
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror} ({name})") from error
+    finally:
+        if stage:
+            shutil.rmtree(stage, ignore_errors=True)
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _move(stage: Path, folder: Path) -> None:
+    paths = sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME)
+    for target in (folder / path.name for path in paths):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    for path in paths:
+        path.replace(folder / path.name)
+
+
+def _try(source: Bundle, built: Bundle) -> None:
+    try_decoder(source, built)
+    if "encode_step" in built.graphs:
+        try_encoder(source, built)
+
+
+def _save_official_graphs(folder: Path, weights: CodecWeights) -> list[str]:
+    decoder, maybe_encoder = weights.decoder, weights.maybe_encoder
+    decode = {
+        contract.DECODE_STEP_FILE: official.decode_step(decoder),
+        contract.DECODE_FULL_FILE: official.decode_full(decoder),
+    }
+    names = save_graphs(folder, decode, contract.DECODE_DATA)
+    if maybe_encoder is not None:
+        names += save_graphs(folder, {contract.ENCODE_FILE: official.encode(maybe_encoder)}, contract.ENCODE_DATA)
+    return names
+
+
+def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, SidecarGraph]:
+    graphs = {"fast": save_fast_graph(folder, weights.decoder)}
+    if weights.maybe_encoder is not None:
+        graphs["encode_step"] = save_encode_step(folder, weights.maybe_encoder)
+    return graphs
+
+
+def _files_of(graphs: dict[str, SidecarGraph]) -> list[str]:
+    return [name for graph in graphs.values() for name in (graph.file, *graph.data)]
+
+
+def _copy_official_files(bundle: Bundle, folder: Path) -> None:
+    names = (name for name in ("decode_step", "decode_full", "encode") if bundle.has_graph(name))
+    for path in {file.path for name in names for file in bundle.graph(name).files}:
+        shutil.copyfile(path, folder / path.name)

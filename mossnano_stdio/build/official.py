@@ -1,0 +1,229 @@
+"""The three graphs of the official contract: decode_step, decode_full and encode.
+
+Rules of this room:
+
+- decode_step concatenates cache and new tokens, attends, and gives the last `context` entries back: a window that
+  slides, oldest first. So stepping is the same arithmetic as decoding the whole, past every context too.
+- Every layer attends with its own offset and positions, as its caches are its own: a state that is lost, swapped or
+  fed twice is heard. A transformer's offset only counts its tokens.
+- decode_full and encode attend from everything to everything, which takes memory with the square of the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mossnano_stdio.build import blocks
+from mossnano_stdio.build.blocks import FLOAT, Heads
+from mossnano_stdio.build.builder import GraphBuilder
+from mossnano_stdio.build.contract import STATES_OF_A_CACHE, streaming_decode
+from mossnano_stdio.build.model import (
+    DecoderWeights,
+    EncoderWeights,
+    LayerWeights,
+    Module,
+    TransformerWeights,
+)
+
+Attention = Callable[[GraphBuilder, str, str, LayerWeights], str]  # graph, tokens, name of the layer, its weights
+AttentionOf = Callable[[GraphBuilder, str, int, TransformerWeights], Attention]  # graph, tokens, module's index, module
+Cache = Mapping[str, Any]
+
+
+def decode_full(decoder: DecoderWeights) -> GraphBuilder:
+    """Codes of a whole recording -> its audio."""
+    graph = GraphBuilder("decode_full")
+    _codes_in(graph, decoder)
+    _decode(graph, decoder, _WholeAttention)
+    _audio_out(graph, decoder)
+    return graph
+
+
+def decode_step(decoder: DecoderWeights) -> GraphBuilder:
+    """Codes of the next frames and the states before them -> their audio and the states after them."""
+    graph = GraphBuilder("decode_step")
+    states = streaming_decode(decoder)
+    _codes_in(graph, decoder)
+    _states_in(graph, states)
+    caches = {(cache["decoder_index"], cache["layer_index"]): cache for cache in states["attention_caches"]}
+    counters = {counter["decoder_index"]: counter for counter in states["transformer_offsets"]}
+
+    def attention_of(graph: GraphBuilder, x: str, index: int, module: TransformerWeights) -> Attention:
+        count = blocks.count_along(graph, x, axis=1)
+        graph.op("Add", counters[index]["input_name"], count, result=counters[index]["output_name"])
+        own = [caches[index, layer] for layer in range(len(module.layers))]
+        return _CachedAttention(module, count, own)
+
+    _decode(graph, decoder, attention_of)
+    _audio_out(graph, decoder)
+    _states_out(graph, states)
+    return graph
+
+
+def encode(encoder: EncoderWeights) -> GraphBuilder:
+    """The samples of a whole recording -> its codes. A last frame that is not full counts as silence from there."""
+    codec = encoder.format
+    graph = GraphBuilder("encode")
+    waveform = graph.input("waveform", np.float32, [1, codec.channels, "waveform_length"])
+    lengths = graph.input("input_lengths", np.int32, [1])
+    with graph.scope("frames"):
+        whole = _pad_to_whole_frames(graph, waveform, codec.frame_samples)
+        x = graph.op("Reshape", graph.op("Transpose", whole, perm=[0, 2, 1]), graph.constant([1, -1, 1]))
+    x = _run(graph, x, "encoder", encoder.modules, 1, _WholeAttention)
+    graph.op("Div", lengths, graph.constant([codec.frame_samples], np.int32), result="audio_code_lengths")
+    with graph.scope("quantizer"):
+        counted = _counted_frames(graph, x, "audio_code_lengths")
+        codes = blocks.quantize(graph, x, counted, encoder.quantizer)
+    graph.op("Identity", codes, result="audio_codes")
+    graph.output("audio_codes", np.int32, [1, "code_length", codec.quantizers])
+    graph.output("audio_code_lengths", np.int32, [1])
+    return graph
+
+
+class _WholeAttention:
+    """Attention among all tokens of one transformer, the first at position 0."""
+
+    def __init__(self, graph: GraphBuilder, x: str, index: int, module: TransformerWeights) -> None:
+        self._module = module
+        count = blocks.count_along(graph, x, axis=1)
+        positions = blocks.new_positions(graph, graph.constant([0], np.int32), count)
+        self._turn = blocks.rotation(graph, positions, module)
+        self._visible = blocks.visibility(graph, positions, positions, module.context)
+
+    def __call__(self, graph: GraphBuilder, x: str, name: str, layer: LayerWeights) -> str:
+        heads = blocks.project_heads(graph, x, name, layer, self._module.heads, self._turn)
+        return blocks.attend(graph, heads, self._visible, self._module.head_dim)
+
+
+class _CachedAttention:
+    """Attention of new tokens to a layer's cache and to each other. The cache moves on by as many tokens."""
+
+    def __init__(self, module: TransformerWeights, count: str, caches: list[Cache]) -> None:
+        self._module = module
+        self._count = count
+        self._caches = iter(caches)
+
+    def __call__(self, graph: GraphBuilder, x: str, name: str, layer: LayerWeights) -> str:
+        module, cache = self._module, next(self._caches)
+        offset, old_keys, old_values, old_positions = (cache[f"{state}_input_name"] for state in STATES_OF_A_CACHE)
+        new_positions = blocks.new_positions(graph, offset, self._count)
+        turn = blocks.rotation(graph, new_positions, module)
+        heads = blocks.project_heads(graph, x, name, layer, module.heads, turn)
+        keys = graph.op("Concat", old_keys, heads.keys, axis=2)
+        values = graph.op("Concat", old_values, heads.values, axis=2)
+        new_row = graph.op("Unsqueeze", new_positions, graph.constant([0]))
+        positions = graph.op("Concat", old_positions, new_row, axis=1)
+        graph.op("Add", offset, self._count, result=cache["offset_output_name"])
+        self._keep_last(graph, keys, 2, cache["cached_keys_output_name"])
+        self._keep_last(graph, values, 2, cache["cached_values_output_name"])
+        self._keep_last(graph, positions, 1, cache["cached_positions_output_name"])
+        key_positions = graph.op("Squeeze", positions, graph.constant([0]))
+        visible = blocks.visibility(graph, new_positions, key_positions, module.context)
+        return blocks.attend(graph, Heads(heads.queries, keys, values), visible, module.head_dim)
+
+    def _keep_last(self, graph: GraphBuilder, value: str, axis: int, result: str) -> None:
+        start, end = graph.constant([-self._module.context]), graph.constant([np.iinfo(np.int64).max])
+        graph.op("Slice", value, start, end, graph.constant([axis]), result=result)
+
+
+def _decode(graph: GraphBuilder, decoder: DecoderWeights, attention_of: AttentionOf) -> None:
+    """audio_codes -> audio and audio_lengths."""
+    codec = decoder.format
+    with graph.scope("quantizer"):
+        x = blocks.dequantize(graph, "audio_codes", decoder.dequantizer)
+    x = _run(graph, x, "decoder", decoder.modules, decoder.dequantizer.output_proj_w.shape[0], attention_of)
+    samples = graph.op("Reshape", x, graph.constant([1, -1, codec.channels]))
+    graph.op("Transpose", samples, perm=[0, 2, 1], result="audio")
+    frame_samples = graph.constant([codec.frame_samples], np.int32)
+    graph.op("Mul", "audio_code_lengths", frame_samples, result="audio_lengths")
+
+
+def _run(
+    graph: GraphBuilder, x: str, side: str, modules: tuple[Module, ...], features: int, attention_of: AttentionOf
+) -> str:
+    """All modules of a decoder or an encoder, one after the other."""
+    for index, module in enumerate(modules):
+        name = f"{side}.{index}"
+        with graph.scope(name):
+            if isinstance(module, TransformerWeights):
+                x = _transformer(graph, x, name, module, attention_of(graph, x, index, module))
+                features = module.outputs
+            elif side == "decoder":
+                x = blocks.patch_up(graph, x, module, features)
+                features //= module.patch
+            else:
+                x = blocks.patch_down(graph, x, module, features)
+                features *= module.patch
+    return x
+
+
+def _transformer(graph: GraphBuilder, x: str, name: str, module: TransformerWeights, attention: Attention) -> str:
+    x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.input_proj)
+    for number, layer in enumerate(module.layers):
+        prefix = f"{name}.transformer.layers.{number}"
+        with graph.scope(f"layers.{number}"):
+            x = _layer(graph, x, prefix, layer, attention)
+    return blocks.linear(graph, x, f"{name}.output_proj.weight", module.output_proj)
+
+
+def _layer(graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: Attention) -> str:
+    with graph.scope("attention"):
+        normed = blocks.norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
+        seen = attention(graph, normed, name, layer)
+        change = blocks.linear(graph, seen, f"{name}.self_attn.out_proj.weight", layer.out_proj)
+        x = blocks.add_scaled(graph, x, change, f"{name}.layer_scale_1", layer.scale1)
+    with graph.scope("ffn"):
+        normed = blocks.norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
+        change = blocks.feed_forward(graph, normed, name, layer)
+        return blocks.add_scaled(graph, x, change, f"{name}.layer_scale_2", layer.scale2)
+
+
+def _pad_to_whole_frames(graph: GraphBuilder, waveform: str, frame_samples: int) -> str:
+    length = graph.op("Gather", graph.op("Shape", waveform), graph.constant([2]), axis=0)
+    missing = graph.op("Mod", graph.op("Neg", length), graph.constant([frame_samples]))
+    pads = graph.op("Concat", graph.constant([0, 0, 0, 0, 0]), missing, axis=0)
+    return graph.op("Pad", waveform, pads)
+
+
+def _counted_frames(graph: GraphBuilder, x: str, counted: str) -> str:
+    """1 for each of the first `counted` frames, 0 for the others; float32 [frames, 1]."""
+    count = blocks.count_along(graph, x, axis=1)
+    frames = blocks.new_positions(graph, graph.constant([0], np.int32), count)
+    as_float = graph.op("Cast", graph.op("Less", frames, counted), to=FLOAT)
+    return graph.op("Unsqueeze", as_float, graph.constant([1]))
+
+
+def _codes_in(graph: GraphBuilder, decoder: DecoderWeights) -> None:
+    graph.input("audio_codes", np.int32, [1, "code_length", decoder.format.quantizers])
+    graph.input("audio_code_lengths", np.int32, [1])
+
+
+def _audio_out(graph: GraphBuilder, decoder: DecoderWeights) -> None:
+    graph.output("audio", np.float32, [1, decoder.format.channels, "audio_length"])
+    graph.output("audio_lengths", np.int32, [1])
+
+
+def _states_in(graph: GraphBuilder, states: Mapping[str, Any]) -> None:
+    for counter in states["transformer_offsets"]:
+        graph.input(counter["input_name"], np.int32, counter["shape"])
+    for cache in states["attention_caches"]:
+        for state in STATES_OF_A_CACHE:
+            graph.input(cache[f"{state}_input_name"], *_state_kind(cache, state))
+
+
+def _states_out(graph: GraphBuilder, states: Mapping[str, Any]) -> None:
+    for counter in states["transformer_offsets"]:
+        graph.output(counter["output_name"], np.int32, counter["shape"])
+    for cache in states["attention_caches"]:
+        for state in STATES_OF_A_CACHE:
+            graph.output(cache[f"{state}_output_name"], *_state_kind(cache, state))
+
+
+def _state_kind(cache: Cache, state: str) -> tuple[Any, list[int]]:
+    shapes = {"offset": "offset_shape", "cached_positions": "positions_shape"}
+    if state in shapes:
+        return np.int32, cache[shapes[state]]
+    return np.dtype(cache["cache_dtype"]), cache["cache_shape"]

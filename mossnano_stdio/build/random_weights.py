@@ -1,0 +1,185 @@
+"""Stand-ins: checkpoints of seeded random weights in the true topology, for tests and measurements.
+
+Rules of this room:
+
+- A stand-in has the shape of the published model and none of its sound. It is a checkpoint like any other, and all
+  that follows is built from it as from the real one.
+- It must count: attention is pointed enough that a lost, repeated or swapped piece of state changes the output by
+  many 16-bit steps, and tame enough that float rounding does not. It is as loud as music and does not clip.
+- The same size and seed give the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mossnano_stdio.build.checkpoint import save_checkpoint
+from mossnano_stdio.build.model import Array
+
+QUERY_KEY_GAIN = 1.4  # scores with a deviation of 2: some thirty of 1,600 keys share most of the weight
+LAYER_SCALE = 0.4
+CODEBOOK_FALL = 0.8  # each codebook adds so much of what the one before it adds
+OUTPUT_LEVEL = 0.07  # of the last projection: about 0.1 RMS after all layers have added their part
+INPUT_GAIN = 6.0  # of the encoder's first projection: recordings of 0.15 RMS become about 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """The dimensions of a codec: its decoder, from which the encoder follows as a mirror."""
+
+    features: int
+    model: int
+    hidden: int
+    heads: int
+    rvq: int
+    layers: tuple[int, ...]
+    context_seconds: tuple[float, ...]
+    patches: tuple[int, ...]  # one more than transformers
+    sample_rate: int = 48_000
+    channels: int = 2
+    frame_samples: int = 3_840
+    quantizers: int = 16
+    codebook_size: int = 1_024
+    codebook_dim: int = 8
+
+
+SIZES = {
+    "nano": Size(768, 256, 1024, 4, 512, (4, 2, 2, 4), (10, 8, 6, 4), (4, 2, 2, 2, 240)),
+    "tiny": Size(64, 32, 64, 4, 32, (2, 1, 1, 2), (0.8, 0.64, 0.48, 0.32), (4, 2, 2, 2, 240)),
+}
+
+
+def save_standin(folder: Path, size: Size, seed: int) -> None:
+    """Write the checkpoint of a stand-in into `folder`."""
+    save_checkpoint(folder, config(size), dict(_tensors(size, np.random.default_rng(seed))))
+
+
+def config(size: Size) -> dict[str, Any]:
+    """config.json as the published model has it, in these dimensions."""
+    decoder = _decoder_modules(size)
+    return {
+        "architectures": ["MossAudioTokenizerModel"],
+        "model_type": "moss-audio-tokenizer",
+        "sampling_rate": size.sample_rate,
+        "downsample_rate": size.frame_samples,
+        "number_channels": size.channels,
+        "enable_channel_interleave": True,
+        "dtype": "float32",
+        "encoder_kwargs": [_mirrored(module) for module in reversed(decoder)],
+        "decoder_kwargs": decoder,
+        "quantizer_type": "rlfq",
+        "quantizer_kwargs": {
+            "quantizer_type": "rlfq",
+            "input_dim": size.features,
+            "output_dim": size.features,
+            "rvq_dim": size.rvq,
+            "num_quantizers": size.quantizers,
+            "codebook_size": size.codebook_size,
+            "codebook_dim": size.codebook_dim,
+        },
+    }
+
+
+def _decoder_modules(size: Size) -> list[dict[str, Any]]:
+    modules: list[dict[str, Any]] = [{"module_type": "PatchedPretransform", "patch_size": size.patches[0]}]
+    features = size.features // size.patches[0]
+    last = len(size.layers) - 1
+    for number, (layers, seconds, patch) in enumerate(
+        zip(size.layers, size.context_seconds, size.patches[1:], strict=True)
+    ):
+        outputs = patch if number == last else size.features
+        modules.append(
+            {
+                "module_type": "Transformer",
+                "input_dimension": features,
+                "output_dimension": outputs,
+                "d_model": size.model,
+                "dim_feedforward": size.hidden,
+                "num_heads": size.heads,
+                "num_layers": layers,
+                "context_duration": seconds,
+                "causal": True,
+                "gating": "none",
+                "norm": "layer_norm",
+                "positional_embedding": "rope",
+                "max_period": 10_000,
+            }
+        )
+        modules.append({"module_type": "PatchedPretransform", "patch_size": patch})
+        features = outputs // patch
+    return modules
+
+
+def _mirrored(module: dict[str, Any]) -> dict[str, Any]:
+    if "input_dimension" not in module:
+        return module
+    return module | {"input_dimension": module["output_dimension"], "output_dimension": module["input_dimension"]}
+
+
+def _tensors(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:
+    described = config(size)
+    for side in ("encoder", "decoder"):
+        modules = described[f"{side}_kwargs"]
+        for index, module in enumerate(modules):
+            if module["module_type"] == "Transformer":
+                gains = {"encoder1": (INPUT_GAIN, 1.0), f"decoder{len(modules) - 2}": (1.0, OUTPUT_LEVEL)}
+                yield from _transformer(f"{side}.{index}", module, gains.get(f"{side}{index}", (1.0, 1.0)), random)
+    yield from _quantizer(size, random)
+
+
+def _transformer(
+    prefix: str, module: dict[str, Any], gains: tuple[float, float], random: np.random.Generator
+) -> Iterator[tuple[str, Array]]:
+    model, hidden = module["d_model"], module["dim_feedforward"]
+    yield f"{prefix}.input_proj.weight", _matrix(model, module["input_dimension"], random) * np.float32(gains[0])
+    for number in range(module["num_layers"]):
+        layer = f"{prefix}.transformer.layers.{number}"
+        in_proj = _matrix(3 * model, model, random)
+        in_proj[: 2 * model] *= np.float32(QUERY_KEY_GAIN)
+        yield f"{layer}.self_attn.in_proj.weight", in_proj
+        yield f"{layer}.self_attn.out_proj.weight", _matrix(model, model, random)
+        yield f"{layer}.ffn.0.weight", _matrix(hidden, model, random)
+        yield f"{layer}.ffn.2.weight", _matrix(model, hidden, random)
+        for part in ("1", "2"):
+            yield f"{layer}.norm{part}.weight", _around(1.0, 0.1, (model,), random)
+            yield f"{layer}.norm{part}.bias", _around(0.0, 0.05, (model,), random)
+            yield f"{layer}.layer_scale_{part}.scale", _around(LAYER_SCALE, 0.2 * LAYER_SCALE, (model,), random)
+    yield f"{prefix}.output_proj.weight", _matrix(module["output_dimension"], model, random) * np.float32(gains[1])
+
+
+def _quantizer(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:
+    loudness = math.sqrt(sum(CODEBOOK_FALL ** (2 * index) for index in range(size.quantizers)))
+    yield from _projection("quantizer.input_proj", size.rvq, size.features, loudness, random)
+    yield from _projection("quantizer.output_proj", size.features, size.rvq, 1 / loudness, random)
+    for index in range(size.quantizers):
+        prefix = f"quantizer.quantizers.{index}"
+        yield f"{prefix}.codebook.weight", _around(0.0, 1.0, (size.codebook_size, size.codebook_dim), random)
+        yield from _projection(f"{prefix}.in_proj", size.codebook_dim, size.rvq, 1.0, random)
+        yield from _projection(f"{prefix}.out_proj", size.rvq, size.codebook_dim, CODEBOOK_FALL**index, random)
+
+
+def _projection(
+    prefix: str, outputs: int, inputs: int, gain: float, random: np.random.Generator
+) -> Iterator[tuple[str, Array]]:
+    """A 1x1 convolution under weight norm that turns inputs of deviation 1 into outputs of deviation `gain`."""
+    yield f"{prefix}.parametrizations.weight.original0", _around(gain, 0.2 * gain, (outputs, 1, 1), random)
+    yield f"{prefix}.parametrizations.weight.original1", _around(0.0, 0.1, (outputs, inputs, 1), random)
+    yield f"{prefix}.bias", _around(0.0, 0.02 * gain, (outputs,), random)
+
+
+def _matrix(outputs: int, inputs: int, random: np.random.Generator) -> Array:
+    """A matrix that keeps deviations as they are."""
+    return _around(0.0, inputs**-0.5, (outputs, inputs), random)
+
+
+def _around(centre: float, deviation: float, shape: tuple[int, ...], random: np.random.Generator) -> Array:
+    noise: Array = random.standard_normal(shape, dtype=np.float32)
+    noise *= np.float32(deviation)
+    noise += np.float32(centre)
+    return noise

@@ -1,0 +1,210 @@
+"""Transformers in a row, as our own streaming graphs have them: fewer and larger nodes than the official ones.
+
+    per transformer t:
+    cosines_t  float32 [slots, ring_dim/2]  RoPE of the token that goes into each slot; only those of new tokens count
+    sines_t    float32 [slots, ring_dim/2]
+    last_t     int32 [1]                    the slot of the last new token
+    total_t    int32 [1]                    slots in use, last_t + 1
+    per layer n, counted through all transformers:
+    keys_n, values_n -> keys_out_n, values_out_n   float32 [1, heads, slots, ring_dim]
+
+Rules of this room:
+
+- Attention is one GroupQueryAttention node: it rotates, appends keys and values to what lies in their slots, masks
+  by the sliding window and attends. Where inputs and outputs are bound to the same memory, nothing is copied.
+- Layer scales are multiplied into what they scale, in float64.
+- What a graph's inputs do not tell about its transformers is in `stack_facts`, which goes into `mossnano.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.build.builder import Dimension, GraphBuilder
+from mossnano_stdio.build.model import (
+    NORM_EPSILON,
+    Array,
+    LayerWeights,
+    Module,
+    TransformerWeights,
+    rope_exponents,
+    transformers,
+)
+
+MICROSOFT = "com.microsoft"
+ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads of a multiple of this size
+CACHE_WAY_VALUES = 1024  # rows that lie so many float32 apart (4 KiB) push each other out of the first-level cache
+PADDING_VALUES = 16  # one cache line
+NO_SINK = np.finfo(np.float32).min  # exp(NO_SINK - score) is 0
+
+Exact = NDArray[np.float64]
+
+
+class Stack:
+    """The transformers of one graph, counted as they are added."""
+
+    def __init__(self, graph: GraphBuilder) -> None:
+        self._graph = graph
+        self._transformers = 0
+        self._layers = 0
+
+    def run(self, x: str, name: str, module: TransformerWeights) -> str:
+        """The layers of a transformer on [1, tokens, model]; its projections are the caller's."""
+        attention = _Attention(self._graph, self._transformers, module)
+        self._transformers += 1
+        for index, layer in enumerate(module.layers):
+            with self._graph.scope(f"layers.{index}"):
+                x = _layer(self._graph, x, f"{name}.layers.{index}", layer, attention, self._layers)
+            self._layers += 1
+        return x
+
+
+def stack_facts(modules: Sequence[Module]) -> dict[str, Any]:
+    """What the code that runs such a graph has to know."""
+    return {
+        "transformers": [
+            {
+                "layers": len(module.layers),
+                "heads": module.heads,
+                "ring_dim": _ring_dim(module),
+                "context_tokens": module.context,
+                "tokens_per_frame": module.tokens_per_frame,
+                "angles": _angles(module),
+            }
+            for _, module in transformers(modules)
+        ]
+    }
+
+
+def linear(graph: GraphBuilder, x: str, name: str, matrix: Array | Exact) -> str:
+    """W x of every token. The matrix is kept as [out, in]: so the runtime packs it faster when it loads the graph."""
+    weight = graph.weight(name, matrix.astype(np.float32))
+    return graph.op("FusedMatMul", x, weight, transB=1, domain=MICROSOFT)
+
+
+class Slots(NamedTuple):
+    """What attention finds in its slots, and where the new tokens go: inputs of the graph, the last two outputs too."""
+
+    last: str
+    total: str
+    cosines: str
+    sines: str
+    keys: str
+    values: str
+
+
+class _Attention:
+    """Attention in one transformer. What its layers share are inputs of the graph."""
+
+    def __init__(self, graph: GraphBuilder, number: int, module: TransformerWeights) -> None:
+        self._module = module
+        self._ring_dim = _ring_dim(module)
+        self._slots = f"slots_{number}"
+        turns: list[Dimension] = [self._slots, self._ring_dim // 2]
+        self._last, self._total = (graph.input(f"{name}_{number}", np.int32, [1]) for name in ("last", "total"))
+        self._cosines, self._sines = (
+            graph.input(f"{name}_{number}", np.float32, turns) for name in ("cosines", "sines")
+        )
+
+    def __call__(self, graph: GraphBuilder, x: str, name: str, layer: LayerWeights, layer_number: int) -> str:
+        module = self._module
+        shape: list[Dimension] = [1, module.heads, self._slots, self._ring_dim]
+        keys, values = (graph.input(f"{kind}_{layer_number}", np.float32, shape) for kind in ("keys", "values"))
+        outputs = [f"{kind}_out_{layer_number}" for kind in ("keys", "values")]
+        projected = linear(graph, x, f"{name}.in_proj", self._in_proj(layer))
+        slots = Slots(self._last, self._total, self._cosines, self._sines, keys, values)
+        attended = attend(
+            graph, projected, slots, outputs, heads=module.heads, head_dim=module.head_dim, context=module.context
+        )
+        for output in outputs:
+            graph.output(output, np.float32, shape)
+        return linear(graph, attended, f"{name}.out_proj", self._out_proj(layer))
+
+    def _in_proj(self, layer: LayerWeights) -> Exact:
+        """Rows for queries, keys and values, their heads padded to the ring's size.
+
+        A pair that RoPE turns is apart by half a head, not side by side: queries and keys are reordered alike, so
+        their products stay what they are.
+        """
+        heads, ring_dim = self._module.heads, self._ring_dim
+        queries, keys, values = layer.in_proj.reshape(3, heads, self._module.head_dim, -1)
+        padded = np.zeros((3, heads, ring_dim, layer.in_proj.shape[1]))
+        for part, turned in ((0, queries), (1, keys)):
+            for half in (0, 1):
+                rows = turned[:, half::2]
+                padded[part, :, half * ring_dim // 2 :][:, : rows.shape[1]] = rows
+        padded[2, :, : values.shape[1]] = values
+        return padded.reshape(3 * heads * ring_dim, -1)
+
+    def _out_proj(self, layer: LayerWeights) -> Exact:
+        scaled = _scaled(layer.out_proj, layer.scale1).reshape(-1, self._module.heads, self._module.head_dim)
+        missing = self._ring_dim - self._module.head_dim
+        return np.pad(scaled, ((0, 0), (0, 0), (0, missing))).reshape(len(scaled), -1)
+
+
+def attend(
+    graph: GraphBuilder, projected: str, slots: Slots, outputs: list[str], *, heads: int, head_dim: int, context: int
+) -> str:
+    """Rotate and append new tokens, attend from them to at most `context` tokens. `outputs` names keys and values."""
+    # A sink that nothing falls into: with one, CPUs take the plain kernel. The tiled one needs twice the time here.
+    sink = graph.constant(np.full(heads, NO_SINK), np.float32)
+    optional = ["", ""]
+    attended, *_ = graph.ops(
+        "GroupQueryAttention",
+        *[projected, *optional, slots.keys, slots.values, slots.last, slots.total, slots.cosines, slots.sines],
+        *[*optional, sink],
+        count=3,
+        results=[f"{outputs[0]}.attended", *outputs],
+        domain=MICROSOFT,
+        num_heads=heads,
+        kv_num_heads=heads,
+        scale=1 / math.sqrt(head_dim),
+        do_rotary=1,
+        local_window_size=context,
+    )
+    return attended
+
+
+def _layer(
+    graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: _Attention, layer_number: int
+) -> str:
+    normed = _norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
+    x = graph.op("Add", x, attention(graph, normed, name, layer, layer_number))
+    normed = _norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
+    return graph.op("Add", x, _feed_forward(graph, normed, name, layer))
+
+
+def _feed_forward(graph: GraphBuilder, x: str, name: str, layer: LayerWeights) -> str:
+    hidden = len(layer.ffn_up)
+    padding = (0, PADDING_VALUES if hidden % CACHE_WAY_VALUES == 0 else 0)
+    wide = linear(graph, x, f"{name}.ffn_up", np.pad(layer.ffn_up, (padding, (0, 0))))
+    gated = graph.op("Gelu", wide, domain=MICROSOFT)
+    return linear(graph, gated, f"{name}.ffn_down", np.pad(_scaled(layer.ffn_down, layer.scale2), ((0, 0), padding)))
+
+
+def _norm(graph: GraphBuilder, x: str, name: str, weight: Array, bias: Array) -> str:
+    names = graph.weight(f"{name}.weight", weight), graph.weight(f"{name}.bias", bias)
+    return graph.op("LayerNormalization", x, *names, axis=-1, epsilon=NORM_EPSILON)
+
+
+def _scaled(matrix: Array, scale: Array) -> Exact:
+    scaled: Exact = scale.astype(np.float64)[:, np.newaxis] * matrix
+    return scaled
+
+
+def _ring_dim(module: TransformerWeights) -> int:
+    return -(-module.head_dim // ROTARY_MULTIPLE) * ROTARY_MULTIPLE
+
+
+def _angles(module: TransformerWeights) -> list[float]:
+    """By how much a token's pairs turn further than those of the token before; 0 for pairs that only fill up.
+
+    float32, as the model was trained; what comes of them is computed in float64 by whoever runs the graph.
+    """
+    angles = np.exp(rope_exponents(module.head_dim, module.max_period).astype(np.float64)).astype(np.float32)
+    return [*map(float, angles), *[0.0] * (_ring_dim(module) // 2 - len(angles))]

@@ -1,0 +1,88 @@
+"""Graphs of ours, tried against the official graphs beside which they are to stand, before they are kept.
+
+Rules of this room:
+
+- Decoding: seeded codes of 15 s, past every context of the published model, in chunks of mixed sizes. What is heard
+  must be the sound of the bundle's own decode_step within MAX_ERROR. Random codes use every row of every codebook.
+- Encoding: 5 s of seeded noise and tones, as the whole-file graph needs memory with the square of the length. The
+  codes must be the bundle's own, but for a frame in MIN_FRAMES_PER_TIE, where two rows are equally near within float
+  rounding: a code chosen the other way changes the codes after it in its frame, and nothing else.
+- A departure is an error that says at which frame it begins and how large it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.codecs import StreamDecoder, load_decoder, load_encoder_runtime, load_full_encoder
+from mossnano_stdio.errors import CheckFailedError
+from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.weights.folder import Bundle
+
+DECODED_SECONDS = 15
+ENCODED_SECONDS = 5
+MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
+CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
+MIN_FRAMES_PER_TIE = 50
+LEVEL = 0.1  # RMS of what is encoded
+PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
+SEED = 0
+
+
+def try_decoder(source: Bundle, built: Bundle) -> None:
+    """Hold the fast graph of `built` against the decode_step of `source`."""
+    codes = _codes(source.format)
+    expected = _decoded(load_decoder(source, graph="official"), codes, CHUNK_FRAMES[-1:])
+    found = _decoded(load_decoder(built, graph="fast"), codes, CHUNK_FRAMES)
+    errors = np.abs(found - expected).reshape(len(codes), -1).max(axis=1)
+    worse = np.flatnonzero(~(errors <= MAX_ERROR))  # NaN is worse too
+    if worse.size:
+        raise CheckFailedError(
+            f"the fast graph departs from {source.graph('decode_step').path} at frame {worse[0]} by "
+            f"{errors[worse[0]]:.2g} (by {errors.max():.2g} at most in {len(codes)} frames; allowed is {MAX_ERROR:g}), "
+            f"so it is not kept"
+        )
+
+
+def try_encoder(source: Bundle, built: Bundle) -> None:
+    """Hold the streaming encoder of `built` against the whole-file encode of `source`."""
+    audio = _recording(source.format)
+    expected = load_full_encoder(source).encode(audio)
+    found = load_encoder_runtime(built).new_encoder().step(audio)
+    other = np.flatnonzero((found != expected).any(axis=1))
+    if other.size * MIN_FRAMES_PER_TIE > len(expected):
+        raise CheckFailedError(
+            f"the streaming encoder departs from {source.graph('encode').path} at frame {other[0]} "
+            f"(in {other.size} of {len(expected)} frames; allowed is one in {MIN_FRAMES_PER_TIE}), so it is not kept"
+        )
+
+
+def _codes(codec: CodecFormat) -> Codes:
+    frames = round(DECODED_SECONDS * codec.frames_per_second)
+    shape = (frames, codec.quantizers)
+    return np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
+
+
+def _recording(codec: CodecFormat) -> NDArray[np.float32]:
+    """Noise under a chord that moves from one side to the other, [samples, channels]."""
+    samples = round(ENCODED_SECONDS * codec.frames_per_second) * codec.frame_samples
+    times = np.arange(samples)
+    tones = sum(np.sin(2 * np.pi * pitch * times) for pitch in PITCHES)
+    sides = np.linspace(0, 1, samples)[:, np.newaxis] - np.arange(codec.channels)
+    noise = np.random.default_rng(SEED).standard_normal((samples, codec.channels))
+    audio = tones[:, np.newaxis] * np.abs(sides) + noise
+    levelled: NDArray[np.float32] = (audio * (LEVEL / audio.std())).astype(np.float32)
+    return levelled
+
+
+def _decoded(decoder: StreamDecoder, codes: Codes, chunk_frames: Sequence[int]) -> NDArray[np.float32]:
+    pieces: list[NDArray[np.float32]] = []
+    start = 0
+    while start < len(codes):
+        frames = chunk_frames[len(pieces) % len(chunk_frames)]
+        pieces.append(decoder.step(codes[start : start + frames]))
+        start += frames
+    return np.concatenate(pieces)

@@ -1,0 +1,191 @@
+"""Graphs of our own that step: one session for all streams, keys and values written in place.
+
+graph/stack.py has the contract of the part that all of them have: transformers in a row.
+
+Rules of this room:
+
+- The state of a stream is its position, `next_frame`, and the rings behind it. Advancing the position is what makes a
+  run count: a step that fails leaves the stream where it was.
+- A step of more frames than one run takes is run after run. What these write over is put aside first.
+- Nothing of the graph's contract is assumed: the dimensions come from `mossnano.json`, and the graph is checked
+  against them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mossnano_stdio.codecs.contract import FLOAT32, INT32
+from mossnano_stdio.codecs.engine import (
+    Engine,
+    Session,
+    TensorSpec,
+    UnfitRuntimeError,
+    check_contract,
+    import_onnxruntime,
+    native_value,
+    open_session,
+    translated_errors,
+)
+from mossnano_stdio.codecs.probe import attention_support
+from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec
+from mossnano_stdio.errors import UsageError
+from mossnano_stdio.weights.checked_json import Entry
+from mossnano_stdio.weights.folder import Graph
+
+log = logging.getLogger("mossnano")
+
+BindRun = Callable[[int, int], Mapping[str, NDArray[Any]]]  # first and end frame of a run -> arrays by their names
+
+
+@dataclass(frozen=True)
+class StackState:
+    """Everything a stream has left behind."""
+
+    first_frame: int  # where the stream began
+    next_frame: int
+    windows: tuple[Floats, ...]  # per transformer: keys and values that the next token can see
+
+
+class Stack:
+    """A loaded graph, shared by the streams that are opened over it."""
+
+    def __init__(
+        self, graph: Graph, engine: Engine, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> None:
+        """`inputs` and `outputs`: what the graph has beside its transformers."""
+        if engine.provider != "cpu":
+            other = f"; `--graph official` runs on {engine.provider!r}" if graph.name == "fast" else ""
+            raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
+        support = attention_support()
+        if support == "none":
+            raise UnfitRuntimeError(f"{graph.path}: {_unfit_runtime()}")
+        if support == "by copies":
+            log.warning("this onnxruntime does not write in place: keys and values are copied in every run")
+        self.in_place = support == "in place"
+        self.specs = tuple(_ring_specs(graph))
+        self.session: Session = open_session(graph, engine, optimise=False)
+        ring_inputs, ring_outputs = _contract(self.specs)
+        check_contract(self.session, {**inputs, **ring_inputs}, {**outputs, **ring_outputs}, states=())
+
+    @property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        """How far each layer looks back."""
+        return tuple(
+            frames
+            for spec in self.specs
+            for frames in [math.ceil(spec.context_tokens / spec.tokens_per_frame)] * spec.layers
+        )
+
+    def open_stream(self) -> StackStream:
+        return StackStream(self)
+
+
+class StackStream:
+    """A stream through a stack, frame after frame. It belongs to one thread at a time."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._session = stack.session
+        self._binding = stack.session.native.io_binding()
+        self._rings = [Rings(spec, self._binding, in_place=stack.in_place) for spec in stack.specs]
+        self._first_frame = 0
+        self.next_frame = 0
+
+    def step(self, frames: int, inputs_of: BindRun, outputs_of: BindRun) -> None:
+        """Run over the next `frames` frames. Each run takes its inputs from arrays, and writes into arrays, as told."""
+        before, seen_frames = self.next_frame, self.next_frame - self._first_frame
+        passing = [rings.passing(seen_frames, frames) for rings in self._rings] if frames > MAX_RUN_FRAMES else []
+        try:
+            for start in range(0, frames, MAX_RUN_FRAMES):
+                end = min(start + MAX_RUN_FRAMES, frames)
+                self._run(end - start, inputs_of(start, end), outputs_of(start, end))
+        except BaseException:
+            self.next_frame = before
+            if passing:
+                for rings, part in zip(self._rings, passing, strict=True):
+                    rings.go_back(seen_frames, part)
+            raise
+
+    def reset(self, start_frame: int = 0) -> None:
+        """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
+        self._first_frame = self.next_frame = start_frame
+        for rings in self._rings:
+            rings.reset()
+
+    def snapshot(self) -> StackState:
+        seen_frames = self.next_frame - self._first_frame
+        windows = tuple(rings.window(seen_frames) for rings in self._rings)
+        return StackState(self._first_frame, self.next_frame, windows)
+
+    def restore(self, state: StackState) -> None:
+        self._first_frame, self.next_frame = state.first_frame, state.next_frame
+        for rings, window in zip(self._rings, state.windows, strict=True):
+            rings.restore(state.next_frame - state.first_frame, window)
+
+    def _run(self, frames: int, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
+        """At most MAX_RUN_FRAMES at once."""
+        for rings in self._rings:
+            rings.prepare(self.next_frame - self._first_frame, frames, self.next_frame)
+        with translated_errors(self._session.graph):
+            for name, array in inputs.items():
+                self._binding.bind_ortvalue_input(name, native_value(array))
+            for name, array in outputs.items():
+                self._binding.bind_ortvalue_output(name, native_value(array))
+            self._session.native.run_with_iobinding(self._binding)
+        self.next_frame += frames
+        for rings in self._rings:
+            rings.commit()
+
+
+def _ring_specs(graph: Graph) -> Iterator[RingSpec]:
+    """What `mossnano.json` says of the graph's transformers."""
+    first_layer = 0
+    for number, entry in enumerate(Entry(dict(graph.facts), f"{graph.path}: facts").at("transformers").items()):
+        ring_dim = entry.at("ring_dim").whole(least=2)
+        spec = RingSpec(
+            number=number,
+            first_layer=first_layer,
+            layers=entry.at("layers").whole(least=1),
+            heads=entry.at("heads").whole(least=1),
+            ring_dim=ring_dim,
+            context_tokens=entry.at("context_tokens").whole(least=1),
+            tokens_per_frame=entry.at("tokens_per_frame").whole(least=1),
+            angles=_angles(entry.at("angles"), ring_dim // 2),
+        )
+        yield spec
+        first_layer += spec.layers
+
+
+def _angles(entry: Entry, pairs: int) -> tuple[float, ...]:
+    angles = entry.value
+    if not isinstance(angles, list) or len(angles) != pairs or not all(isinstance(angle, float) for angle in angles):
+        raise entry.wrong(f"a list of {pairs} numbers")
+    return tuple(angles)
+
+
+def _contract(specs: tuple[RingSpec, ...]) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Inputs and outputs of the transformers."""
+    inputs: dict[str, TensorSpec] = {}
+    outputs: dict[str, TensorSpec] = {}
+    for spec in specs:
+        inputs |= {f"{name}_{spec.number}": TensorSpec((1,), INT32) for name in ("last", "total")}
+        turns = TensorSpec((None, spec.ring_dim // 2), FLOAT32)
+        inputs |= {f"{name}_{spec.number}": turns for name in ("cosines", "sines")}
+        ring = TensorSpec((1, spec.heads, None, spec.ring_dim), FLOAT32)
+        for layer in range(spec.first_layer, spec.first_layer + spec.layers):
+            inputs |= {f"{kind}_{layer}": ring for kind in ("keys", "values")}
+            outputs |= {f"{kind}_out_{layer}": ring for kind in ("keys", "values")}
+    return inputs, outputs
+
+
+def _unfit_runtime() -> str:
+    return (
+        f"onnxruntime {import_onnxruntime().__version__} does not attend as this graph needs it; "
+        f"1.24 and later do, `--graph official` runs with any"
+    )

@@ -1,0 +1,1 @@
+"""Sound as numbers and as files: samples and PCM16, WAV and what the extra `audio` reads, recordings compared."""

@@ -1,0 +1,9 @@
+"""What a player does where nobody chose, for flags too, which import neither numpy nor a sound card."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PREBUFFER_MS: Final = 160.0  # two frames of the codec: one plays while the next one is on its way
+LATENCY_MS: Final = 100.0  # what ALSA proposes, 35, is too little for a callback in Python on a busy machine
+MAX_VOLUME: Final = 4.0

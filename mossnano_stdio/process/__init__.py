@@ -1,0 +1,1 @@
+"""`mossnano-stdio`: messages in on stdin, PCM out on stdout, until the input ends."""

@@ -1,0 +1,178 @@
+"""Command-line flags that more than one program has, each declared once.
+
+Rules of this room:
+
+- A flag means the same, has the same default and refuses the same values wherever it stands.
+- Nothing heavy is imported: `--help` needs neither numpy nor onnxruntime nor a sound card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Final, Literal
+
+from mossnano_stdio.chunks.schedule import (
+    MAX_CHUNK_FRAMES,
+    RAMP_MAX_FRAMES,
+    Fixed,
+    Ramp,
+    Schedule,
+    frames_for_seconds,
+)
+from mossnano_stdio.playback.defaults import LATENCY_MS, MAX_VOLUME, PREBUFFER_MS
+
+MAX_CHUNK_SECONDS: Final = 80.0
+LONGEST_WAIT_MS: Final = 60_000.0
+
+
+Arguments = argparse._ActionsContainer  # a parser, or a group of one
+
+
+def add_decoder_arguments(parser: Arguments) -> None:
+    """Which weights, and what runs them."""
+    parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
+    add_engine_arguments(parser)
+    parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
+
+
+def add_engine_arguments(parser: Arguments) -> None:
+    """What graphs run on."""
+    parser.add_argument(
+        "--threads",
+        type=whole_number(1, 1024),
+        metavar="N",
+        help="of one step: 1 for each voice of a game; more shorten a lone voice's steps, and take CPUs from others "
+        "(the CPUs we may use, at most 4)",
+    )
+    parser.add_argument(
+        "--provider", default="cpu", metavar="P", help="cpu, cuda, tensorrt, coreml, directml or openvino (cpu)"
+    )
+
+
+def add_chunk_arguments(parser: argparse.ArgumentParser) -> None:
+    """A fixed size of chunks, in one of two units."""
+    chunk = parser.add_mutually_exclusive_group()
+    chunk.add_argument("--chunk-frames", type=whole_number(1, MAX_CHUNK_FRAMES), metavar="N", help="chunks of N frames")
+    chunk.add_argument(
+        "--chunk-seconds", type=number_above_zero(MAX_CHUNK_SECONDS), metavar="S", help="the same, to whole frames"
+    )
+
+
+def chosen_schedule(
+    options: argparse.Namespace, frames_per_second: float, ramp_max_frames: int = RAMP_MAX_FRAMES
+) -> Schedule:
+    """What the chunk arguments say; without any, the live ramp."""
+    if options.chunk_seconds is not None:
+        return Fixed(frames_for_seconds(options.chunk_seconds, frames_per_second))
+    if options.chunk_frames is not None:
+        return Fixed(options.chunk_frames)
+    return Ramp(ramp_max_frames)
+
+
+PLAYER_OPTIONS: Final = ("device", "prebuffer_ms", "latency", "volume")  # what add_player_arguments adds
+
+
+def add_player_arguments(parser: Arguments) -> None:
+    """What is played on, and how far ahead."""
+    parser.add_argument("--device", metavar="D", help="its index, or a part of its name that no other has")
+    parser.add_argument(
+        "--prebuffer-ms",
+        type=_prebuffer_ms,
+        default=PREBUFFER_MS,
+        metavar="MS|all",
+        help="how much must be there before sound starts; all: everything (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--latency",
+        type=_latency,
+        default=LATENCY_MS,
+        metavar="MS|low|high",
+        help="the device's own buffer; low and high are what its driver proposes (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--volume",
+        type=_volume,
+        default=1.0,
+        metavar="V",
+        help=f"0 to {MAX_VOLUME:g}, 1 is as it is (default: 1)",
+    )
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """An argument that is a whole number in a range.
+
+    >>> whole_number(1, 1000)("17")
+    17
+    """
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} to {most} is allowed")
+        return int(text)
+
+    return parse
+
+
+def number_above_zero(most: float) -> Callable[[str], float]:
+    """An argument that is a number above 0.
+
+    >>> number_above_zero(80)("1.333")
+    1.333
+    """
+
+    def parse(text: str) -> float:
+        number = _number(text)
+        if not 0 < number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 and up to {most:g} is allowed")
+        return number
+
+    return parse
+
+
+def any_number(text: str) -> float:
+    """An argument that is a number of any size. NaN is none: as a limit it would hold nothing, or everything.
+
+    >>> any_number("-1.5")
+    -1.5
+    """
+    number = _number(text)
+    if math.isnan(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number is allowed")
+    return number
+
+
+def _prebuffer_ms(text: str) -> float:
+    return math.inf if text == "all" else _milliseconds(text)
+
+
+def _latency(text: str) -> Literal["low", "high"] | float:
+    match text:
+        case "low":
+            return "low"
+        case "high":
+            return "high"
+        case _:
+            return _milliseconds(text)
+
+
+def _milliseconds(text: str) -> float:
+    milliseconds = _number(text)
+    if not 0 <= milliseconds <= LONGEST_WAIT_MS:
+        raise argparse.ArgumentTypeError(f"{text!r}: milliseconds are allowed, 0 to {LONGEST_WAIT_MS:g}")
+    return milliseconds
+
+
+def _volume(text: str) -> float:
+    volume = _number(text)
+    if not 0 <= volume <= MAX_VOLUME:
+        raise argparse.ArgumentTypeError(f"{text!r}: a volume from 0 (silence) to {MAX_VOLUME:g} is allowed")
+    return volume
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,91 @@
+"""What was read and waits to be dealt with, between the thread that reads and the one that decodes.
+
+Rules of this room:
+
+- First in, first out. A CANCEL does not jump the queue: that one waits is known at once (`cancel_waits`), and whatever
+  stands before it is then passed over quickly.
+- Every message counts as its bytes + 64. A full inbox makes the reader wait, so that the peer's writes wait.
+- The last thing in it is an `Ending`: why nothing more will come.
+- It knows no file descriptors. Both sides may sleep here; the clock is monotonic seconds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from mossnano_stdio.protocol.messages import INBOX_BYTES, MESSAGE_COST_BYTES, Kind, Message
+
+WAKE_SECONDS: Final = 0.2  # how long a sleeper sleeps at most: on Windows a signal does not wake it
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A message, and when it was whole."""
+
+    message: Message
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why no more messages will come: the input ended, with a fault or without, or nobody reads our answers."""
+
+    maybe_fault: Exception | None = None
+    is_reader_gone: bool = False
+
+
+class Inbox:
+    """A bounded queue for one reader and one decoder."""
+
+    def __init__(self, limit_bytes: int = INBOX_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._waiting: deque[Arrival] = deque()
+        self._waiting_bytes = 0
+        self._waiting_cancels = 0
+        self._maybe_ending: Ending | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._waiting_bytes
+
+    def cancel_waits(self) -> bool:
+        return self._waiting_cancels > 0
+
+    def put(self, message: Message) -> None:
+        """Add a message, as soon as there is room for it. A message larger than the inbox has it to itself."""
+        cost_bytes = len(message.payload) + MESSAGE_COST_BYTES
+        with self._changed:
+            while self._waiting and self._waiting_bytes + cost_bytes > self._limit_bytes:
+                self._changed.wait(WAKE_SECONDS)
+            self._waiting.append(Arrival(message, time.monotonic()))
+            self._waiting_bytes += cost_bytes
+            self._waiting_cancels += message.kind == Kind.CANCEL
+            self._changed.notify_all()
+
+    def end(self, ending: Ending) -> None:
+        """Nothing more will be put."""
+        with self._changed:
+            self._maybe_ending = ending
+            self._changed.notify_all()
+
+    def get(self) -> Arrival | Ending:
+        """The next message, or the ending once all messages are gone. Sleeps while there is neither."""
+        with self._changed:
+            while not self._waiting:
+                if self._maybe_ending is not None:
+                    return self._maybe_ending
+                self._changed.wait(WAKE_SECONDS)
+            arrival = self._waiting.popleft()
+            self._waiting_bytes -= len(arrival.message.payload) + MESSAGE_COST_BYTES
+            self._waiting_cancels -= arrival.message.kind == Kind.CANCEL
+            self._changed.notify_all()
+            return arrival

@@ -1,0 +1,358 @@
+"""`mossnano-stdio`: messages in on stdin, PCM out on stdout, until the input ends.
+
+Rules of this room:
+
+- It puts the pieces together (weights, decoder, renderer, session, file descriptors) and decides how the process ends.
+  What a message means is session.py's, what a descriptor does is stdio.py's.
+- Every end has one of the statuses in errors.py. Whatever is said to people goes to stderr, whatever is said to the
+  peer is a message.
+- The loop renders only when no more input would change the next chunk, or none waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from mossnano_stdio import __version__
+from mossnano_stdio.chunks.recorder import Encoder, Recorder
+from mossnano_stdio.chunks.renderer import Decoder, Renderer
+from mossnano_stdio.chunks.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES
+from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
+from mossnano_stdio.process.flags import (
+    PLAYER_OPTIONS,
+    add_chunk_arguments,
+    add_decoder_arguments,
+    add_player_arguments,
+    chosen_schedule,
+    whole_number,
+)
+from mossnano_stdio.process.inbox import Arrival, Ending, Inbox
+from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
+from mossnano_stdio.process.outputs import STDOUT_FORMS, NoOutput, Output, SeveralOutputs, SpeakerOutput
+from mossnano_stdio.process.stats import Durations, StepTimes, TimedDecoder, TimedEncoder, peak_resident_bytes
+from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
+from mossnano_stdio.protocol.connection import Conversation, State, error_message
+from mossnano_stdio.protocol.decoding import DecodeSession
+from mossnano_stdio.protocol.encoding import EncodeSession
+from mossnano_stdio.protocol.messages import (
+    MAX_MESSAGE_BYTES,
+    VERSION,
+    Kind,
+    Message,
+    MessageReader,
+    parse_json,
+)
+from mossnano_stdio.tokens.format import CodecFormat
+
+if TYPE_CHECKING:
+    from mossnano_stdio.codecs import EncoderRuntime, Runtime
+    from mossnano_stdio.playback import Player
+    from mossnano_stdio.weights.folder import Bundle
+
+PROGRAM: Final = "mossnano-stdio"
+_OPENING_KINDS: Final = (Kind.TOKENS, Kind.ARTIFACT, Kind.AUDIO)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A codec that has done its first step, the slowest of all, and how a conversation with it is opened."""
+
+    format: CodecFormat
+    identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
+    times: StepTimes
+    open_session: Callable[..., Conversation]  # (schedule, identity, **what every Conversation takes)
+
+
+Loader = Callable[[argparse.Namespace], Loaded]
+
+
+def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
+    decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
+    decoder.reset()
+    timed = TimedDecoder(decoder)
+    return Loaded(
+        decoder.format,
+        identity,
+        timed.times,
+        lambda schedule, identity, **more: DecodeSession(Renderer(timed, schedule), identity, **more),
+    )
+
+
+def ready_to_encode(encoder: Encoder, identity: Mapping[str, Any]) -> Loaded:
+    encoder.step(np.zeros((encoder.format.frame_samples, encoder.format.channels), np.float32))
+    encoder.reset()
+    timed = TimedEncoder(encoder)
+    return Loaded(
+        encoder.format,
+        identity,
+        timed.times,
+        lambda schedule, identity, **more: EncodeSession(Recorder(timed, schedule), identity, **more),
+    )
+
+
+def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
+    """Run the process; the exit status. Tests bring a decoder double's `load`."""
+    options = _parse(arguments)
+    start_logging(PROGRAM, options.log_level, as_json=options.log_json)
+    process = _Process(options, signals)
+    try:
+        return process.serve(load or load_codec)
+    except Stopped as stopped:
+        return stopped.exit_status
+    except BrokenPipeError:
+        return ExitStatus.READER_GONE
+    except Exception as error:  # noqa: BLE001 - every end has its status, a bug's too
+        return process.die(error)
+    finally:
+        process.stop_output()
+        if options.stats:
+            process.report()
+
+
+def load_codec(options: argparse.Namespace) -> Loaded:
+    """The weights that the command line asks for, as a decoder, or as an encoder."""
+    from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
+    from mossnano_stdio.weights.folder import find_weights, load_bundle
+
+    bundle = load_bundle(find_weights(options.weights))
+    if bundle.demo:
+        log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
+    engine = {"provider": options.provider, "threads": options.threads}
+    if options.encode:
+        encoding = load_encoder_runtime(bundle, **engine)
+        return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
+    decoding = load_runtime(bundle, graph=options.graph, **engine)
+    return ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+
+
+def _identity(bundle: Bundle, graph: str, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
+    return {
+        "codec": bundle.name,
+        "weights": str(bundle.folder),
+        "demo": bundle.demo,
+        "graph": graph,
+        "precision": runtime.precision,
+        "provider": runtime.engine.provider,
+        "threads": runtime.engine.threads,
+    }
+
+
+class _StopOnErrorError(Exception):
+    """`--on-error stop`, and an ERROR was sent."""
+
+
+class _Process:
+    """The life of one process."""
+
+    def __init__(self, options: argparse.Namespace, signals: StopSignals) -> None:
+        self._options = options
+        self._signals = signals
+        self._fd = OutputFd(take_stdout(), self._signals)
+        self._inbox = Inbox()
+        self._output = self._open_output()
+        self._stops_on_error = options.on_error == "stop"
+        self._maybe_session: Conversation | None = None
+        self._maybe_times: StepTimes | None = None
+        self._first_audio = Durations()
+        self._ready_seconds = 0.0
+        self._maybe_opened_seconds: float | None = None  # when the stream that has no answer yet was opened
+
+    def serve(self, load: Loader) -> int:
+        """From start to end; the exit status."""
+        self._signals.report_with(self.report)
+        with self._signals.ending():
+            messages = MessageReader(self._options.max_message_bytes)
+            InputThread(self._inbox, messages, None if self._options.output == "none" else self._fd.fd).start()
+            session = self._maybe_session = self._start_session(load(self._options))
+        self._output.start(session.format)
+        self._put(session.handshake())
+        self._ready_seconds = time.monotonic()
+        try:
+            while isinstance(event := self._next_event(session), Arrival):
+                self._note_opening(session, event)
+                self._put_all(session.handle(event.message))
+        except _StopOnErrorError:
+            return ExitStatus.BAD_INPUT
+        return self._close(session, event)
+
+    def stop_output(self) -> None:
+        """Whatever still sounds is silent from now on."""
+        self._output.abort()
+
+    def report(self) -> None:
+        """One JSON line on stderr: what was done so far."""
+        stats = {
+            "streams": self._maybe_session.streams_opened if self._maybe_session else 0,
+            **(self._maybe_times.snapshot() if self._maybe_times else {}),
+            "first_audio_p50_ms": self._first_audio.percentile_ms(50),
+            "first_audio_p95_ms": self._first_audio.percentile_ms(95),
+            "peak_resident_bytes": peak_resident_bytes(),
+            "errors": self._maybe_session.error_count if self._maybe_session else 0,
+        }
+        write_stderr(json.dumps(stats))
+
+    def die(self, error: Exception) -> int:
+        """Say why we cannot go on, to the peer and on stderr; the status with which we end."""
+        fault = _as_fault(error)
+        if fault.exit_status is ExitStatus.BUG:
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                write_stderr(line)
+        self._stops_on_error = False
+        if isinstance(fault, OutputError):
+            log.error("%s", fault)
+        else:
+            with contextlib.suppress(MossnanoError, OSError, Stopped):
+                self._put(error_message(fault, fatal=True))
+        return fault.exit_status
+
+    def _open_output(self) -> Output:
+        options = self._options
+        outputs = [] if options.output == "none" else [STDOUT_FORMS[options.output](self._fd)]
+        if options.play:
+            outputs.append(SpeakerOutput(self._open_player, self._should_stop_playing))
+        return SeveralOutputs(outputs or [NoOutput()])
+
+    def _open_player(self, codec_format: CodecFormat) -> Player:
+        from mossnano_stdio.playback import Player
+
+        options = self._options
+        return Player(
+            codec_format.sample_rate,
+            codec_format.channels,
+            device=options.device,
+            prebuffer_ms=options.prebuffer_ms,
+            latency=options.latency,
+            volume=options.volume,
+        )
+
+    def _should_stop_playing(self) -> bool:
+        """A CANCEL drops what waits for the speaker; a signal ends us."""
+        self._signals.check()
+        return self._inbox.cancel_waits()
+
+    def _start_session(self, loaded: Loaded) -> Conversation:
+        identity = {
+            "protocol": VERSION,
+            "name": PROGRAM,
+            "version": __version__,
+            **loaded.identity,
+            "max_message_bytes": self._options.max_message_bytes,
+        }
+        self._maybe_times = loaded.times
+        return loaded.open_session(
+            chosen_schedule(self._options, loaded.format.frames_per_second, self._options.max_chunk_frames),
+            identity,
+            ramp_max_frames=self._options.max_chunk_frames,
+            cancel_waiting=self._inbox.cancel_waits,
+        )
+
+    def _next_event(self, session: Conversation) -> Arrival | Ending:
+        """The next message, once every chunk is out that no waiting message could make larger."""
+        while session.is_due and (session.is_sated or self._inbox.is_empty):
+            self._put_all(session.advance())
+        with self._signals.raising():
+            return self._inbox.get()
+
+    def _note_opening(self, session: Conversation, arrival: Arrival) -> None:
+        if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in _OPENING_KINDS:
+            self._maybe_opened_seconds = max(arrival.seconds, self._ready_seconds)
+
+    def _put_all(self, answers: Iterable[Message]) -> None:
+        for answer in answers:
+            self._put(answer)
+
+    def _put(self, answer: Message) -> None:
+        self._output.put(answer)
+        if answer.kind in (Kind.AUDIO, Kind.TOKENS) and self._maybe_opened_seconds is not None:
+            self._first_audio.add(time.monotonic() - self._maybe_opened_seconds)
+            self._maybe_opened_seconds = None
+        if answer.kind == Kind.ERROR:
+            log.error("%s", parse_json(answer)["message"])
+            if self._stops_on_error:
+                raise _StopOnErrorError
+        self._signals.check()
+
+    def _close(self, session: Conversation, ending: Ending) -> int:
+        """Drain, and judge what came in."""
+        if ending.is_reader_gone:
+            raise BrokenPipeError
+        fault = ending.maybe_fault
+        if fault is not None and not isinstance(fault, MossnanoError):
+            raise fault
+        self._stops_on_error = False
+        is_cut = session.state is State.ARTIFACT
+        self._put_all(session.close(fault))
+        self._output.finish()
+        if fault is not None:
+            return fault.exit_status
+        is_bad = is_cut or (session.error_count > 0 and not self._output.carries_errors)
+        return ExitStatus.BAD_INPUT if is_bad else ExitStatus.DONE
+
+
+def _as_fault(error: Exception) -> MossnanoError:
+    match error:
+        case MossnanoError():
+            return error
+        case MemoryError():
+            return OutOfMemoryError(f"out of memory: {error or 'no more is to be had'}")
+        case _:
+            return BugError(f"a bug of ours: {type(error).__name__}: {error}")
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Decode framed codec tokens from stdin to PCM on stdout. protocol.md says how to talk to it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    add_decoder_arguments(parser)
+    parser.add_argument("--encode", action="store_true", help="the other way round: PCM in, tokens out")
+    parser.add_argument(
+        "--output",
+        choices=(*STDOUT_FORMS, "none"),
+        default="framed",
+        help="messages, bare PCM, WAV, or nothing (framed)",
+    )
+    add_chunk_arguments(parser)
+    parser.add_argument(
+        "--max-chunk-frames",
+        type=whole_number(1, MAX_CHUNK_FRAMES),
+        default=RAMP_MAX_FRAMES,
+        metavar="N",
+        help=f"without a fixed size, chunks take what waits: 1, 2, 4, ... and at most N frames ({RAMP_MAX_FRAMES})",
+    )
+    parser.add_argument("--max-message-bytes", type=whole_number(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
+    parser.add_argument(
+        "--on-error", choices=("skip", "stop"), default="skip", help="stop: the first ERROR ends us with 65"
+    )
+    player = parser.add_argument_group("sound card, as well as stdout or, with --output none, instead")
+    player.add_argument("--play", action="store_true", help="play the PCM")
+    add_player_arguments(player)
+    parser.add_argument("--log-level", choices=LEVELS, default="warning")
+    parser.add_argument("--log-json", action="store_true", help="log lines as JSON")
+    parser.add_argument(
+        "--stats", action="store_true", help="one line of JSON on stderr at the end (always on SIGUSR1)"
+    )
+    # argparse leaves alone what it finds set, so None says that a flag was not given, whatever its default is.
+    options = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(PLAYER_OPTIONS)))
+    for name in PLAYER_OPTIONS:
+        if getattr(options, name) is None:
+            setattr(options, name, parser.get_default(name))
+        elif not options.play:
+            parser.error(f"--{name.replace('_', '-')} is for the sound card, which is used with --play only: add that")
+    if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
+        parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
+    return options

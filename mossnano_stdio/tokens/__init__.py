@@ -1,0 +1,1 @@
+"""Codes: the numbers of a codec, frames packed into bytes, artifacts, plain files, callers' arrays."""

@@ -1,0 +1,222 @@
+"""Graphs side by side: the official loop, our runtime on the official graph, the fast graph.
+
+Rules of this room:
+
+- Each side is a worker process for each number of threads (worker.py). All are alive at once, one of them works at a
+  time, and they take turns, A B C A B C: a machine that slows down slows all of them.
+- A turn begins when the one before has come to rest: with onnxruntime's defaults, threads spin on after their work.
+- A figure is the median over turns, with the lowest and highest beside it; "times" is how many times as good as the
+  first side this one is, the median over turns.
+- Figures are put into the caller's dict after each turn, so that one who is interrupted has what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, Protocol
+
+from mossnano_stdio.errors import UsageError
+from mossnano_stdio.tools.bench.measured import Measured, measured
+from mossnano_stdio.weights.folder import Bundle
+
+WORKER: Final = Path(__file__).with_name("worker.py")
+UTTERANCE_SECONDS: Final = (0.08, 1, 3, 10)  # the first is one frame of nano: the first audio of a stream
+STREAM_COUNTS: Final = (1, 2, 4, 8)
+MANY_STREAMS: Final = 4
+FRAMES_PER_TURN: Final = 12
+LEAST_STEPS_PER_TURN: Final = 3
+SETTLING_SECONDS: Final = 0.1  # the threads were seen to spin for 40 ms
+FRAMES_PER_STREAM: Final = 6
+
+START_PARTS: Final = ("start_to_first_audio_ms", "import_ms", "load_ms", "first_step_ms", "resident_mb")
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run one weights folder."""
+
+    name: str  # as the table has it
+    kind: str  # as worker.py has it
+    folder: Path
+
+
+def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
+    """The official loop first, everything else is measured against it."""
+    sides = [
+        Side("official loop", "loop", bundle.folder),
+        Side("our runtime, official graph", "official", bundle.folder),
+    ]
+    if bundle.has_graph("fast"):
+        sides.append(Side("fast graph", "fast", bundle.folder))
+    for other in against:
+        kind = "fast" if other.has_graph("fast") else "official"
+        taken = {side.name for side in sides}
+        names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}, {kind}") not in taken]
+        if not names:
+            raise UsageError(f"{other.folder} is to be measured twice; name it once")
+        sides.append(Side(names[0], kind, other.folder))
+    return sides
+
+
+class Worker(Protocol):
+    """One side, loaded; or one that only reckons how long that would take."""
+
+    facts: Mapping[str, float]
+
+    def ask(self, what: str, **details: int) -> Any:
+        """What worker.py is to do, and what it answers."""
+
+    def rest(self, seconds: float) -> None:
+        """Let its threads come to rest."""
+
+
+StartWorker = Callable[[Side, int], AbstractContextManager[Worker]]  # (side, threads)
+
+
+class GraphBench:
+    """All measurements of some sides over one format."""
+
+    def __init__(
+        self, frames_per_second: float, sides: Sequence[Side], turns: int, start: StartWorker, report: Report
+    ) -> None:
+        self._fps = frames_per_second
+        self._sides = sides
+        self._turns = turns
+        self._start = start
+        self._report = report
+
+    def steps(self, threads: int, chunks: Sequence[int], found: dict[str, Any]) -> None:
+        """Milliseconds per step with full caches."""
+
+        def of_chunk(worker: Worker, chunk_frames: int) -> float:
+            steps = max(LEAST_STEPS_PER_TURN, FRAMES_PER_TURN // chunk_frames)
+            return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps)))
+
+        cells = found.setdefault("steps_ms", {})
+        with self._workers(threads) as workers:
+            for chunk in chunks:
+                self._report(f"{threads} threads, steps of {chunk}")
+                for summary in self._in_turn(workers, partial(_call, of_chunk, chunk)):
+                    cells[str(chunk)] = summary
+
+    def utterances(self, threads: int, found: dict[str, Any]) -> None:
+        """Milliseconds for whole utterances from a reset, in 1-frame steps."""
+
+        def of_seconds(worker: Worker, seconds: float) -> float:
+            return float(worker.ask("utterance", frames=max(1, round(seconds * self._fps)), chunk_frames=1))
+
+        cells = found.setdefault("utterances_ms", {})
+        with self._workers(threads) as workers:
+            for seconds in UTTERANCE_SECONDS:
+                self._report(f"{threads} threads, {seconds} s from a reset")
+                for summary in self._in_turn(workers, partial(_call, of_seconds, seconds)):
+                    cells[str(seconds)] = summary
+
+    def starts(self, threads: int, found: dict[str, Any]) -> None:
+        """From the start of a process to its first audio, and what that is made of; memory then, caches full."""
+        facts: dict[str, list[dict[str, float]]] = {side.name: [] for side in self._sides}
+        for turn in range(self._turns):
+            self._report(f"{threads} threads, start {turn + 1} of {self._turns}")
+            for side in self._sides:
+                with self._start(side, threads) as worker:
+                    facts[side.name].append({**worker.facts, "resident_mb": worker.ask("memory") / 1e6})
+            found["starts"] = {
+                part: _summary({name: [fact[part] for fact in seen] for name, seen in facts.items()})
+                for part in START_PARTS
+            }
+
+    def streams(self, threads: int, found: dict[str, Any]) -> None:
+        """How many streams in real time a core carries, and what four of them take: sessions of their own, or one."""
+
+        def of_count(worker: Worker, count: int) -> float:
+            return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
+
+        cells = found.setdefault("real_time_streams_per_core", {})
+        with self._workers(threads) as workers:
+            for count in STREAM_COUNTS:
+                self._report(f"{threads} threads, {count} streams at once")
+                for summary in self._in_turn(workers, partial(_call, of_count, count), more_is_better=True):
+                    cells[str(count)] = summary
+        with self._workers(threads) as workers:
+            self._report(f"{threads} threads, memory of {MANY_STREAMS} streams")
+            for summary in self._in_turn(workers, lambda worker: worker.ask("memory", streams=MANY_STREAMS) / 1e6):
+                found["resident_mb_of_four_streams"] = summary
+
+    def _in_turn(
+        self, workers: Mapping[str, Worker], measure: Callable[[Worker], float], more_is_better: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """What is known after each turn."""
+        figures: dict[str, list[float]] = {name: [] for name in workers}
+        for worker in workers.values():
+            measure(worker)  # warms up, and fills caches
+        for _ in range(self._turns):
+            for name, worker in workers.items():
+                worker.rest(SETTLING_SECONDS)
+                figures[name].append(measure(worker))
+            yield _summary(figures, more_is_better)
+
+    @contextmanager
+    def _workers(self, threads: int) -> Iterator[dict[str, Worker]]:
+        with ExitStack() as stack:
+            yield {side.name: stack.enter_context(self._start(side, threads)) for side in self._sides}
+
+
+class WorkerProcesses:
+    """Starts the workers that really measure."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.frames_to_fill = _frames_to_fill(bundle)
+        self._codebook_size = bundle.format.codebook_size
+
+    @contextmanager
+    def start(self, side: Side, threads: int) -> Iterator[Worker]:
+        numbers = map(str, (threads, self.frames_to_fill, self._codebook_size))
+        command = [sys.executable, str(WORKER), side.kind, str(side.folder), *numbers]
+        with measured(command, side.folder) as process:
+            yield _WorkerProcess(process)
+
+
+class _WorkerProcess:
+    def __init__(self, process: Measured) -> None:
+        self._process = process
+        self.facts: Mapping[str, float] = {**process.facts, "start_to_first_audio_ms": process.ready_ms}
+
+    def ask(self, what: str, **details: int) -> Any:
+        return self._process.ask(json.dumps({"do": what, **details}))
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def _frames_to_fill(bundle: Bundle) -> int:
+    """So many frames fill the longest cache: the metadata has it in tokens, and a module makes at least one a frame."""
+    from mossnano_stdio.codecs import load_runtime
+
+    return max(load_runtime(bundle, graph="official").layer_context_frames, default=1) + 8
+
+
+def _call(measure: Callable[[Worker, Any], float], number: float, worker: Worker) -> float:
+    return measure(worker, number)
+
+
+def _summary(figures: Mapping[str, Sequence[float]], more_is_better: bool = False) -> dict[str, Any]:
+    first = next(iter(figures.values()))
+    return {
+        name: {
+            "median": round(median(found), 3),
+            "lowest": round(min(found), 3),
+            "highest": round(max(found), 3),
+            "times": round(median(b / a if more_is_better else a / b for a, b in zip(first, found, strict=True)), 3),
+        }
+        for name, found in figures.items()
+    }

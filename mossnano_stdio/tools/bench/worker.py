@@ -1,0 +1,226 @@
+"""One side of a comparison, in a process of its own: it loads its graph, says how long that took, and obeys.
+
+    python worker.py SIDE FOLDER THREADS FRAMES_TO_FILL CODEBOOK_SIZE
+
+prints one JSON line when its first step is done (how long imports, loading and that step took), then answers each JSON
+line on stdin with one on stdout:
+
+    {"do": "steps", "chunk_frames": T, "steps": N}       milliseconds of each step, caches full
+    {"do": "utterance", "frames": F, "chunk_frames": T}  milliseconds from a reset to the last sample
+    {"do": "streams", "count": N, "frames": F}           frames per second of N streams at once, a thread each
+    {"do": "memory"}                                     resident bytes now
+    {"do": "memory", "streams": N}                       the same with N streams, caches full
+
+Rules of this room:
+
+- SIDE `loop` is the official way and knows nothing of ours: a session with its defaults, `session.run` with a dict of
+  numpy state. It is not imported as a part of the package, so that its imports and its memory are its own.
+- SIDE `official` and `fast` are our runtime on either graph; `encode` is our streaming encoder.
+- What is timed is the step alone. Loading is all that lies between imports, our own included, and the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as codec/ does; this process imports nothing else
+import numpy as np  # noqa: E402 - the clock comes first
+import onnxruntime  # noqa: E402
+
+
+class LoopSide:
+    """The official loop: state in a dict, from each output to the input of nearly the same name."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        self.metadata = json.loads(Path(folder, "codec_browser_onnx_meta.json").read_text("utf-8"))
+        self.folder, self.threads = folder, threads
+        self.sessions = [self._load()]
+        caches = self.metadata["streaming_decode"]
+        self.states = [
+            (entry["input_name"], entry["output_name"], entry["shape"], entry["dtype"], 0)
+            for entry in caches["transformer_offsets"]
+        ]
+        for cache in caches["attention_caches"]:
+            for part, shape, dtype, initial in (
+                ("offset", cache["offset_shape"], "int32", 0),
+                ("cached_keys", cache["cache_shape"], cache["cache_dtype"], 0),
+                ("cached_values", cache["cache_shape"], cache["cache_dtype"], 0),
+                ("cached_positions", cache["positions_shape"], cache["positions_dtype"], -1),
+            ):
+                names = cache[f"{part}_input_name"], cache[f"{part}_output_name"]
+                self.states.append((*names, shape, dtype, initial))
+        self.quantizers = self.metadata["codec_config"]["num_quantizers"]
+
+    def _load(self) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        path = f"{self.folder}/{self.metadata['files']['decode_step']}"
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def open(self, number: int) -> LoopStream:
+        """The official way has a session for each stream."""
+        while len(self.sessions) <= number:
+            self.sessions.append(self._load())
+        return LoopStream(self, self.sessions[number])
+
+
+class LoopStream:
+    def __init__(self, side: LoopSide, session: Any) -> None:
+        self.side, self.session = side, session
+        self.codes_name, self.lengths_name = side.metadata["onnx"]["decode_step_input_names"][:2]
+        self.output_names = side.metadata["onnx"]["decode_step_output_names"]
+        self.state: dict[str, Any] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.state = {name: np.full(shape, initial, dtype) for name, _, shape, dtype, initial in self.side.states}
+
+    def step(self, codes: Any) -> None:
+        feed = {self.codes_name: codes[None], self.lengths_name: np.array([len(codes)], np.int32), **self.state}
+        outputs = dict(zip(self.output_names, self.session.run(self.output_names, feed), strict=True))
+        self.state = {input_name: outputs[output_name] for input_name, output_name, *_ in self.side.states}
+
+
+def import_ours() -> None:
+    """All of ours that a side is going to need, what is imported late included."""
+    import mossnano_stdio.codecs.encoder
+    import mossnano_stdio.codecs.fast
+    import mossnano_stdio.codecs.stepping  # noqa: F401
+
+
+class OurSide:
+    """Our runtime: one session for all streams."""
+
+    def __init__(self, folder: str, threads: int, graph: str) -> None:
+        from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
+        from mossnano_stdio.weights.folder import load_bundle
+
+        bundle = load_bundle(Path(folder))
+        self.quantizers = bundle.format.quantizers
+        self.encodes = graph == "encode"
+        self.frame_shape = (bundle.format.frame_samples, bundle.format.channels)
+        if graph == "encode":
+            self.new: Callable[[], Any] = load_encoder_runtime(bundle, threads=threads).new_encoder
+        else:
+            self.new = load_runtime(
+                bundle, threads=threads, graph="fast" if graph == "fast" else "official"
+            ).new_decoder
+
+    def open(self, number: int) -> Any:
+        return self.new()
+
+
+def input_for(side: LoopSide | OurSide, frames: int, codebook_size: int) -> Any:
+    """Seeded codes for a decoder, seeded noise for an encoder."""
+    random = np.random.default_rng(frames)
+    if isinstance(side, OurSide) and side.encodes:
+        samples, channels = side.frame_shape
+        return random.uniform(-0.3, 0.3, (frames * samples, channels)).astype(np.float32)
+    dtype = np.int32 if isinstance(side, LoopSide) else np.uint16
+    return random.integers(0, codebook_size, (frames, side.quantizers)).astype(dtype)
+
+
+def timed_ms(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Worker:
+    def __init__(self, name: str, folder: str, threads: int, fill_frames: int, codebook_size: int) -> None:
+        self.fill_frames, self.codebook_size = fill_frames, codebook_size
+        if name != "loop":
+            import_ours()
+        imported = time.perf_counter()
+        self.side: LoopSide | OurSide = LoopSide(folder, threads) if name == "loop" else OurSide(folder, threads, name)
+        self.streams: list[Any] = [self.side.open(0)]
+        loaded = time.perf_counter()
+        codes = self.chunk(1)
+        self.facts = {
+            "import_ms": 1000 * (imported - STARTED),
+            "load_ms": 1000 * (loaded - imported),
+            "first_step_ms": timed_ms(lambda: self.streams[0].step(codes)),
+        }
+        self.filled: set[int] = set()
+
+    def chunk(self, frames: int) -> Any:
+        return input_for(self.side, frames, self.codebook_size)
+
+    def fill(self, number: int) -> None:
+        """Bring a stream to where all of its caches are full."""
+        if number not in self.filled:
+            for _ in range(-(-self.fill_frames // 8)):
+                self.streams[number].step(self.chunk(8))
+            self.filled.add(number)
+
+    def have(self, count: int) -> None:
+        while len(self.streams) < count:
+            self.streams.append(self.side.open(len(self.streams)))
+
+    def steps(self, chunk_frames: int, steps: int) -> list[float]:
+        self.fill(0)
+        codes = self.chunk(chunk_frames)
+        return [timed_ms(lambda: self.streams[0].step(codes)) for _ in range(steps)]
+
+    def utterance(self, frames: int, chunk_frames: int) -> float:
+        codes = self.chunk(chunk_frames)
+        self.streams[0].reset()
+        self.filled.discard(0)
+        return timed_ms(lambda: [self.streams[0].step(codes) for _ in range(frames // chunk_frames)])
+
+    def streams_at_once(self, count: int, frames: int) -> float:
+        self.have(count)
+        for number in range(count):
+            self.fill(number)
+        codes = self.chunk(1)
+
+        def run(stream: Any) -> None:
+            for _ in range(frames):
+                stream.step(codes)
+
+        def run_all() -> None:
+            threads = [threading.Thread(target=run, args=(stream,)) for stream in self.streams[:count]]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        return 1000 * count * frames / timed_ms(run_all)
+
+    def memory(self, streams: int = 1) -> int:
+        self.have(streams)
+        for number in range(streams):
+            self.fill(number)
+        return resident_bytes()
+
+
+def main() -> None:
+    name, folder = sys.argv[1:3]
+    worker = Worker(name, folder, *map(int, sys.argv[3:6]))
+    print(json.dumps(worker.facts), flush=True)
+    calls: dict[str, Callable[..., Any]] = {
+        "steps": worker.steps,
+        "utterance": worker.utterance,
+        "streams": worker.streams_at_once,
+        "memory": worker.memory,
+    }
+    for line in sys.stdin:
+        wish = json.loads(line)
+        print(json.dumps(calls[wish.pop("do")](**wish)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

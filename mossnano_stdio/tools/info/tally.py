@@ -1,0 +1,160 @@
+"""What a framed stream comes to, in whichever direction it went: messages, frames, seconds, faults.
+
+Rules of this room:
+
+- A tally only looks: nothing is decoded, and what is wrong is counted and passed over, as the session does it.
+- Frames are counted where they are seen, in TOKENS and ARTIFACT. A stream without any, a decoder's output, has them
+  from its ENDs.
+- The format is what HANDSHAKE and SETTINGS say. Until they do, nano's numbers are assumed, and the facts say so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Final
+
+from mossnano_stdio.errors import InputError, PayloadError, ProtocolError
+from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, kind_name, parse_json
+from mossnano_stdio.tokens.artifact import MAGIC, ArtifactReader
+from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat
+
+NANO: Final = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
+MOST_ERRORS_KEPT: Final = 10  # by their text; all are counted
+
+
+class Tally:
+    """Bytes of a framed stream in, facts out.
+
+    >>> tally = Tally(max_message_bytes=1 << 20)
+    >>> tally.read([bytes.fromhex("15000000 04") + bytes(20), bytes.fromhex("01000000 07")])
+    >>> tally.facts()["messages"], tally.facts()["frames"], tally.facts()["seconds"]
+    ({'TOKENS': 1, 'END': 1}, 1, 0.08)
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._reader = MessageReader(max_message_bytes)
+        self._said: dict[str, int] = {}  # by HANDSHAKE and SETTINGS
+        self._kinds: Counter[str] = Counter()
+        self._payload_bytes = 0
+        self._seen_frames = 0
+        self._reported_frames = 0
+        self._audio_samples = 0
+        self._seconds = 0.0
+        self._errors: list[str] = []
+        self._error_count = 0
+        self._maybe_artifact: ArtifactReader | None = None  # the one that is not whole yet
+        self._skips_artifact = False  # the rest of a bad one
+        self._is_truncated = False
+
+    def read(self, pieces: Iterable[bytes]) -> InputError | None:
+        """Count all that comes. What is answered is why that is not the whole of it, where it is not."""
+        try:
+            for piece in pieces:
+                for message in self._reader.feed(piece):
+                    self._count(message)
+        except ProtocolError as error:
+            return error
+        maybe_place = self._maybe_place_of_cut()
+        self._is_truncated = maybe_place is not None
+        return InputError(f"the stream is cut inside {maybe_place}") if maybe_place else None
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "messages": dict(self._kinds),
+            "payload_bytes": self._payload_bytes,
+            "frames": self._seen_frames or self._reported_frames,
+            "audio_samples": self._audio_samples,
+            "seconds": self._seconds,
+            "format": vars(self._format),
+            "format_is": "as the stream says" if "sample_rate" in self._said else "assumed (nano's)",
+            "error_count": self._error_count,
+            "errors": self._errors,
+            "truncated": self._is_truncated,
+            "incomplete_bytes": self._reader.incomplete_bytes,
+        }
+
+    @property
+    def _format(self) -> CodecFormat:
+        return CodecFormat(**(vars(NANO) | self._said))
+
+    def _maybe_place_of_cut(self) -> str | None:
+        if incomplete_bytes := self._reader.incomplete_bytes:
+            return f"a message: {incomplete_bytes} bytes of it are there"
+        if self._maybe_artifact is not None:
+            return f"an artifact: {self._maybe_artifact.missing_bytes} bytes of it are missing"
+        return None
+
+    def _count(self, message: Message) -> None:
+        self._kinds[kind_name(message.kind)] += 1
+        self._payload_bytes += len(message.payload)
+        try:
+            self._look_into(message)
+        except PayloadError as error:
+            self._note_error(f"{kind_name(message.kind)}: {error}")
+
+    def _look_into(self, message: Message) -> None:
+        match message.kind:
+            case Kind.HANDSHAKE | Kind.SETTINGS:
+                self._take_format(parse_json(message))
+            case Kind.TOKENS:
+                self._count_tokens(message.payload)
+            case Kind.ARTIFACT:
+                self._count_artifact(message.payload)
+            case Kind.AUDIO:
+                samples = len(message.payload) // (SAMPLE_BYTES * self._format.channels)
+                self._audio_samples += samples
+                self._seconds += samples / self._format.sample_rate
+            case Kind.CANCEL:
+                self._maybe_artifact, self._skips_artifact = None, False
+            case Kind.END:
+                self._count_end(message)
+            case Kind.ERROR:
+                fields = parse_json(message)
+                self._note_error(f"{fields.get('code')}: {fields.get('message')}")
+
+    def _take_format(self, fields: dict[str, Any]) -> None:
+        said = {name: number for name in vars(NANO) if (number := _count_in(fields, name))}
+        if CodecFormat(**(vars(self._format) | said)).frame_bytes:  # a codebook of one entry needs no bits at all
+            self._said |= said
+
+    def _count_tokens(self, payload: bytes) -> None:
+        codec = self._format
+        frames, rest_bytes = divmod(len(payload), codec.frame_bytes)
+        self._seen_frames += frames
+        self._seconds += frames * codec.frame_samples / codec.sample_rate
+        if rest_bytes:
+            raise PayloadError(f"{len(payload)} bytes are no whole number of frames of {codec.frame_bytes} bytes")
+
+    def _count_artifact(self, payload: bytes) -> None:
+        if self._skips_artifact and not payload.startswith(MAGIC):
+            return
+        artifact = self._maybe_artifact or ArtifactReader()
+        self._maybe_artifact, self._skips_artifact = None, True  # until it is found right so far
+        missing_bytes = artifact.push(payload)
+        if missing_bytes:
+            self._maybe_artifact = artifact
+        else:
+            whole = artifact.artifact()
+            self._seen_frames += whole.frames
+            self._seconds += whole.duration_seconds
+        self._skips_artifact = False
+
+    def _count_end(self, message: Message) -> None:
+        maybe_cut, self._maybe_artifact = self._maybe_artifact, None
+        self._skips_artifact = False
+        if maybe_cut is not None:
+            raise PayloadError(f"an artifact is cut: {maybe_cut.missing_bytes} bytes of it are missing")
+        if message.payload:
+            self._reported_frames += _count_in(parse_json(message), "frames")
+
+    def _note_error(self, line: str) -> None:
+        self._error_count += 1
+        if len(self._errors) < MOST_ERRORS_KEPT:
+            self._errors.append(line)
+
+
+def _count_in(fields: dict[str, Any], name: str) -> int:
+    """The number of that name, where there is one above 0 that makes sense; else 0."""
+    value = fields.get(name)
+    return value if type(value) is int and 0 < value < 1 << 32 else 0

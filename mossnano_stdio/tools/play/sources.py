@@ -1,0 +1,326 @@
+"""Whatever can be played, told by its first bytes: bytes in, PCM out while they still come.
+
+Rules of this room:
+
+- Nothing is read ahead of what is asked for, and nothing waits for more bytes than it needs: a live stream sounds
+  live, and a reader who does not keep up holds up its writer.
+- A fault is among the events, at the place where it was met: all before it is played, and what follows it too where
+  there is a way to go on. Only what makes any sound impossible is raised.
+- A graph is loaded for an artifact and for nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Final, Literal
+
+import numpy as np
+
+from mossnano_stdio.errors import InputError, MossnanoError, PayloadError, ProtocolError, UsageError
+from mossnano_stdio.pcm.samples import read_audio, to_pcm16
+from mossnano_stdio.process.logs import log
+from mossnano_stdio.protocol.messages import (
+    LENGTH_BYTES,
+    MAX_MESSAGE_BYTES,
+    Kind,
+    Message,
+    MessageReader,
+    kind_name,
+    parse_json,
+)
+from mossnano_stdio.tokens.artifact import MAGIC, load_artifact
+from mossnano_stdio.tokens.format import SAMPLE_BYTES
+
+PIECE_BYTES: Final = 1 << 16
+LONGEST_MESSAGE_BYTES: Final = MAX_MESSAGE_BYTES + 1  # AUDIO has up to 1 MiB of PCM, and its kind
+LONGEST_WAV_HEADER_BYTES: Final = 1 << 20
+ENDLESS_WAV_BYTES: Final = 0x7FFF_0000  # a size from here on was made up by who wrote into a pipe
+
+_CHUNK: Final = struct.Struct("<4sI")
+_WAV_FORMAT: Final = struct.Struct("<HHIIHH")
+_WAV_PCM, _WAV_EXTENSIBLE = 1, 0xFFFE
+_WAV_GUID_AT, _WAV_PCM_GUID_START = 24, b"\x01\x00"
+
+
+@dataclass(frozen=True)
+class Pcm:
+    """Whole samples, and the instant (time.monotonic) at which what they were made of came in."""
+
+    pcm: bytes
+    since: float
+
+
+@dataclass(frozen=True)
+class StreamEnd:
+    """What came before is a whole stream, or one that nobody wants to hear any more."""
+
+    is_cancelled: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is played. A fault is among the events, at the place where it was met: what comes before it is played."""
+
+    sample_rate: int
+    channels: int
+    events: Iterator[Pcm | StreamEnd | MossnanoError]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What decodes an artifact, should the input be one."""
+
+    weights: str | None = None  # as `find_weights` takes it
+    threads: int | None = None
+    provider: str = "cpu"
+    graph: Literal["official", "fast"] | None = None
+
+
+def open_source(file: BinaryIO, name: str, decoding: Decoding) -> Source:
+    """An artifact, what mossnano-stdio answers, or an audio file. `name` is for the errors."""
+    data = _Input(file, name)
+    start = data.look(LENGTH_BYTES + len(MAGIC))
+    if not start:
+        raise InputError(f"{name} is empty: there is nothing to play")
+    if start.startswith(MAGIC):
+        return _artifact(data, decoding)
+    if _may_be_a_message(start):
+        return _framed(data)
+    if start.startswith(b"RIFF") and (maybe_wav := _maybe_wav(data)):
+        return maybe_wav
+    return _audio_file(data)
+
+
+def open_raw(file: BinaryIO, name: str, sample_rate: int, channels: int) -> Source:
+    """PCM16LE, whatever its first bytes are."""
+    if sample_rate < 1 or channels < 1:
+        raise UsageError(f"{channels} channels at {sample_rate} Hz are no sound: both must be 1 or more")
+    return Source(sample_rate, channels, _whole_samples(_Input(file, name).pieces(), SAMPLE_BYTES * channels))
+
+
+class _Input:
+    """Bytes as they come, and a look at the first of them without taking them."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        assert isinstance(file, io.BufferedReader)  # its read1 gives what is there, and does not wait for more
+        self.name = name
+        self._file = file
+        self._seen = b""
+
+    def look(self, count: int) -> bytes:
+        """The next `count` bytes, fewer at the end of the input."""
+        while len(self._seen) < count and (piece := self._file.read1(PIECE_BYTES)):
+            self._seen += piece
+        return self._seen[:count]
+
+    def skip(self, count: int) -> None:
+        """Past what was looked at."""
+        self._seen = self._seen[count:]
+
+    def pieces(self) -> Iterator[bytes]:
+        """Everything, each piece as soon as it is there."""
+        seen, self._seen = self._seen, b""
+        if seen:
+            yield seen
+        while piece := self._file.read1(PIECE_BYTES):
+            yield piece
+
+    def rest(self) -> io.BytesIO:
+        return io.BytesIO(b"".join(self.pieces()))
+
+
+def _whole_samples(pieces: Iterator[bytes], sample_bytes: int) -> Iterator[Pcm | MossnanoError]:
+    rest = b""
+    for piece in pieces:
+        since = time.monotonic()
+        rest += piece
+        whole_bytes = len(rest) - len(rest) % sample_bytes
+        yield Pcm(rest[:whole_bytes], since)
+        rest = rest[whole_bytes:]
+    if rest:
+        yield InputError(f"the PCM ends inside a sample: {len(rest)} bytes of {sample_bytes} are there")
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------------
+
+
+def _artifact(data: _Input, decoding: Decoding) -> Source:
+    from mossnano_stdio.chunks.renderer import Renderer
+    from mossnano_stdio.chunks.schedule import Ramp
+    from mossnano_stdio.codecs import load_runtime
+    from mossnano_stdio.weights.folder import find_weights, load_bundle
+
+    artifact = load_artifact(data.rest(), data.name)
+    bundle = load_bundle(find_weights(decoding.weights))
+    if bundle.demo:
+        log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
+    runtime = load_runtime(bundle, provider=decoding.provider, threads=decoding.threads, graph=decoding.graph)
+    artifact.check_fits(runtime.format, runtime.decodes_prefix)
+
+    def events() -> Iterator[Pcm | MossnanoError]:
+        renderer = Renderer(runtime.new_decoder(), Ramp())
+        renderer.push(artifact.codes)
+        renderer.finish(artifact.original_samples)
+        since = time.monotonic()
+        while chunk := renderer.render():
+            if chunk.error is not None:
+                yield chunk.error
+            yield Pcm(chunk.pcm, since)
+            since = time.monotonic()
+
+    return Source(artifact.sample_rate, artifact.channels, events())
+
+
+# --- what mossnano-stdio answers ---------------------------------------------------------------------------------
+
+
+def _may_be_a_message(start: bytes) -> bool:
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    return len(start) > LENGTH_BYTES and 1 <= length <= LONGEST_MESSAGE_BYTES and start[LENGTH_BYTES] in list(Kind)
+
+
+def _framed(data: _Input) -> Source:
+    messages = _messages(data.pieces())
+    sample_rate, channels = _greeted(next(messages, None))
+    return Source(sample_rate, channels, _events(messages, SAMPLE_BYTES * channels))
+
+
+def _messages(pieces: Iterator[bytes]) -> Iterator[Message | MossnanoError]:
+    """Every message, and what was wrong where they end too early."""
+    reader = MessageReader(LONGEST_MESSAGE_BYTES)
+    try:
+        for piece in pieces:
+            yield from reader.feed(piece)
+    except ProtocolError as error:
+        yield error
+        return
+    if reader.incomplete_bytes:
+        yield InputError(f"the input is cut inside a message: {reader.incomplete_bytes} bytes of it are there")
+
+
+def _greeted(first: Message | MossnanoError | None) -> tuple[int, int]:
+    """What the HANDSHAKE says of the PCM that follows: sample rate and channels."""
+    if not isinstance(first, Message):
+        raise first or InputError("the input ended before its first message")
+    if first.kind == Kind.ERROR:
+        raise _said_error(first)
+    if first.kind != Kind.HANDSHAKE:
+        raise InputError(
+            f"the input begins with {kind_name(first.kind)}, not with a HANDSHAKE: what mossnano-stdio answers can be "
+            "played, what it is sent goes through it first (mossnano-stdio < FILE | mossnano play -)"
+        )
+    fields = parse_json(first)
+    if fields.get("direction", "decode") != "decode":
+        raise InputError("this is an encoder's answer, tokens without sound: send it through mossnano-stdio first")
+    if fields.get("sample_format", "s16le") != "s16le":
+        raise InputError(f"the PCM is {fields['sample_format']!r}, only s16le can be played")
+    sample_rate, channels = fields.get("sample_rate"), fields.get("channels")
+    if not (type(sample_rate) is int and type(channels) is int and sample_rate > 0 and channels > 0):
+        raise InputError(f"the HANDSHAKE says {channels!r} channels at {sample_rate!r} Hz: both must be whole numbers")
+    return sample_rate, channels
+
+
+def _events(
+    messages: Iterator[Message | MossnanoError], sample_bytes: int
+) -> Iterator[Pcm | StreamEnd | MossnanoError]:
+    for message in messages:
+        try:
+            if maybe_event := _maybe_event(message, sample_bytes):
+                yield maybe_event
+        except PayloadError as error:
+            yield error
+
+
+def _maybe_event(message: Message | MossnanoError, sample_bytes: int) -> Pcm | StreamEnd | MossnanoError | None:
+    if isinstance(message, MossnanoError):
+        return message
+    match message.kind:
+        case Kind.AUDIO if len(message.payload) % sample_bytes:
+            raise PayloadError(f"AUDIO of {len(message.payload)} bytes is not whole samples of {sample_bytes} bytes")
+        case Kind.AUDIO:
+            return Pcm(message.payload, time.monotonic())
+        case Kind.END:
+            return StreamEnd(is_cancelled=parse_json(message).get("cancelled") is True)
+        case Kind.ERROR:
+            return _said_error(message)
+        case _:
+            return None
+
+
+def _said_error(message: Message) -> InputError:
+    fields = parse_json(message)
+    return InputError(f"mossnano-stdio says {fields.get('code')}: {fields.get('message')}")
+
+
+# --- audio files -------------------------------------------------------------------------------------------------
+
+
+def _maybe_wav(data: _Input) -> Source | None:
+    """A WAV of 16 bits is played while it comes in. None: it is another one, to be read as a whole."""
+    maybe_format: tuple[int, int] | None = None
+    at = 12  # after RIFF, size, WAVE
+    while at < LONGEST_WAV_HEADER_BYTES:
+        header = data.look(at + _CHUNK.size)[at:]
+        if len(header) < _CHUNK.size:
+            return None
+        name, size = _CHUNK.unpack(header)
+        at += _CHUNK.size
+        if name == b"data" and maybe_format is not None:
+            sample_rate, channels = maybe_format
+            data.skip(at)
+            return Source(sample_rate, channels, _wav_samples(data.pieces(), size, SAMPLE_BYTES * channels))
+        if name == b"fmt ":
+            maybe_format = _maybe_pcm16_format(data.look(at + size)[at:])
+            if maybe_format is None:
+                return None
+        at += size + size % 2
+    return None
+
+
+def _maybe_pcm16_format(fmt: bytes) -> tuple[int, int] | None:
+    """Sample rate and channels, where a WAV's `fmt ` chunk says that its samples are integers of 16 bits."""
+    if len(fmt) < _WAV_FORMAT.size:
+        return None
+    code, channels, sample_rate, _, _, bits = _WAV_FORMAT.unpack_from(fmt)
+    if code == _WAV_EXTENSIBLE and fmt[_WAV_GUID_AT:].startswith(_WAV_PCM_GUID_START):
+        code = _WAV_PCM
+    is_playable = code == _WAV_PCM and bits == 8 * SAMPLE_BYTES and channels > 0 and sample_rate > 0
+    return (sample_rate, channels) if is_playable else None
+
+
+def _wav_samples(pieces: Iterator[bytes], data_bytes: int, sample_bytes: int) -> Iterator[Pcm | MossnanoError]:
+    """The PCM of a `data` chunk, without the chunks that may follow it."""
+    if data_bytes >= ENDLESS_WAV_BYTES:
+        yield from _whole_samples(pieces, sample_bytes)
+        return
+    missing_bytes = data_bytes
+
+    def wanted() -> Iterator[bytes]:
+        nonlocal missing_bytes
+        for piece in pieces:
+            yield piece[:missing_bytes]
+            missing_bytes -= len(piece[:missing_bytes])
+            if not missing_bytes:
+                return
+
+    yield from _whole_samples(wanted(), sample_bytes)
+    if missing_bytes:
+        yield InputError(f"the WAV is cut: {missing_bytes} bytes of its {data_bytes} bytes of PCM are missing")
+
+
+def _audio_file(data: _Input) -> Source:
+    """Whatever the package reads as audio; read as a whole."""
+    try:
+        recording = read_audio(data.rest(), data.name)
+    except InputError as error:
+        raise InputError(
+            f"{data.name} is nothing that can be played (artifacts, what mossnano-stdio answers, audio files, and raw "
+            f"PCM with --raw): {error}"
+        ) from None
+    samples = recording.samples
+    pcm = samples.astype("<i2").tobytes() if samples.dtype == np.int16 else to_pcm16(recording.audio)
+    return Source(recording.sample_rate, samples.shape[1], iter([Pcm(pcm, time.monotonic())]))
