@@ -494,7 +494,7 @@ def test_the_window_is_always_what_the_next_token_can_see(
     in_place: bool, context_tokens: int, tokens_per_frame: int, steps: list[tuple[str, int]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rings, "_native", lambda array: array)
+        patch.setattr(rings, "native_value", lambda array: array)
         memory = Memory()
         spec = a_spec(context_tokens=context_tokens, tokens_per_frame=tokens_per_frame)
         ring = Rings(spec, memory, in_place=in_place)
