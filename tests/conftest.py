@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections import Counter
 from collections.abc import Generator, Iterator
 from importlib.metadata import version
@@ -17,6 +18,9 @@ from tests.sound import FileDevice, SoundServer
 # How long an example takes says what else the machine does, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+# A suite that a shell started in the background ignores Ctrl-C, and so would each process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # By what the reason of a skipped test says: how to get it to run.
 WAYS_TO_RUN_SKIPPED = {
