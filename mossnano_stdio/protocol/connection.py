@@ -19,7 +19,16 @@ from enum import Enum
 from typing import Any, ClassVar, Final, Protocol
 
 from mossnano_stdio.chunks.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Fixed, Ramp, Schedule
-from mossnano_stdio.errors import MossnanoError, PayloadError
+from mossnano_stdio.errors import (
+    HandshakeError,
+    MossnanoError,
+    NoStreamError,
+    OutOfPlaceError,
+    PayloadError,
+    PeerError,
+    SettingsError,
+    UnknownKindError,
+)
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message, json_message, kind_name, parse_json
 from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat, frame_bytes
 
@@ -237,7 +246,7 @@ class Conversation(ABC):
         self._maybe_misfit = None
         if differences:
             self._maybe_misfit = "the peer's HANDSHAKE does not fit these weights: " + ", ".join(differences)
-            yield self._error(_HandshakeError(self._maybe_misfit))
+            yield self._error(HandshakeError(self._maybe_misfit))
 
     def _ignore(self, message: Message) -> Answers:
         yield from ()
@@ -278,15 +287,15 @@ class Conversation(ABC):
         yield self.handshake()
 
     def _report_peer_error(self, message: Message) -> Answers:
-        yield self._error(_PeerError(f"the peer sent an ERROR of its own: {_repeated(message)}"))
+        yield self._error(PeerError(f"the peer sent an ERROR of its own: {_repeated(message)}"))
 
     def _refuse_no_stream(self, message: Message) -> Answers:
         if not _ends_nothing(message):
-            yield self._error(_NoStreamError(f"END came while no stream was open: {self.OPENED_BY} opens one"))
+            yield self._error(NoStreamError(f"END came while no stream was open: {self.OPENED_BY} opens one"))
 
     def _refuse_out_of_place(self, message: Message) -> Answers:
         yield self._error(
-            _OutOfPlaceError(
+            OutOfPlaceError(
                 f"{kind_name(message.kind)} came {self.state.value}, where it has no place: "
                 "send END or CANCEL first (the message is ignored, the stream goes on)"
             )
@@ -394,7 +403,7 @@ class Conversation(ABC):
     def _unknown_kind(self, kind: int) -> PayloadError:
         known = dict.fromkeys(kind for _, kind in self.TRANSITIONS)
         names = ", ".join(f"{kind.name} 0x{kind:02x}" for kind in known)
-        return _UnknownKindError(f"{kind_name(kind)} means nothing while we {self.DIRECTION}; known are {names}")
+        return UnknownKindError(f"{kind_name(kind)} means nothing while we {self.DIRECTION}; known are {names}")
 
 
 def error_message(error: MossnanoError, *, stream: int | None = None, fatal: bool = False) -> Message:
@@ -414,27 +423,3 @@ def _ends_nothing(message: Message) -> bool:
 def _repeated(message: Message) -> str:
     """The beginning of a peer's text."""
     return message.payload.decode("utf-8", "replace")[:REPEATED_CHARACTERS]
-
-
-class SettingsError(PayloadError):
-    code = "bad_settings"
-
-
-class _HandshakeError(PayloadError):
-    code = "handshake_mismatch"
-
-
-class _NoStreamError(PayloadError):
-    code = "no_stream"
-
-
-class _OutOfPlaceError(PayloadError):
-    code = "out_of_place"
-
-
-class _PeerError(PayloadError):
-    code = "peer_error"
-
-
-class _UnknownKindError(PayloadError):
-    code = "unknown_kind"

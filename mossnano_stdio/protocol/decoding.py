@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from mossnano_stdio.chunks.renderer import Chunk, Renderer
 from mossnano_stdio.chunks.schedule import RAMP_MAX_FRAMES
-from mossnano_stdio.errors import ArtifactError, MossnanoError, TokenError
-from mossnano_stdio.protocol.connection import Action, Answers, Conversation, SettingsError, State
+from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, TokenError
+from mossnano_stdio.protocol.connection import Action, Answers, Conversation, State
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.tokens.artifact import MAGIC, Artifact, ArtifactReader
 from mossnano_stdio.tokens.packing import unpack_frames

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from mossnano_stdio.chunks.recorder import Recorder
 from mossnano_stdio.chunks.schedule import RAMP_MAX_FRAMES
-from mossnano_stdio.errors import MossnanoError, PayloadError
+from mossnano_stdio.errors import AudioError, MossnanoError
 from mossnano_stdio.pcm.samples import from_pcm16
 from mossnano_stdio.protocol.connection import Action, Answers, Conversation, State, StreamTally
 from mossnano_stdio.protocol.messages import Kind, Message
@@ -90,7 +90,7 @@ class EncodeSession(Conversation):
     def _open_audio(self, message: Message) -> Answers:
         self._open(State.AUDIO)
         if self._maybe_misfit is not None:
-            yield from self._fail_stream(_AudioError(f"{self._maybe_misfit}; send one that fits, then the audio"))
+            yield from self._fail_stream(AudioError(f"{self._maybe_misfit}; send one that fits, then the audio"))
             return
         yield from self._push_audio(message)
 
@@ -106,7 +106,7 @@ class EncodeSession(Conversation):
     def _finish(self, message: Message) -> Answers:
         if self._partial_sample and not self._drops():
             yield self._error(
-                _AudioError(
+                AudioError(
                     f"the audio ended {len(self._partial_sample)} bytes into a sample of {self._sample_bytes}: "
                     "send whole samples; the part is dropped"
                 )
@@ -129,7 +129,3 @@ class EncodeSession(Conversation):
 
     def _check_quantizers(self, quantizers: int) -> None:
         """Any number can be had: the first codes of a frame do not depend on the later ones."""
-
-
-class _AudioError(PayloadError):
-    code = "bad_audio"
