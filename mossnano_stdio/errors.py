@@ -5,7 +5,7 @@ Rules of this room:
 - Every error that we raise on purpose is a MossnanoError. Anything else that escapes is a bug of ours: the
   programs print its traceback on stderr and exit with `ExitStatus.BUG`.
 - An error knows two things beside its message: `code`, the word that an ERROR message carries on the wire, and
-  `exit_status`, how a process ends that could not go on because of it.
+  `exit_status`, how a process ends that could not go on because of it. No other module defines one of either.
 - A message says what was found, what is allowed, and what to change. It fits on one line.
 """
 
@@ -72,6 +72,12 @@ class ProtocolError(InputError):
     exit_status = ExitStatus.FRAMING_LOST
 
 
+class InputCutError(InputError):
+    """The input ended inside a message."""
+
+    code = "input_cut"
+
+
 class PayloadError(InputError):
     """One message or stream is wrong; the next one may be right."""
 
@@ -88,6 +94,48 @@ class TokenError(PayloadError):
     """These bytes are not whole frames of codes in range."""
 
     code = "bad_tokens"
+
+
+class AudioError(PayloadError):
+    """These bytes are not whole samples, or not of the codec's format."""
+
+    code = "bad_audio"
+
+
+class HandshakeError(PayloadError):
+    """The peer's format is not ours."""
+
+    code = "handshake_mismatch"
+
+
+class SettingsError(PayloadError):
+    """No such setting, or no such value of it. Nothing is set."""
+
+    code = "bad_settings"
+
+
+class UnknownKindError(PayloadError):
+    """A message of a kind that means nothing in this direction."""
+
+    code = "unknown_kind"
+
+
+class OutOfPlaceError(PayloadError):
+    """A message of a kind that has no place where the stream stands."""
+
+    code = "out_of_place"
+
+
+class NoStreamError(PayloadError):
+    """An END came while no stream was open."""
+
+    code = "no_stream"
+
+
+class PeerError(PayloadError):
+    """The peer sent an ERROR of its own."""
+
+    code = "peer_error"
 
 
 class BundleError(MossnanoError):

@@ -21,7 +21,6 @@ import safetensors
 from mossnano_stdio import cli
 from mossnano_stdio.build.arithmetic import bytes_per_step, decoding_macs
 from mossnano_stdio.build.checkpoint import load_checkpoint
-from mossnano_stdio.build.contract import DECODE_STEP_FILE
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools import bench as bench_tool
 from mossnano_stdio.tools.bench.estimate import Estimate, Pace
@@ -29,6 +28,7 @@ from mossnano_stdio.tools.bench.graphs import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
 from mossnano_stdio.tools.bench.worker import Worker as RealWorker
 from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
+from mossnano_stdio.weights.metadata import DECODE_STEP_FILE
 from tests.tool import COMMAND, call_tool
 
 SIDES = {"official loop", "our runtime, official graph"}

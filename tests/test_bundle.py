@@ -16,20 +16,10 @@ import pytest
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens.format import CodecFormat
 from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import (
-    DEMO_FOLDER,
-    METADATA_NAME,
-    SIDECAR_NAME,
-    Sidecar,
-    SidecarGraph,
-    StateSpec,
-    find_weights,
-    load_bundle,
-    load_sidecar,
-    record_files,
-    save_sidecar,
-)
-from mossnano_stdio.weights.published import FileRecord
+from mossnano_stdio.weights.folder import DEMO_FOLDER, find_weights, load_bundle
+from mossnano_stdio.weights.graphs import FileRecord, GraphSpec, StateSpec
+from mossnano_stdio.weights.metadata import METADATA_NAME
+from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "reference" / "official"
 needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="../shared/reference/official is not here")
@@ -355,13 +345,13 @@ def test_published_graphs_beside_other_metadata_are_refused(folder: Path, monkey
 def test_the_sidecar_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     state = StateSpec("keys", "keys_out", (1, 4), np.dtype(np.float32), 0)
     positions = StateSpec("positions", "positions_out", (1, 4), np.dtype(np.int64), -1)
-    fast = SidecarGraph("fast.onnx", ("a.data", "b.data"), "int8", (state, positions), {"rows": [1, 2], "x": "y"})
+    fast = GraphSpec("fast.onnx", ("a.data", "b.data"), "int8", (state, positions), {"rows": [1, 2], "x": "y"})
     sidecar = Sidecar(
         name="made up",
         demo=True,
         precision="float16",
         codebook_size=1000,
-        graphs={"fast": fast, "encode_step": SidecarGraph("encode_step.onnx")},
+        graphs={"fast": fast, "encode_step": GraphSpec("encode_step.onnx")},
         files={"fast.onnx": FileRecord(123, "ab" * 32)},
     )
     save_sidecar(tmp_path, sidecar)

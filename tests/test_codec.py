@@ -26,13 +26,9 @@ from mossnano_stdio.pcm.comparison import compare_recordings
 from mossnano_stdio.pcm.samples import Recording, pcm16_samples, to_pcm16
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import (
-    METADATA_NAME,
-    Sidecar,
-    load_bundle,
-    record_files,
-    save_sidecar,
-)
+from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights.metadata import METADATA_NAME
+from mossnano_stdio.weights.sidecar import Sidecar, record_files, save_sidecar
 
 STEP = "moss_audio_tokenizer_decode_step.onnx"
 FULL = "moss_audio_tokenizer_decode_full.onnx"

@@ -19,7 +19,9 @@ import pytest
 from mossnano_stdio.errors import OutputError
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights.graphs import FileRecord
 from mossnano_stdio.weights.hub import Selection, fetch, selections
+from mossnano_stdio.weights.metadata import METADATA_NAME
 from tests.hub import CDN_HOST, HUB_HOST, Hub, serving
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `fetch` is not installed")
@@ -35,12 +37,13 @@ DRIVER = """
 import json, sys, time
 import huggingface_hub.constants
 from mossnano_stdio.weights import published
+from mossnano_stdio.weights.graphs import FileRecord
 from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.cli import main
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
 time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
 for name, facts in json.loads(sys.argv[1]).items():
-    files = {file: published.FileRecord(*record) for file, record in facts["files"].items()}
+    files = {file: FileRecord(*record) for file, record in facts["files"].items()}
     setattr(published, name, published.PinnedRepository(facts["repository"], facts["revision"], files))
 sys.exit(main(["fetch", *sys.argv[2:]]))
 """
@@ -155,7 +158,7 @@ def test_the_metadata_comes_last(place: Place, hub: Hub) -> None:
     """A folder that has it is taken for whole."""
     hub.status[STEP] = 404
     assert place.fetch("--to", "there").returncode == 66
-    assert published.METADATA_NAME not in found_in(place.root / "there")
+    assert METADATA_NAME not in found_in(place.root / "there")
 
 
 def test_files_outlive_the_hub_cache(place: Place) -> None:
@@ -340,7 +343,7 @@ def test_hf_xet_says_its_errno_in_words(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(OutputError, match=r"\(ENOSPC\)"):
-        fetch(Selection(published.BUNDLE, "any", (published.METADATA_NAME,)), tmp_path, report=lambda line: None)
+        fetch(Selection(published.BUNDLE, "any", (METADATA_NAME,)), tmp_path, report=lambda line: None)
 
 
 # --- graphs of our own -----------------------------------------------------------------------------------------------
@@ -439,7 +442,7 @@ def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRe
     section = section.split("\n## ")[0]
     assert f"Revision {repository.revision}, licence {published.LICENCE}," in section
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
-    written = {name: published.FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
+    written = {name: FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
     assert written == repository.files
 
 

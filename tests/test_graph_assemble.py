@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.build import bundle, contract
+from mossnano_stdio.build import bundle
 from mossnano_stdio.build.bundle import staged
 from mossnano_stdio.build.decode_step import FAST_DATA, FAST_FILE, save_fast_graph
 from mossnano_stdio.build.encode_step import ENCODE_STEP_DATA, ENCODE_STEP_FILE, save_encode_step
@@ -20,7 +20,10 @@ from mossnano_stdio.build.model import DecoderWeights, EncoderWeights, LayerWeig
 from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_runtime
 from mossnano_stdio.errors import BundleError, ExitStatus, OutputError
 from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import DEMO_FOLDER, METADATA_NAME, SIDECAR_NAME, SidecarGraph, load_bundle
+from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
+from mossnano_stdio.weights.graphs import GraphSpec
+from mossnano_stdio.weights.metadata import DECODE_DATA, DECODE_STEP_FILE, ENCODE_DATA, ENCODE_FILE, METADATA_NAME
+from mossnano_stdio.weights.sidecar import SIDECAR_NAME
 from tests.tool import call_tool
 
 
@@ -153,8 +156,8 @@ def test_from_bundle_beside_copies(tiny_bundle: Path, tiny_reference: Path, tmp_
 
 def test_from_bundle_without_an_encoder(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = official_copy(tiny_bundle, tmp_path / "bundle")
-    (folder / contract.ENCODE_FILE).unlink()
-    (folder / contract.ENCODE_DATA).unlink()
+    (folder / ENCODE_FILE).unlink()
+    (folder / ENCODE_DATA).unlink()
     assert call_tool("build", "--from-bundle", folder, folder).status == 0
     assert set(load_bundle(folder).sidecar.graphs) == {"fast"}
 
@@ -215,7 +218,7 @@ def test_a_decoder_that_departs_is_not_kept(
     )
     outcome = call_tool("build", "--from-bundle", folder, folder)
     assert outcome.status == ExitStatus.CHECK_FAILED
-    assert contract.DECODE_STEP_FILE in outcome.error_line
+    assert DECODE_STEP_FILE in outcome.error_line
     assert "departs" in outcome.error_line
     assert "at frame " in outcome.error_line
     assert contents(folder) == before
@@ -225,14 +228,14 @@ def test_a_decoder_that_departs_is_not_kept(
 def test_an_encoder_that_departs_is_not_kept(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_wrong(stage: Path, encoder: EncoderWeights) -> SidecarGraph:
+    def save_wrong(stage: Path, encoder: EncoderWeights) -> GraphSpec:
         quantizer = replace(encoder.quantizer, in_proj_b=encoder.quantizer.in_proj_b + np.float32(0.01))
         return save_encode_step(stage, replace(encoder, quantizer=quantizer))
 
     monkeypatch.setattr(bundle, "save_encode_step", save_wrong)
     outcome = call_tool("build", "--from-bundle", tiny_bundle, tmp_path / "out")
     assert outcome.status == ExitStatus.CHECK_FAILED
-    assert contract.ENCODE_FILE in outcome.error_line
+    assert ENCODE_FILE in outcome.error_line
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +252,7 @@ def test_standin_tool(tmp_path: Path) -> None:
     assert outcome.status == 0
     assert load_bundle(tmp_path / "tiny").name == "tiny stand-in, seed 7"
     assert call_tool("build", tmp_path / "tiny" / "checkpoint", tmp_path / "again").status == 0
-    for name in (contract.DECODE_DATA, contract.ENCODE_DATA, contract.DECODE_STEP_FILE):
+    for name in (DECODE_DATA, ENCODE_DATA, DECODE_STEP_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "tiny" / name).read_bytes()
 
 

@@ -13,16 +13,24 @@ import numpy as np
 import onnx
 import pytest
 
-from mossnano_stdio.build import contract
 from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import SIZES, Size, save_standin
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.weights.folder import METADATA_NAME, SIDECAR_NAME, load_bundle
+from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights.metadata import (
+    DECODE_DATA,
+    DECODE_FULL_FILE,
+    DECODE_STEP_FILE,
+    ENCODE_DATA,
+    ENCODE_FILE,
+    METADATA_NAME,
+)
+from mossnano_stdio.weights.sidecar import SIDECAR_NAME
 
-STEP, FULL, ENCODE = contract.DECODE_STEP_FILE, contract.DECODE_FULL_FILE, contract.ENCODE_FILE
+STEP, FULL, ENCODE = DECODE_STEP_FILE, DECODE_FULL_FILE, ENCODE_FILE
 
 
 def assert_same(found: Any, expected: Any, where: str = "weights") -> None:
@@ -223,7 +231,7 @@ def test_encoder_of_another_model(copy: Path, tmp_path: Path) -> None:
     save_standin(tmp_path / "other", SIZES["tiny"], seed=5)
     other = load_checkpoint(tmp_path / "other")
     save_bundle(tmp_path / "built", other, name="other", checkpoint_name="other", trial=False)
-    for name in (ENCODE, contract.ENCODE_DATA):
+    for name in (ENCODE, ENCODE_DATA):
         shutil.copy(tmp_path / "built" / name, copy / name)
     with pytest.raises(BundleError, match="different codebooks"):
         extract_weights(load_bundle(copy))
@@ -236,12 +244,12 @@ def test_files_that_are_no_graphs(copy: Path) -> None:
         with pytest.raises(BundleError, match=STEP):
             extract_weights(load_bundle(copy))
     (copy / STEP).write_bytes(whole)
-    data = copy / contract.DECODE_DATA
+    data = copy / DECODE_DATA
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(BundleError, match=STEP):
         extract_weights(load_bundle(copy))
     data.unlink()
-    with pytest.raises(BundleError, match=contract.DECODE_DATA):
+    with pytest.raises(BundleError, match=DECODE_DATA):
         extract_weights(load_bundle(copy))
 
 

@@ -1,4 +1,4 @@
-"""graph/official.py and graph/contract.py: our graphs in the official contract, against goldens, torch's and numpy."""
+"""build/official.py, with weights/metadata.py: our official graphs, against goldens, torch's and numpy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from mossnano_stdio.build import contract
 from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import Size, save_standin
-from mossnano_stdio.weights.folder import METADATA_NAME
+from mossnano_stdio.weights.metadata import (
+    DECODE_DATA,
+    DECODE_FULL_FILE,
+    DECODE_STEP_FILE,
+    ENCODE_DATA,
+    ENCODE_FILE,
+    METADATA_NAME,
+)
 from tests import oracle
 
 Array = NDArray[Any]
@@ -212,14 +218,14 @@ def test_metadata_lists_what_torch_exported(built: Path, tiny_bundle: Path) -> N
 
 
 def test_data_files_have_the_published_sizes(nano_bundle: Path) -> None:
-    assert (nano_bundle / contract.DECODE_DATA).stat().st_size == 44_198_912
-    assert (nano_bundle / contract.ENCODE_DATA).stat().st_size == 44_507_136
+    assert (nano_bundle / DECODE_DATA).stat().st_size == 44_198_912
+    assert (nano_bundle / ENCODE_DATA).stat().st_size == 44_507_136
 
 
 def test_decode_graphs_share_every_weight(built: Path, tiny_bundle: Path) -> None:
-    assert (built / contract.DECODE_DATA).stat().st_size == (tiny_bundle / contract.DECODE_DATA).stat().st_size
+    assert (built / DECODE_DATA).stat().st_size == (tiny_bundle / DECODE_DATA).stat().st_size
     places = []
-    for name in (contract.DECODE_STEP_FILE, contract.DECODE_FULL_FILE):
+    for name in (DECODE_STEP_FILE, DECODE_FULL_FILE):
         model = onnx.load(built / name, load_external_data=False)
         external = [tensor for tensor in model.graph.initializer if tensor.external_data]
         places.append({tensor.name: str(tensor.external_data) for tensor in external})
@@ -227,7 +233,7 @@ def test_decode_graphs_share_every_weight(built: Path, tiny_bundle: Path) -> Non
     assert len(places[0]) > 40
 
 
-@pytest.mark.parametrize("name", [contract.DECODE_STEP_FILE, contract.DECODE_FULL_FILE, contract.ENCODE_FILE])
+@pytest.mark.parametrize("name", [DECODE_STEP_FILE, DECODE_FULL_FILE, ENCODE_FILE])
 def test_graphs_are_valid_onnx_of_opset_17(built: Path, name: str) -> None:
     onnx.checker.check_model(built / name, full_check=True)
     model = onnx.load(built / name, load_external_data=False)
@@ -237,6 +243,6 @@ def test_graphs_are_valid_onnx_of_opset_17(built: Path, name: str) -> None:
 
 def test_graphs_are_smaller_than_what_torch_exports(built: Path, tiny_bundle: Path) -> None:
     """Fewer nodes are what makes them faster; `mossnano bench` measures by how much."""
-    for name in (contract.DECODE_STEP_FILE, contract.DECODE_FULL_FILE, contract.ENCODE_FILE):
+    for name in (DECODE_STEP_FILE, DECODE_FULL_FILE, ENCODE_FILE):
         nodes = [len(onnx.load(folder / name, load_external_data=False).graph.node) for folder in (built, tiny_bundle)]
         assert nodes[0] * 2 < nodes[1]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mossnano_stdio.build import contract
 from mossnano_stdio.build.bundle import build_from_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights.metadata import DECODE_DATA, ENCODE_DATA
 from tests.test_graph_extract import assert_same
 
 pytestmark = [
@@ -32,7 +32,7 @@ def exported(nano_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_data_files_are_as_long_as_the_published_ones(exported: Path) -> None:
-    for name in (contract.DECODE_DATA, contract.ENCODE_DATA):
+    for name in (DECODE_DATA, ENCODE_DATA):
         assert (exported / name).stat().st_size == published.BUNDLE.files[name].size_bytes
 
 

@@ -29,7 +29,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mossnano_stdio.build import contract
 from mossnano_stdio.build.builder import EXTERNAL_BYTES, OPSET
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.model import (
@@ -43,7 +42,21 @@ from mossnano_stdio.build.model import (
     PatchStep,
     TransformerWeights,
 )
-from mossnano_stdio.weights.folder import METADATA_NAME
+from mossnano_stdio.build.official import streaming_decode
+from mossnano_stdio.weights.metadata import (
+    DECODE_DATA,
+    DECODE_FULL_FILE,
+    DECODE_INPUTS,
+    DECODE_OUTPUTS,
+    DECODE_STEP_FILE,
+    ENCODE_DATA,
+    ENCODE_FILE,
+    ENCODE_INPUTS,
+    ENCODE_OUTPUTS,
+    METADATA_NAME,
+    OFFICIAL_FILES,
+    build_metadata,
+)
 
 TRACED_FRAMES = 3
 
@@ -55,13 +68,13 @@ def export_bundle(checkpoint: Path, folder: Path) -> None:
     weights = load_checkpoint(checkpoint)
     assert weights.maybe_encoder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = contract.metadata(weights, checkpoint.name)
+    metadata = build_metadata(checkpoint.name, weights.format, OFFICIAL_FILES, streaming_decode(weights.decoder), OPSET)
     decode_step = _exported(folder, *_step_to_trace(weights, metadata))
     decode_full = _exported(folder, *_full_to_trace(weights))
     encode = _exported(folder, *_encode_to_trace(weights, weights.maybe_encoder))
-    decode = {contract.DECODE_STEP_FILE: decode_step, contract.DECODE_FULL_FILE: decode_full}
-    _save(folder, decode, contract.DECODE_DATA)
-    _save(folder, {contract.ENCODE_FILE: encode}, contract.ENCODE_DATA)
+    decode = {DECODE_STEP_FILE: decode_step, DECODE_FULL_FILE: decode_full}
+    _save(folder, decode, DECODE_DATA)
+    _save(folder, {ENCODE_FILE: encode}, ENCODE_DATA)
     (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
@@ -267,14 +280,14 @@ def _step_to_trace(weights: CodecWeights, metadata: dict[str, Any]) -> tuple[Any
 
 
 def _full_to_trace(weights: CodecWeights) -> tuple[Any, ...]:
-    return Decoder(weights.decoder), _codes(weights), contract.DECODE_INPUTS, contract.DECODE_OUTPUTS, _DECODE_AXES
+    return Decoder(weights.decoder), _codes(weights), DECODE_INPUTS, DECODE_OUTPUTS, _DECODE_AXES
 
 
 def _encode_to_trace(weights: CodecWeights, encoder: EncoderWeights) -> tuple[Any, ...]:
     samples = TRACED_FRAMES * weights.format.frame_samples - 7
     wave = torch.zeros(1, weights.format.channels, samples), torch.tensor([samples], dtype=torch.int32)
     axes = {"waveform": {2: "waveform_length"}, "audio_codes": {1: "code_length"}}
-    return Encoder(encoder), wave, contract.ENCODE_INPUTS, contract.ENCODE_OUTPUTS, axes
+    return Encoder(encoder), wave, ENCODE_INPUTS, ENCODE_OUTPUTS, axes
 
 
 _DECODE_AXES = {"audio_codes": {1: "code_length"}, "audio": {2: "audio_length"}}

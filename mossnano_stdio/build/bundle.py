@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mossnano_stdio.build import contract, official
-from mossnano_stdio.build.builder import save_graphs
+from mossnano_stdio.build import official
+from mossnano_stdio.build.builder import OPSET, save_graphs
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.decode_step import save_fast_graph
 from mossnano_stdio.build.encode_step import save_encode_step
@@ -32,16 +32,19 @@ from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.build.trial import try_decoder, try_encoder
 from mossnano_stdio.errors import BundleError, OutputError
 from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import (
+from mossnano_stdio.weights.folder import Bundle, load_bundle
+from mossnano_stdio.weights.graphs import GraphSpec
+from mossnano_stdio.weights.metadata import (
+    DECODE_DATA,
+    DECODE_FULL_FILE,
+    DECODE_STEP_FILE,
+    ENCODE_DATA,
+    ENCODE_FILE,
     METADATA_NAME,
-    SIDECAR_NAME,
-    Bundle,
-    Sidecar,
-    SidecarGraph,
-    load_bundle,
-    record_files,
-    save_sidecar,
+    OFFICIAL_FILES,
+    build_metadata,
 )
+from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, record_files, save_sidecar
 
 PUBLISHED_CHECKPOINT_NAME = published.CHECKPOINT.repository.rpartition("/")[2]
 
@@ -83,7 +86,8 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
     """
     with staged(folder) as stage:
         names = _save_official_graphs(stage, weights)
-        metadata = contract.metadata(weights, checkpoint_name)
+        streaming = official.streaming_decode(weights.decoder)
+        metadata = build_metadata(checkpoint_name, weights.format, OFFICIAL_FILES, streaming, OPSET)
         (stage / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         graphs = _save_own_graphs(stage, weights)
         sidecar = Sidecar(
@@ -152,23 +156,23 @@ def _try(source: Bundle, built: Bundle) -> None:
 def _save_official_graphs(folder: Path, weights: CodecWeights) -> list[str]:
     decoder, maybe_encoder = weights.decoder, weights.maybe_encoder
     decode = {
-        contract.DECODE_STEP_FILE: official.decode_step(decoder),
-        contract.DECODE_FULL_FILE: official.decode_full(decoder),
+        DECODE_STEP_FILE: official.decode_step(decoder),
+        DECODE_FULL_FILE: official.decode_full(decoder),
     }
-    names = save_graphs(folder, decode, contract.DECODE_DATA)
+    names = save_graphs(folder, decode, DECODE_DATA)
     if maybe_encoder is not None:
-        names += save_graphs(folder, {contract.ENCODE_FILE: official.encode(maybe_encoder)}, contract.ENCODE_DATA)
+        names += save_graphs(folder, {ENCODE_FILE: official.encode(maybe_encoder)}, ENCODE_DATA)
     return names
 
 
-def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, SidecarGraph]:
+def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, GraphSpec]:
     graphs = {"fast": save_fast_graph(folder, weights.decoder)}
     if weights.maybe_encoder is not None:
         graphs["encode_step"] = save_encode_step(folder, weights.maybe_encoder)
     return graphs
 
 
-def _files_of(graphs: dict[str, SidecarGraph]) -> list[str]:
+def _files_of(graphs: dict[str, GraphSpec]) -> list[str]:
     return [name for graph in graphs.values() for name in (graph.file, *graph.data)]
 
 

@@ -31,7 +31,7 @@ from mossnano_stdio.build.model import (
     transformers,
 )
 from mossnano_stdio.build.transformers import Exact, Stack, linear, stack_facts
-from mossnano_stdio.weights.folder import SidecarGraph
+from mossnano_stdio.weights.graphs import GraphSpec
 
 FAST_FILE = "mossnano_fast.onnx"
 FAST_DATA = "mossnano_fast.data"
@@ -52,10 +52,10 @@ def fast_decode_step(decoder: DecoderWeights) -> GraphBuilder:
     return graph
 
 
-def save_fast_graph(folder: Path, decoder: DecoderWeights) -> SidecarGraph:
+def save_fast_graph(folder: Path, decoder: DecoderWeights) -> GraphSpec:
     """Write the graph and its weights; gives what `mossnano.json` says about them."""
     save_graphs(folder, {FAST_FILE: fast_decode_step(decoder)}, FAST_DATA)
-    return SidecarGraph(file=FAST_FILE, data=(FAST_DATA,), facts=stack_facts(decoder.modules))
+    return GraphSpec(file=FAST_FILE, data=(FAST_DATA,), facts=stack_facts(decoder.modules))
 
 
 class _Joint(NamedTuple):

@@ -34,7 +34,7 @@ from mossnano_stdio.build.model import (
     transformers,
 )
 from mossnano_stdio.build.transformers import Exact, Stack, linear, stack_facts
-from mossnano_stdio.weights.folder import SidecarGraph
+from mossnano_stdio.weights.graphs import GraphSpec
 
 ENCODE_STEP_FILE = "mossnano_encode_step.onnx"
 ENCODE_STEP_DATA = "mossnano_encode_step.data"
@@ -58,10 +58,10 @@ def encode_step(encoder: EncoderWeights) -> GraphBuilder:
     return graph
 
 
-def save_encode_step(folder: Path, encoder: EncoderWeights) -> SidecarGraph:
+def save_encode_step(folder: Path, encoder: EncoderWeights) -> GraphSpec:
     """Write the graph and its weights; gives what `mossnano.json` says about them."""
     save_graphs(folder, {ENCODE_STEP_FILE: encode_step(encoder)}, ENCODE_STEP_DATA)
-    return SidecarGraph(file=ENCODE_STEP_FILE, data=(ENCODE_STEP_DATA,), facts=stack_facts(encoder.modules))
+    return GraphSpec(file=ENCODE_STEP_FILE, data=(ENCODE_STEP_DATA,), facts=stack_facts(encoder.modules))
 
 
 def _joints(encoder: EncoderWeights) -> Iterator[Exact]:

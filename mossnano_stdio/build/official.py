@@ -19,14 +19,15 @@ import numpy as np
 from mossnano_stdio.build import blocks
 from mossnano_stdio.build.blocks import FLOAT, Heads
 from mossnano_stdio.build.builder import GraphBuilder
-from mossnano_stdio.build.contract import STATES_OF_A_CACHE, streaming_decode
 from mossnano_stdio.build.model import (
     DecoderWeights,
     EncoderWeights,
     LayerWeights,
     Module,
     TransformerWeights,
+    transformers,
 )
+from mossnano_stdio.weights.metadata import STATES_OF_A_CACHE, build_cache, build_counter, build_streaming
 
 Attention = Callable[[GraphBuilder, str, str, LayerWeights], str]  # graph, tokens, name of the layer, its weights
 AttentionOf = Callable[[GraphBuilder, str, int, TransformerWeights], Attention]  # graph, tokens, module's index, module
@@ -81,6 +82,19 @@ def encode(encoder: EncoderWeights) -> GraphBuilder:
     graph.output("audio_codes", np.int32, [1, "code_length", codec.quantizers])
     graph.output("audio_code_lengths", np.int32, [1])
     return graph
+
+
+def streaming_decode(decoder: DecoderWeights) -> dict[str, Any]:
+    """The states of decode_step, as the metadata lists them: a counter a transformer, a cache a layer."""
+    found = transformers(decoder.modules)
+    layers = [(index, layer, module) for index, module in found for layer in range(len(module.layers))]
+    return build_streaming(
+        [build_counter(number, index) for number, (index, _) in enumerate(found)],
+        [
+            build_cache(number, index, layer, context=module.context, heads=module.heads, head_dim=module.head_dim)
+            for number, (index, layer, module) in enumerate(layers)
+        ],
+    )
 
 
 class _WholeAttention:

@@ -39,16 +39,15 @@ from mossnano_stdio.protocol.messages import Kind, encode_message
 from mossnano_stdio.tokens.artifact import Artifact, build_artifact
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.tokens.packing import pack_frames
-from mossnano_stdio.weights.folder import DEMO_FOLDER, METADATA_NAME, Sidecar, record_files, save_sidecar
+from mossnano_stdio.weights.folder import DEMO_FOLDER
+from mossnano_stdio.weights.metadata import METADATA_NAME, build_cache, build_metadata, build_streaming
+from mossnano_stdio.weights.sidecar import Sidecar, record_files, save_sidecar
 
 WEIGHTS_FOLDER = "weights"
 STEP_NAME = "demo_decode_step.onnx"
 FULL_NAME = "demo_decode_full.onnx"
 ARTIFACT_NAME = "melody.mossnano"
 STREAM_NAME = "melody.bin"
-
-STATE_INPUTS = ("attn_offset_0", "attn_cached_keys_0", "attn_cached_values_0", "attn_cached_positions_0")
-STATE_OUTPUTS = tuple(name.replace("_0", "_out_0") for name in STATE_INPUTS)
 
 MESSAGE_FRAMES = 4  # of melody.bin
 QUAVER_SECONDS = 0.24  # three frames
@@ -232,55 +231,9 @@ def _constants() -> dict[str, Any]:
 
 def metadata() -> dict[str, Any]:
     """What the official bundle says about itself, in its words, for this one."""
-    cache_shape = [1, FORMAT.quantizers, 1, FORMAT.channels]
-    return {
-        "format_version": 2,
-        "checkpoint_path": "mossnano-stdio demo",
-        "files": {"decode_full": FULL_NAME, "decode_step": STEP_NAME},
-        "external_data_files": {FULL_NAME: [], STEP_NAME: []},
-        "codec_config": {
-            "sample_rate": FORMAT.sample_rate,
-            "channels": FORMAT.channels,
-            "downsample_rate": FORMAT.frame_samples,
-            "num_quantizers": FORMAT.quantizers,
-        },
-        "onnx": {
-            "opset": 17,
-            "decode_input_names": ["audio_codes", "audio_code_lengths"],
-            "decode_output_names": ["audio", "audio_lengths"],
-            "decode_step_input_names": ["audio_codes", "audio_code_lengths", *STATE_INPUTS],
-            "decode_step_output_names": ["audio", "audio_lengths", *STATE_OUTPUTS],
-        },
-        "streaming_decode": {
-            "batch_size": 1,
-            "transformer_offsets": [],
-            "attention_caches": [
-                {
-                    "index": 0,
-                    "decoder_index": 0,
-                    "layer_index": 0,
-                    "context": 1,
-                    "num_heads": FORMAT.quantizers,
-                    "head_dim": FORMAT.channels,
-                    **_names("offset", "cached_keys", "cached_values", "cached_positions"),
-                    "offset_shape": [1],
-                    "cache_shape": cache_shape,
-                    "positions_shape": [1, 1],
-                    "cache_dtype": "float32",
-                    "positions_dtype": "int32",
-                }
-            ],
-        },
-    }
-
-
-def _names(*tensors: str) -> dict[str, str]:
-    pairs = zip(tensors, STATE_INPUTS, STATE_OUTPUTS, strict=True)
-    return {
-        f"{tensor}_{direction}_name": name
-        for tensor, name_in, name_out in pairs
-        for direction, name in (("input", name_in), ("output", name_out))
-    }
+    cache = build_cache(0, 0, 0, context=1, heads=FORMAT.quantizers, head_dim=FORMAT.channels)
+    files = {"decode_full": (FULL_NAME,), "decode_step": (STEP_NAME,)}
+    return build_metadata("mossnano-stdio demo", FORMAT, files, build_streaming([], [cache]), opset=17)
 
 
 def melody() -> list[Note]:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from mossnano_stdio.errors import ExitStatus, InputError, OutOfMemoryError, OutputError
+from mossnano_stdio.errors import ExitStatus, InputCutError, OutOfMemoryError, OutputError
 from mossnano_stdio.process.inbox import Ending, Inbox
 from mossnano_stdio.protocol.messages import MessageReader
 
@@ -39,13 +39,6 @@ STOP_GRACE_SECONDS: Final = 0.2
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _CAN_POLL: Final = hasattr(select, "poll")  # Windows can poll sockets only
 _READER_GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ESHUTDOWN)
-
-
-class InputCutError(InputError):
-    """The input ended inside a message."""
-
-    code = "input_cut"
-
 
 # --- standard file descriptors ------------------------------------------------------------------
 

@@ -16,7 +16,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Chunks, Fixed, Ramp, Schedule
-from mossnano_stdio.errors import MossnanoError, PayloadError
+from mossnano_stdio.errors import (
+    HandshakeError,
+    MossnanoError,
+    NoStreamError,
+    OutOfPlaceError,
+    PayloadError,
+    PeerError,
+    SettingsError,
+    UnknownKindError,
+)
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message, json_message, kind_name, parse_json
 from mossnano_stdio.protocol.stream import Answers, State, Stream
 from mossnano_stdio.tokens.format import CodecFormat, frame_bytes
@@ -338,27 +347,3 @@ def error_message(error: MossnanoError, *, stream: int | None = None, fatal: boo
 def _repeated(message: Message) -> str:
     """The beginning of a peer's text."""
     return message.payload.decode("utf-8", "replace")[:REPEATED_CHARACTERS]
-
-
-class SettingsError(PayloadError):
-    code = "bad_settings"
-
-
-class HandshakeError(PayloadError):
-    code = "handshake_mismatch"
-
-
-class NoStreamError(PayloadError):
-    code = "no_stream"
-
-
-class OutOfPlaceError(PayloadError):
-    code = "out_of_place"
-
-
-class PeerError(PayloadError):
-    code = "peer_error"
-
-
-class UnknownKindError(PayloadError):
-    code = "unknown_kind"

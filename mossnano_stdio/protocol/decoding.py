@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mossnano_stdio.chunks import Chunks, Decoder, DecodingChunks
-from mossnano_stdio.errors import ArtifactError, MossnanoError, TokenError
-from mossnano_stdio.protocol.connection import Action, Connection, Direction, SettingsError
+from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, TokenError
+from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.protocol.stream import Answers, State, Stream
 from mossnano_stdio.tokens.artifact import MAGIC, ArtifactReader

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mossnano_stdio.chunks import Chunks, Encoder, EncodingChunks
-from mossnano_stdio.errors import MossnanoError, PayloadError
+from mossnano_stdio.errors import AudioError, MossnanoError
 from mossnano_stdio.pcm.samples import from_pcm16
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
@@ -82,10 +82,6 @@ def push_audio(connection: Connection, stream: Any, message: Message) -> Answers
 
 def check_quantizers(encoder: Encoder, quantizers: int) -> None:
     """Any number can be had: the first codes of a frame do not depend on the later ones."""
-
-
-class AudioError(PayloadError):
-    code = "bad_audio"
 
 
 ENCODING: Final[Mapping[tuple[State, Kind], Action]] = {

@@ -25,7 +25,8 @@ from mossnano_stdio.pcm.samples import FULL_SCALE
 from mossnano_stdio.process.flags import add_engine_arguments
 from mossnano_stdio.tokens.format import CodecFormat, Codes
 from mossnano_stdio.tools.facts import as_json
-from mossnano_stdio.weights.folder import DEMO, Bundle, WeightFile, find_weights, load_bundle
+from mossnano_stdio.weights.folder import DEMO, Bundle, find_weights, load_bundle
+from mossnano_stdio.weights.graphs import WeightFile
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import FullDecoder, FullEncoder

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mossnano_stdio.errors import BundleError
 
@@ -50,9 +51,8 @@ class Entry:
         return entry
 
     def maybe_at(self, key: str) -> Entry | None:
-        if not isinstance(self.value, dict):
-            raise self.wrong("an object")
-        return Entry(self.value[key], f"{self.where}: {key}") if key in self.value else None
+        value = self.object()
+        return Entry(value[key], f"{self.where}: {key}") if key in value else None
 
     def text_at(self, key: str, default: str) -> str:
         entry = self.maybe_at(key)
@@ -60,13 +60,19 @@ class Entry:
 
     def entries_at(self, key: str) -> Iterator[tuple[str, Entry]]:
         """Name and entry of each item of the object at `key`, if there is one."""
+        if entry := self.maybe_at(key):
+            for name, value in entry.object().items():
+                yield name, Entry(value, f"{entry.where}: {name}")
+
+    def items_at(self, key: str) -> list[Entry]:
+        """The items of the list at `key`, if there is one."""
         entry = self.maybe_at(key)
-        if entry is None:
-            return
-        if not isinstance(entry.value, dict):
-            raise entry.wrong("an object")
-        for name, value in entry.value.items():
-            yield name, Entry(value, f"{entry.where}: {name}")
+        return entry.items() if entry else []
+
+    def object(self) -> dict[str, Any]:
+        if not isinstance(self.value, dict):
+            raise self.wrong("an object")
+        return self.value
 
     def items(self) -> list[Entry]:
         if not isinstance(self.value, list):

@@ -28,7 +28,9 @@ from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, Outpu
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.folder import WEIGHTS_NAME
-from mossnano_stdio.weights.published import FileRecord, PinnedRepository
+from mossnano_stdio.weights.graphs import FileRecord
+from mossnano_stdio.weights.metadata import METADATA_NAME
+from mossnano_stdio.weights.published import PinnedRepository
 
 CHECKPOINT_NAME: Final = "MOSS-Audio-Tokenizer-Nano"
 UNFINISHED_SUFFIX: Final = ".part"
@@ -73,7 +75,7 @@ def selections() -> dict[str, Selection]:
 
 def _part_of_bundle(direction: str) -> Selection:
     names = [name for name in published.BUNDLE.files if f"_{direction}" in name]
-    return Selection(published.BUNDLE, WEIGHTS_NAME, (*names, published.METADATA_NAME))
+    return Selection(published.BUNDLE, WEIGHTS_NAME, (*names, METADATA_NAME))
 
 
 def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What a file must be, to the byte."""
-
-    size_bytes: int
-    sha256: str
+from mossnano_stdio.weights.graphs import FileRecord
+from mossnano_stdio.weights.metadata import (
+    DECODE_DATA,
+    DECODE_FULL_FILE,
+    DECODE_STEP_FILE,
+    ENCODE_DATA,
+    ENCODE_FILE,
+    METADATA_NAME,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class PinnedRepository:
 
 
 CODEBOOK_SIZE = 1024  # of the published weights; their metadata has no place for it
-METADATA_NAME = "codec_browser_onnx_meta.json"
 LICENCE = "Apache-2.0"
 
 BUNDLE = PinnedRepository(
@@ -38,21 +39,11 @@ BUNDLE = PinnedRepository(
     revision="ceff0d0749bfb3fa2d61149794ec6feef0d1e1ae",
     files={
         METADATA_NAME: FileRecord(17_036, "3e291c883bb7d11ff2fe8e964e3e495519760358859f35c951254c7741592731"),
-        "moss_audio_tokenizer_decode_full.onnx": FileRecord(
-            681_902, "0fbbafe3fd4afa2a019af5c5ced204af6e2d1db044fa40f021525d2aee95b4ac"
-        ),
-        "moss_audio_tokenizer_decode_step.onnx": FileRecord(
-            351_400, "9527c86a29e1837edec1f74db57d5eeaadb3a715af3382703566460afed25855"
-        ),
-        "moss_audio_tokenizer_decode_shared.data": FileRecord(
-            44_198_912, "e69d52e0f4e84ca27850557ee54face46632d3a5a16c89bd246c7c408466dcad"
-        ),
-        "moss_audio_tokenizer_encode.onnx": FileRecord(
-            815_775, "eadea4a645abdcf98714c7aead122ee2ce7da6e080f9f80b977cd1ca8e19473a"
-        ),
-        "moss_audio_tokenizer_encode.data": FileRecord(
-            44_507_136, "aa751265b2bab2887eac224484546b194875aa7494b607115439b3dc6b228a2c"
-        ),
+        DECODE_FULL_FILE: FileRecord(681_902, "0fbbafe3fd4afa2a019af5c5ced204af6e2d1db044fa40f021525d2aee95b4ac"),
+        DECODE_STEP_FILE: FileRecord(351_400, "9527c86a29e1837edec1f74db57d5eeaadb3a715af3382703566460afed25855"),
+        DECODE_DATA: FileRecord(44_198_912, "e69d52e0f4e84ca27850557ee54face46632d3a5a16c89bd246c7c408466dcad"),
+        ENCODE_FILE: FileRecord(815_775, "eadea4a645abdcf98714c7aead122ee2ce7da6e080f9f80b977cd1ca8e19473a"),
+        ENCODE_DATA: FileRecord(44_507_136, "aa751265b2bab2887eac224484546b194875aa7494b607115439b3dc6b228a2c"),
     },
 )
 
