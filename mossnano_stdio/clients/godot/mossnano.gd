@@ -85,7 +85,8 @@ func feed(packed: PackedByteArray) -> bool:
 	_stream_is_open = true
 	var frame_bytes := int(format["frame_bytes"])
 	var step := maxi(1, floori(float(PIECE_BYTES) / frame_bytes)) * frame_bytes
-	for at in range(0, packed.size(), step):
+	# Once at least: an empty TOKENS opens the stream too, and without one its END would be out of place.
+	for at in range(0, maxi(1, packed.size()), step):
 		if not _send(Kind.TOKENS, packed.slice(at, at + step)):
 			return false
 	return not _is_gone

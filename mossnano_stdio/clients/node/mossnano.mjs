@@ -113,7 +113,11 @@ export class Mossnano {
     if (!this.#streamIsOpen) this.#opened += 1;
     this.#streamIsOpen = true;
     const step = Math.max(1, Math.floor(PIECE_BYTES / frameBytes)) * frameBytes;
-    for (let at = 0; at < packed.length; at += step) this.#send(Kind.TOKENS, packed.subarray(at, at + step));
+    let at = 0;
+    do { // once at least: an empty TOKENS opens the stream too, and without one its END would be out of place
+      this.#send(Kind.TOKENS, packed.subarray(at, at + step));
+      at += step;
+    } while (at < packed.length);
     return !this.#isGone;
   }
 
