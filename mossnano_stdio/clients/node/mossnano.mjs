@@ -11,8 +11,9 @@
  *     await voice.stop();
  *
  * Node reads between your calls: leave it the time, and nobody waits for the other forever. When more than
- * `bufferSeconds` of PCM wait to be pulled we stop reading, and the process waits; tokens can always be fed.
- * There is no lock-free ring here, because there is only one thread.
+ * `bufferSeconds` of PCM wait to be pulled we stop reading, and the process waits. No call waits for the process, not
+ * even for one that hangs: what its pipe has no room for waits here, up to 4 MiB (hours), past which `feed` throws
+ * `queue_full`. There is no lock-free ring here, because there is only one thread.
  *
  * Tested on Linux. macOS and Windows: NOT RUN in our checks. Protocol version 1, see protocol.md.
  */
@@ -21,6 +22,8 @@ import { spawn } from "node:child_process";
 const Kind = { HANDSHAKE: 0, AUDIO: 1, TOKENS: 4, ERROR: 5, END: 7, CANCEL: 8 };
 const LONGEST = 1 << 20; // no message of the process is longer
 const PIECE_BYTES = 1 << 16; // of what is fed in one message: CANCEL must not wait behind a long one
+const HEAD_BYTES = 5; // of a message: its length and its kind
+const WAITING_BYTES = 4 << 20; // of messages that may wait here for the process
 const STOP_MS = 2000; // how long the process may take to end by itself
 const NUMBERS = [
   "sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes",
@@ -71,6 +74,8 @@ export class Mossnano {
   #input = Buffer.alloc(0); // of a message that is not whole
   #pcm = []; // buffers that wait to be pulled
   #pcmBytes = 0;
+  #waiting = []; // messages that stdin has no room for
+  #waitingBytes = 0;
   #isSounding = false; // PCM of a stream came, its END did not
   #streamIsOpen = false;
   #opened = 0; // streams
@@ -101,24 +106,29 @@ export class Mossnano {
       });
     });
     this.#child.stdin?.on("error", () => {}); // it died: "close" says so, and says more
+    this.#child.stdin?.on("drain", () => this.#write());
     this.#child.stdout?.on("data", (data) => this.#receive(data));
   }
 
-  /** Adds packed frames to the stream, and opens one where none is open. False when the process is gone. */
+  /**
+   * Adds packed frames to the stream, and opens one where none is open. False when the process is gone. Takes all of
+   * it or nothing: throws a MossnanoError `queue_full` where more than 4 MiB would wait for the process.
+   */
   feed(packed) {
     const frameBytes = this.format.frame_bytes;
     if (packed.length % frameBytes) {
       throw new RangeError(`${packed.length} bytes are no whole frames: feed a multiple of ${frameBytes} bytes`);
     }
+    if (this.#isGone) return false;
+    const step = Math.max(1, Math.floor(PIECE_BYTES / frameBytes)) * frameBytes;
+    const pieces = Math.max(1, Math.ceil(packed.length / step)); // an empty TOKENS opens a stream that END may close
+    this.#refuseTooMuch(packed.length + pieces * HEAD_BYTES);
     if (!this.#streamIsOpen) this.#opened += 1;
     this.#streamIsOpen = true;
-    const step = Math.max(1, Math.floor(PIECE_BYTES / frameBytes)) * frameBytes;
-    let at = 0;
-    do { // once at least: an empty TOKENS opens the stream too, and without one its END would be out of place
-      this.#send(Kind.TOKENS, packed.subarray(at, at + step));
-      at += step;
-    } while (at < packed.length);
-    return !this.#isGone;
+    for (let piece = 0; piece < pieces; piece++) {
+      this.#send(Kind.TOKENS, packed.subarray(piece * step, (piece + 1) * step));
+    }
+    return true;
   }
 
   /** The same for frames that are arrays of codes. */
@@ -151,6 +161,7 @@ export class Mossnano {
   /** Be silent, now: drops whatever was fed, and all that waits to be pulled. */
   cancel() {
     this.#streamIsOpen = false;
+    this.#forgetWaiting();
     this.#cancels += 1; // what comes is dropped until as many ENDs have come back
     this.#isSounding = false;
     this.#drop();
@@ -198,7 +209,7 @@ export class Mossnano {
     if (this.#isGone) return;
     this.#isStopping = true;
     this.cancel();
-    this.#child.stdin?.end(); // which it takes as the end
+    this.#child.stdin?.end(Buffer.concat(this.#waiting.splice(0))); // which it takes as the end
     const patience = setTimeout(() => this.#kill(), STOP_MS);
     await this.#closed;
     clearTimeout(patience);
@@ -269,10 +280,37 @@ export class Mossnano {
 
   #send(kind, payload = Buffer.alloc(0)) {
     if (this.#isGone || !this.#child.stdin?.writable) return;
-    const head = Buffer.alloc(5);
-    head.writeUInt32LE(payload.length + 1, 0);
-    head[4] = kind;
-    this.#child.stdin.write(Buffer.concat([head, payload])); // a copy: the caller may use the payload's buffer again
+    const message = Buffer.alloc(HEAD_BYTES + payload.length); // a copy: the caller may use the payload's buffer again
+    message.writeUInt32LE(payload.length + 1, 0);
+    message[4] = kind;
+    message.set(payload, HEAD_BYTES);
+    this.#waiting.push(message);
+    this.#waitingBytes += message.length;
+    this.#write();
+  }
+
+  #write() {
+    const stdin = this.#child.stdin;
+    let taken = 0;
+    while (taken < this.#waiting.length && stdin.writable && !stdin.writableNeedDrain) {
+      this.#waitingBytes -= this.#waiting[taken].length;
+      stdin.write(this.#waiting[taken++]);
+    }
+    this.#waiting.splice(0, taken);
+  }
+
+  #refuseTooMuch(more) {
+    const waiting = this.#waitingBytes + this.#child.stdin.writableLength; // what stdin holds has not left either
+    if (waiting + more <= WAITING_BYTES) return;
+    const found = `${waiting} bytes wait for the process to take them, and ${more} more were fed`;
+    throw new MossnanoError("queue_full", `${found}: ${WAITING_BYTES} (4 MiB) are allowed, feed less or later`, false);
+  }
+
+  /** Messages that have not left never will: the CANCEL that follows would drop what they bring. */
+  #forgetWaiting() {
+    this.#cancels -= this.#waiting.filter((message) => message[4] === Kind.CANCEL).length; // no END will answer them
+    this.#waiting = [];
+    this.#waitingBytes = 0;
   }
 
   #throttle() {
