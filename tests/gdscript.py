@@ -427,6 +427,7 @@ BUILTINS: dict[str, Any] = {
     **{made.__name__: made for made in (Array, Dictionary, PackedByteArray, PackedVector2Array, PackedInt32Array)},
     **{made.__name__: made for made in (Vector2, Enumeration, Signal, Thread, Mutex, Semaphore, JSON, Time)},
     **{function.__name__: function for function in (default, iterated, divided, formatted, called)},
+    "range": lambda *bounds: Array(range(*bounds)),
     "maxi": max,
     "mini": min,
     "floori": lambda number: int(number // 1),

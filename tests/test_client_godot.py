@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -48,6 +52,15 @@ def until(voice: Any, condition: Callable[[], object]) -> None:
             return
         time.sleep(0.002)
     raise AssertionError(f"never; it said {voice.said}, and printed {voice.engine.printed}")
+
+
+@contextmanager
+def at_most_a_minute(voice: Any) -> Iterator[None]:
+    """Then the process is killed, so that a call that waits for it fails the test, and does not hang it."""
+    killer = threading.Timer(60, os.kill, [voice._pid, signal.SIGKILL])
+    killer.start()
+    yield
+    killer.cancel()
 
 
 def until_ready(voice: Any) -> None:
@@ -122,3 +135,40 @@ def test_a_program_that_is_not_there_or_has_no_weights_is_said(start: Start) -> 
     until(voice, lambda: voice.said)
     assert voice.said[0][:2] == ("failed", "bad_weights")
     assert voice.said[0][3] is True
+
+
+def test_a_process_that_hangs_holds_nobody_up(start: Start) -> None:
+    """Nothing waits for it, 4 MiB are kept for it, more are refused, and when it goes on, all is as it should be."""
+    packed, pcm = frames_and_pcm(30)
+    voice = start()
+    until_ready(voice)
+    os.kill(voice._pid, signal.SIGSTOP)
+    many = PackedByteArray(8000 * 20)
+    with at_most_a_minute(voice):
+        assert voice.feed(many)
+        assert voice.finish()
+        assert voice.cancel()
+        fed = 0
+        while fed < 100 and voice.feed(many):
+            fed += 1
+        assert fed == 26, "of 160,200 bytes into 4 MiB"
+        assert "4194304 (4 MiB) are allowed" in voice.engine.pushed_errors[-1]
+        assert voice.finish()
+        for _ in range(1000):
+            assert voice.cancel()
+        assert voice.feed(packed)
+        assert voice.finish()
+        assert voice.is_speaking()
+    os.kill(voice._pid, signal.SIGCONT)
+    assert heard(voice) == pcm
+
+
+def test_a_process_that_hangs_is_ended_by_stop(start: Start) -> None:
+    voice = start()
+    until_ready(voice)
+    os.kill(voice._pid, signal.SIGSTOP)
+    assert voice.feed(PackedByteArray(8000 * 20))
+    pid = voice._pid
+    voice.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -190,6 +190,7 @@ GODOT_CALLS = {
     "FileAccess": {"get_buffer", "store_buffer", "close", "get_file_as_bytes"},
     "Thread": {"start", "wait_to_finish"},
     "Mutex": {"lock", "unlock"},
+    "Semaphore": {"post", "wait"},
     "JSON": {"parse_string"},
     "Signal": {"emit", "connect"},
     "Callable": {"call_deferred"},

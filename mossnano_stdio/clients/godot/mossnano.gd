@@ -12,10 +12,14 @@ extends RefCounted
 ## playback.push_buffer(voice.pull(playback.get_frames_available()))
 ## [/codeblock]
 ## [method start] returns at once; [signal ready_to_feed] follows when the weights are loaded. Call [method stop] before
-## you let go of it, and make a new one to start anew. A thread of ours reads all that the process says, another one its stderr; when `buffer_seconds` of
-## PCM wait the first one waits for room, and so does the process: then some 4 MiB of tokens can still be fed (hours)
-## before [method feed] waits too. GDScript has no atomics, so what the threads share is behind one mutex, which nobody
-## holds while he waits. Both signals are emitted on the main thread.
+## you let go of it, and make a new one to start anew. Threads of ours read what the process says, read its stderr, and
+## write to it. When `buffer_seconds` of PCM wait the first one waits for room, and so does the process. No call waits for
+## the process, not even for one that hangs: what its pipe has no room for waits here, up to 4 MiB (hours), past which
+## [method feed] refuses. GDScript has no atomics, so what the threads share is behind one mutex, which nobody holds while
+## he waits. Signals are emitted on the main thread.
+##
+## Godot up to 4.5.1 on Linux and macOS dies of SIGPIPE when it writes to a process that ends at that moment
+## (godot issue 111110, mended in 4.5.2). The time in which that can happen is short here, but it is there.
 ##
 ## NOT RUN in our checks, on any system: there its syntax and the names it uses are looked at, and no more. Not for
 ## the web, Android and iOS, which start no processes. Protocol version 1, see protocol.md.
@@ -26,6 +30,8 @@ signal failed(code: String, message: String, fatal: bool)
 enum Kind { HANDSHAKE = 0, AUDIO = 1, TOKENS = 4, ERROR = 5, END = 7, CANCEL = 8 }
 
 const LONGEST := 1 << 20  ## No message of the process is longer.
+const HEAD_BYTES := 5  ## Of a message: its length and its kind.
+const WAITING_BYTES := 4 << 20  ## Of messages that may wait here for the process.
 const PIECE_BYTES := 4096  ## Of what is fed in one message: what a pipe takes in one go.
 const NUMBERS: Array[String] = [
 	"sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes"
@@ -40,6 +46,8 @@ var _stdio: FileAccess
 var _stderr: FileAccess
 var _reader: Thread
 var _log_reader: Thread
+var _writer: Thread
+var _work := Semaphore.new()  # for the writer: posted for each message that waits, and at the end
 var _mutex := Mutex.new()
 var _stream_is_open := false
 # Behind the mutex:
@@ -54,6 +62,9 @@ var _fatal_was_said := false
 var _opened := 0  # streams
 var _ended := 0
 var _cancels := 0  # for which no END has come back
+var _waiting: Array[PackedByteArray] = []  # messages that the writer has not taken
+var _first_waiting := 0  # the ones before it were taken
+var _waiting_bytes := 0  # with those of the message that is being written
 
 
 ## False where there is no such program, or no way to start one.
@@ -70,26 +81,31 @@ func start(program: String, arguments: PackedStringArray) -> bool:
 	_reader.start(_read)
 	_log_reader = Thread.new()
 	_log_reader.start(_read_log)
+	_writer = Thread.new()
+	_writer.start(_write)
 	return true
 
 
-## Adds packed frames, frame_bytes each, to the stream, and opens one where none is open.
+## Adds packed frames, frame_bytes each, to the stream, and opens one where none is open. Takes all of them or, where
+## more than 4 MiB would wait for the process, none.
 func feed(packed: PackedByteArray) -> bool:
 	if not _is_ready or packed.size() % int(format["frame_bytes"]) != 0:
 		push_error("feed whole frames, a multiple of frame_bytes, once ready_to_feed was emitted")
+		return false
+	var frame_bytes := int(format["frame_bytes"])
+	var step := maxi(1, floori(float(PIECE_BYTES) / frame_bytes)) * frame_bytes
+	# Once at least: an empty TOKENS opens the stream too, and without one its END would be out of place.
+	var starts := range(0, maxi(1, packed.size()), step)
+	if _is_gone or not _has_room_for(packed.size() + starts.size() * HEAD_BYTES):
 		return false
 	if not _stream_is_open:
 		_mutex.lock()
 		_opened += 1
 		_mutex.unlock()
 	_stream_is_open = true
-	var frame_bytes := int(format["frame_bytes"])
-	var step := maxi(1, floori(float(PIECE_BYTES) / frame_bytes)) * frame_bytes
-	# Once at least: an empty TOKENS opens the stream too, and without one its END would be out of place.
-	for at in range(0, maxi(1, packed.size()), step):
-		if not _send(Kind.TOKENS, packed.slice(at, at + step)):
-			return false
-	return not _is_gone
+	for at in starts:
+		_send(Kind.TOKENS, packed.slice(at, at + step))
+	return true
 
 
 ## The same for codes, `quantizers` for each frame.
@@ -131,6 +147,7 @@ func finish() -> bool:
 func cancel() -> bool:
 	_stream_is_open = false
 	_mutex.lock()
+	_forget_waiting()
 	_cancels += 1  # what comes is dropped until as many ENDs have come back
 	_is_sounding = false
 	_drop()
@@ -171,7 +188,7 @@ func is_speaking() -> bool:
 	return answer
 
 
-## Ends the process and both threads; nothing of it is left.
+## Ends the process and our threads; nothing of it is left.
 func stop() -> void:
 	if _pid < 0:
 		return
@@ -181,8 +198,10 @@ func stop() -> void:
 	_mutex.unlock()
 	# Godot cannot close stdin alone, and a decoder has nothing to save.
 	OS.kill(_pid)
+	_work.post()
 	_reader.wait_to_finish()
 	_log_reader.wait_to_finish()
+	_writer.wait_to_finish()
 	_stdio.close()
 	_stderr.close()
 	_pid = -1
@@ -211,6 +230,7 @@ func _read() -> void:
 	_is_gone = true
 	_is_sounding = false
 	_mutex.unlock()
+	_work.post()
 
 
 func _read_all(bytes: int) -> PackedByteArray:
@@ -298,13 +318,69 @@ func _say(code: String, message: String, fatal: bool) -> void:
 		failed.emit.call_deferred(code, message, fatal)
 
 
+# --- the writer -------------------------------------------------------------------------------------------------------
+
+
+func _write() -> void:
+	while true:
+		_work.wait()
+		_mutex.lock()
+		var is_over := _is_gone or _is_stopping
+		var message := _take_waiting()
+		_mutex.unlock()
+		if is_over:
+			return
+		if not message.is_empty() and OS.is_process_running(_pid):
+			_stdio.store_buffer(message)  # waits for as long as the process does not read
+		_mutex.lock()
+		_waiting_bytes -= message.size()
+		_mutex.unlock()
+
+
+## The first message that waits, or nothing where cancel forgot it. Call it with the mutex.
+func _take_waiting() -> PackedByteArray:
+	if _first_waiting == _waiting.size():
+		return PackedByteArray()
+	var message := _waiting[_first_waiting]
+	_first_waiting += 1
+	if _first_waiting == 1000:  # not each time: what is behind moves up
+		_waiting = _waiting.slice(_first_waiting)
+		_first_waiting = 0
+	return message
+
+
+## Messages that have not left never will: the CANCEL that follows would drop what they bring. Call it with the mutex.
+func _forget_waiting() -> void:
+	for message in _waiting.slice(_first_waiting):
+		_waiting_bytes -= message.size()
+		if message[4] == Kind.CANCEL:
+			_cancels -= 1  # no END will answer it
+	_waiting.clear()
+	_first_waiting = 0
+
+
+func _has_room_for(more: int) -> bool:
+	_mutex.lock()
+	var waiting := _waiting_bytes
+	_mutex.unlock()
+	if waiting + more <= WAITING_BYTES:
+		return true
+	var found := "%d bytes wait for the process to take them, and %d more were fed" % [waiting, more]
+	push_error("%s: %d (4 MiB) are allowed, feed less or later" % [found, WAITING_BYTES])
+	return false
+
+
 func _send(kind: Kind, payload: PackedByteArray) -> bool:
 	if _is_gone or not _is_ready:
 		return false
 	var message := PackedByteArray()
-	message.resize(5)
+	message.resize(HEAD_BYTES)
 	message.encode_u32(0, payload.size() + 1)
 	message[4] = kind
 	message.append_array(payload)
-	_stdio.store_buffer(message)
+	_mutex.lock()
+	_waiting.append(message)
+	_waiting_bytes += message.size()
+	_mutex.unlock()
+	_work.post()
 	return true
