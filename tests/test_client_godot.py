@@ -151,7 +151,7 @@ def test_a_process_that_hangs_holds_nobody_up(start: Start) -> None:
         fed = 0
         while fed < 100 and voice.feed(many):
             fed += 1
-        assert fed == 26, "of 160,200 bytes into 4 MiB"
+        assert fed in (26, 27), "of 160,200 bytes into 4 MiB, and what the pipe took"
         assert "4194304 (4 MiB) are allowed" in voice.engine.pushed_errors[-1]
         assert voice.finish()
         for _ in range(1000):

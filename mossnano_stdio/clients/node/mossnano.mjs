@@ -7,13 +7,17 @@
  *     voice.feed(packedFrames);           // frame_bytes each; or feedCodes([[1, 2, ...], ...])
  *     voice.finish();                     // the stream is complete
  *     const pcm = voice.pull(480);        // exactly 480 samples of all channels, silence where there are none
- *     voice.cancel();                     // be silent, now
+ *     voice.cancel();                     // be silent, now: 5 ms fade out, the next stream may be fed at once
  *     await voice.stop();
  *
  * Node reads between your calls: leave it the time, and nobody waits for the other forever. When more than
  * `bufferSeconds` of PCM wait to be pulled we stop reading, and the process waits. No call waits for the process, not
  * even for one that hangs: what its pipe has no room for waits here, up to 4 MiB (hours), past which `feed` throws
  * `queue_full`. There is no lock-free ring here, because there is only one thread.
+ *
+ * What is cut off, by `cancel` or by an underrun, fades out over `fadeMs`, and what follows fades in; 0 leaves every
+ * sample as it came. With `prebufferMs` a stream sounds once so much of it waits, or all of it, and so again after an
+ * underrun: fed in real time, with jitter, 100 to 200 are enough.
  *
  * Tested on Linux. macOS and Windows: NOT RUN in our checks. Protocol version 1, see protocol.md.
  */
@@ -42,8 +46,10 @@ export class Mossnano {
    * Resolves when the process is ready; rejects with a MossnanoError when it will not be.
    * `onError` gets a MossnanoError for whatever goes wrong later; after a fatal one, start anew.
    */
-  static async start({ command = ["mossnano-stdio"], bufferSeconds = 10, startSeconds = 60, onError = () => {} } = {}) {
-    const voice = new Mossnano(command, bufferSeconds, onError);
+  static async start({
+    command = ["mossnano-stdio"], bufferSeconds = 10, startSeconds = 60, prebufferMs = 0, fadeMs = 5, onError = () => {},
+  } = {}) {
+    const voice = new Mossnano(command, { bufferSeconds, prebufferMs, fadeMs, onError });
     const late = setTimeout(() => {
       voice.#say("timeout", "no HANDSHAKE in time: allow more startSeconds, or look at its stderr", true);
     }, startSeconds * 1000);
@@ -60,13 +66,15 @@ export class Mossnano {
 
   /** What the HANDSHAKE said: sample_rate, channels, quantizers, frame_bytes, ... */
   format = null;
-  /** Pulls that found nothing in the middle of a stream. */
+  /** Pulls that ran dry in the middle of a stream. While a prebuffer fills, none is counted. */
   underruns = 0;
 
   #child;
   #closed;
   #onError;
   #bufferSeconds;
+  #prebufferMs;
+  #fadeMs;
   #starting = null;
   #isGone = false;
   #isStopping = false;
@@ -74,6 +82,11 @@ export class Mossnano {
   #input = Buffer.alloc(0); // of a message that is not whole
   #pcm = []; // buffers that wait to be pulled
   #pcmBytes = 0;
+  #isHolding = true; // until a prebuffer is there
+  #isHeard = false; // the last sample that was given out was no silence
+  #last = Buffer.alloc(0); // that sample
+  #tail = Buffer.alloc(0); // of a fade out, to be pulled before anything else
+  #fadeIn = { done: 0, samples: 0 }; // how far what follows a fade out has come back
   #waiting = []; // messages that stdin has no room for
   #waitingBytes = 0;
   #isSounding = false; // PCM of a stream came, its END did not
@@ -82,8 +95,10 @@ export class Mossnano {
   #ended = 0;
   #cancels = 0; // for which no END has come back
 
-  constructor(command, bufferSeconds, onError) {
+  constructor(command, { bufferSeconds, prebufferMs, fadeMs, onError }) {
     this.#bufferSeconds = bufferSeconds;
+    this.#prebufferMs = prebufferMs;
+    this.#fadeMs = fadeMs;
     this.#onError = onError;
     // Its stderr is ours. A group of its own where there are groups: we end it, Ctrl-C does not.
     this.#child = spawn(command[0], command.slice(1), {
@@ -164,6 +179,7 @@ export class Mossnano {
     this.#forgetWaiting();
     this.#cancels += 1; // what comes is dropped until as many ENDs have come back
     this.#isSounding = false;
+    this.#fadeOut(this.#pcm);
     this.#drop();
     this.#send(Kind.CANCEL, Buffer.from(String(this.#opened)));
     return !this.#isGone;
@@ -176,27 +192,29 @@ export class Mossnano {
     return pcm;
   }
 
-  /** Fills an Int16Array in the same way, and returns how many samples of all channels are real. */
+  /** Fills an Int16Array in the same way, and returns how many samples of all channels are sound; silence follows. */
   pullInto(pcm) {
     const out = Buffer.from(pcm.buffer, pcm.byteOffset, pcm.byteLength);
-    let filled = 0;
-    while (filled < out.length && this.#pcm.length) {
-      const first = this.#pcm[0];
-      const bytes = first.copy(out, filled);
-      filled += bytes;
-      if (bytes === first.length) this.#pcm.shift();
-      else this.#pcm[0] = first.subarray(bytes);
+    const wasHolding = this.#isHolding;
+    let filled = this.#giveTail(out);
+    filled += this.#givePcm(out.subarray(filled));
+    if (filled < out.length) {
+      if (this.#isSounding && !(wasHolding && this.#isHolding)) {
+        this.underruns += 1;
+        this.#fadeOut();
+        filled += this.#giveTail(out.subarray(filled));
+      }
+      this.#isHolding = this.#prebufferMs > 0;
+      this.#isHeard = false;
     }
     out.fill(0, filled);
-    this.#pcmBytes -= filled;
-    if (filled < out.length && this.#isSounding) this.underruns += 1;
     this.#throttle();
-    return filled / (2 * this.format.channels);
+    return filled / this.#sampleBytes;
   }
 
   /** Is something to be pulled, now or later? */
   get isSpeaking() {
-    return this.#pcmBytes > 0 || (!this.#isGone && this.#ended < this.#opened);
+    return this.#tail.length > 0 || this.#pcmBytes > 0 || (!this.#isGone && this.#ended < this.#opened);
   }
 
   /** The process, for those who watch over it. */
@@ -213,6 +231,72 @@ export class Mossnano {
     const patience = setTimeout(() => this.#kill(), STOP_MS);
     await this.#closed;
     clearTimeout(patience);
+  }
+
+  // --- what is heard -----------------------------------------------------------------------------------------------
+
+  get #sampleBytes() {
+    return 2 * this.format.channels;
+  }
+
+  #bytesIn(milliseconds) {
+    return Math.round((milliseconds * this.format.sample_rate) / 1000) * this.#sampleBytes;
+  }
+
+  #giveTail(out) {
+    const bytes = this.#tail.copy(out);
+    this.#tail = this.#tail.subarray(bytes);
+    return bytes;
+  }
+
+  #givePcm(out) {
+    if (this.#isHolding && !this.#hasPrebuffer()) return 0;
+    let filled = 0;
+    while (filled < out.length && this.#pcm.length) {
+      const first = this.#pcm[0];
+      const bytes = first.copy(out, filled);
+      filled += bytes;
+      if (bytes === first.length) this.#pcm.shift();
+      else this.#pcm[0] = first.subarray(bytes);
+    }
+    if (filled === 0) return 0;
+    this.#pcmBytes -= filled;
+    this.#isHolding = false;
+    this.#raise(out.subarray(0, filled));
+    this.#last = Buffer.from(out.subarray(filled - this.#sampleBytes, filled));
+    this.#isHeard = true;
+    return filled;
+  }
+
+  /** The rest of a stream that has ended is never held back. More than is ever kept is never waited for. */
+  #hasPrebuffer() {
+    const wanted = Math.min(this.#prebufferMs, this.#bufferSeconds * 1000);
+    return !this.#isSounding || this.#pcmBytes >= this.#bytesIn(wanted);
+  }
+
+  /** A tail that leads from the last sample to silence: over what would have come, and past that over its end, held. */
+  #fadeOut(coming = []) {
+    if (!this.#isHeard) return;
+    this.#isHeard = false;
+    this.#tail = Buffer.alloc(this.#bytesIn(this.#fadeMs));
+    const size = this.#sampleBytes;
+    const source = Buffer.concat([this.#last, ...coming]).subarray(0, size + this.#tail.length);
+    for (let at = 0; at < this.#tail.length; at += 2) {
+      const from = Math.min(at + size, source.length - size + (at % size));
+      const gain = 1 - (Math.floor(at / size) + 1) * size / this.#tail.length;
+      this.#tail.writeInt16LE(Math.round(source.readInt16LE(from) * gain), at);
+    }
+    this.#fadeIn = { done: 0, samples: this.#tail.length / size };
+  }
+
+  /** The fade in, where one is due. */
+  #raise(pcm) {
+    for (let at = 0; at < pcm.length && this.#fadeIn.done < this.#fadeIn.samples; this.#fadeIn.done++) {
+      const gain = this.#fadeIn.done / this.#fadeIn.samples;
+      for (const end = at + this.#sampleBytes; at < end; at += 2) {
+        pcm.writeInt16LE(Math.round(pcm.readInt16LE(at) * gain), at);
+      }
+    }
   }
 
   // --- what comes back ---------------------------------------------------------------------------------------------
