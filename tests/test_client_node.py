@@ -294,3 +294,182 @@ def test_a_prebuffer_is_filled_before_a_stream_sounds_and_after_an_underrun() ->
         *(["sound", 0], ["sound", 999], ["sound", 0], ["underruns", 1]),
         *(["sound", 0], ["underruns", 1], ["sound", 20], ["speaking", False]),
     ]
+
+
+# --- starting, dying, starting again ---------------------------------------------------------------------------------
+
+
+def test_a_start_that_is_not_awaited_tells_how_far_it_is() -> None:
+    said = play(
+        STEADY_PRELUDE
+        + """
+        const lines = [];
+        const voice = Mossnano.launch({ command, log: (line) => lines.push(line), onError });
+        say("first", [voice.state, voice.reason, voice.version, voice.demo, voice.format, voice.stream]);
+        say("too early", [voice.feed(samples(1)), voice.feedCodes([]), voice.finish(), voice.cancel()]);
+        say("silence", [...voice.pull(2)]);
+        say("same", (await voice.whenReady()) === voice && (await voice.whenReady()) === voice);
+        say("then", [voice.state, voice.reason, voice.version, voice.demo, voice.format.name, typeof voice.pid]);
+        voice.feed(samples(0));
+        await until(() => voice.state === "failed");
+        say("at last", [voice.reason.code, voice.reason.lost, voice.stream]);
+        say("lines", lines);
+        await voice.stop();
+        say("state", voice.state);
+        """,
+        STEADY,
+    )
+    assert said == [
+        ["first", ["starting", None, None, None, None, None]],
+        ["too early", [False, False, False, False]],
+        ["silence", [0, 0, 0, 0]],
+        ["same", True],
+        ["then", ["ready", None, "1.2", True, "steady", "number"]],
+        ["error", {"code": "process_ended", "fatal": True, "lost": [0]}],
+        ["at last", ["process_ended", [0], 0]],
+        ["lines", ["loading", "dying: gr\u00fcn", "without a last line"]],
+        ["state", "stopped"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["no-such-decoder"], "not_started"),
+        ([*DEMO, "--weights", "nowhere"], "bad_weights"),
+        (["true"], "process_ended"),
+    ],
+    ids=["no program", "no weights", "no decoder"],
+)
+def test_a_start_that_fails_tells_why_and_is_not_tried_again(command: list[str], code: str) -> None:
+    said = play(
+        """
+        const voice = Mossnano.launch({ command, restart: 5, log: () => {}, onError });
+        await voice.whenReady().catch((error) => say("rejected", [error.code, error === voice.reason]));
+        await voice.whenReady().catch((error) => say("rejected", [error.code, error === voice.reason]));
+        say("state", voice.state);
+        await voice.stop();
+        """,
+        command,
+    )
+    assert said == [
+        ["error", {"code": code, "fatal": True, "lost": []}],
+        *([["rejected", [code, True]]] * 2),
+        ["state", "failed"],
+    ]
+
+
+def test_stop_while_it_starts_rejects_who_waits() -> None:
+    said = play(
+        """
+        const voice = Mossnano.launch({ command, onError });
+        const waiting = voice.whenReady().catch((error) => say("rejected", error.code));
+        await voice.stop();
+        await waiting;
+        say("state", voice.state);
+        """,
+        ["sleep", "600"],
+    )
+    assert said == [["rejected", "stopped"], ["state", "stopped"]]
+
+
+def test_a_crash_is_survived_and_what_was_fed_is_reported_lost() -> None:
+    said = play(
+        STEADY_PRELUDE
+        + """
+        let message;
+        const remember = (error) => {
+          message = error.message;
+          onError(error);
+          say("while told", [voice.state, voice.feed(samples(1))]);
+        };
+        const voice = await Mossnano.start({ command, restart: 1, log: () => {}, onError: remember });
+        const before = voice.pid;
+        await feed(voice, 100); // stream 0 is heard to its end
+        voice.finish();
+        pull(voice, 99);
+        await until(() => !voice.isSpeaking);
+        await feed(voice, 500); // stream 1 is cut
+        voice.feed(samples(0));
+        voice.finish();
+        voice.feed(samples(7)); // stream 2 is not even begun
+        await until(() => voice.state === "starting");
+        say("message", message);
+        await voice.whenReady();
+        say("again", [voice.restarts, voice.pid !== before, voice.isSpeaking]);
+        voice.feed(samples(300)); // stream 3
+        voice.finish();
+        await sleep(300); // it should lie behind what is left of stream 1
+        pull(voice, 499 + 240);
+        say("played", [voice.stream, voice.played]);
+        await until(() => pull(voice, 300) === 300 || (pulled.splice(-300), false));
+        say("played", [voice.stream, voice.played]);
+        say("pulled", pulled);
+        await until(() => !voice.isSpeaking);
+        voice.feed(samples(0)); // a stream came to its end: it may be started again
+        await until(() => voice.restarts === 2);
+        await voice.whenReady();
+        voice.feed(samples(0)); // none did
+        await until(() => voice.state === "failed");
+        say("reason", voice.reason.code);
+        await voice.stop();
+        """,
+        STEADY,
+    )
+    crash = {"code": "process_ended", "fatal": False, "lost": [1, 2]}
+    told = ["while told", ["starting", False]]
+    assert said[:2] == [["error", crash], told]
+    assert said[2][0] == "message"
+    assert said[2][1] == (
+        "the process ended by itself with status 3: its stderr says more; it is started again, "
+        "without what was fed to the streams 1, 2"
+    )
+    assert said[3:6] == [
+        ["again", [1, True, True]],
+        ["played", [3, {"stream": 1, "samples": 500}]],
+        ["played", [3, {"stream": 3, "samples": 300}]],
+    ]
+    pulled = said[6][1]
+    assert len(pulled) == 100 + 500 + FADE + 300
+    assert pulled[:600] == [LOUD] * 600
+    assert pulled[600 + FADE - 1] == 0
+    assert pulled[-60:] == [LOUD] * 60
+    assert largest_step(pulled) <= STEP
+    assert said[7:] == [
+        ["error", {**crash, "lost": [4]}],
+        told,
+        ["error", {**crash, "lost": [5], "fatal": True}],
+        ["while told", ["failed", False]],
+        ["reason", "process_ended"],
+    ]
+
+
+def test_played_says_how_much_of_which_stream_was_given_out() -> None:
+    said = play(
+        STEADY_PRELUDE
+        + """
+        const voice = await Mossnano.start({ command, onError });
+        say("played", voice.played);
+        await feed(voice, 100);
+        voice.finish();
+        pull(voice, 49);
+        say("played", voice.played);
+        pull(voice, 50);
+        await until(() => !voice.isSpeaking);
+        await feed(voice, 1000);
+        pull(voice, 299);
+        voice.cancel();
+        pull(voice, 480);
+        say("played", voice.played);
+        await feed(voice, 10);
+        say("played", voice.played);
+        await voice.stop();
+        """,
+        STEADY,
+    )
+    assert [value for _, value in said] == [
+        {"stream": None, "samples": 0},
+        {"stream": 0, "samples": 50},
+        {"stream": 1, "samples": 300},
+        {"stream": 2, "samples": 1},
+    ]

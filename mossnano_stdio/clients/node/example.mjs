@@ -7,7 +7,7 @@ import { Mossnano } from "./mossnano.mjs";
 
 const [tokens, ...command] = process.argv.slice(2);
 const onError = (error) => console.error(`${error.code}: ${error.message}`);
-const voice = await Mossnano.start({ command, fadeMs: 0, onError }); // we do not wait as long as it sounds: no gap is heard
+const voice = await Mossnano.start({ command, fadeMs: 0, onError }); // gaps are left out below, not heard
 voice.feed(readFileSync(tokens));
 voice.finish();
 const pcm = new Int16Array(480 * voice.format.channels); // 10 ms
