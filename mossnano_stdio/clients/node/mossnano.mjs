@@ -227,7 +227,7 @@ export class Mossnano {
     this.#streamIsOpen = false;
     this.#isSounding = false;
     this.#fadeOut(this.#pcm);
-    const isAnswered = this.#state === "ready";
+    const isAnswered = !this.#isGone && this.#state !== "starting";
     if (isAnswered) {
       this.#forgetWaiting();
       this.#cancels += 1; // what comes is dropped until as many ENDs have come back
@@ -269,7 +269,8 @@ export class Mossnano {
 
   /** Is something to be pulled, now or later? */
   get isSpeaking() {
-    return this.#tail.length > 0 || this.#pcmBytes > 0 || (!this.#isGone && this.#ended < this.#opened);
+    const fades = this.#tail.length > 0 && !this.#isStopping;
+    return fades || this.#pcmBytes > 0 || (!this.#isGone && this.#ended < this.#opened);
   }
 
   /** The process, for those who watch over it. */
@@ -439,11 +440,13 @@ export class Mossnano {
     this.#isHeard = false;
     this.#tail = Buffer.alloc(this.#bytesIn(this.#fadeMs));
     const size = this.#sampleBytes;
-    const source = Buffer.concat([this.#last, ...coming.map(({ pcm }) => pcm)]).subarray(0, size + this.#tail.length);
+    const isRising = this.#fadeIn.done < this.#fadeIn.samples; // then what comes is louder than the last sample was made
+    const over = isRising ? [] : coming.map(({ pcm }) => pcm);
+    const source = Buffer.concat([this.#last, ...over]).subarray(0, size + this.#tail.length);
     for (let at = 0; at < this.#tail.length; at += 2) {
       const from = Math.min(at + size, source.length - size + (at % size));
       const gain = 1 - (Math.floor(at / size) + 1) * size / this.#tail.length;
-      this.#tail.writeInt16LE(Math.round(source.readInt16LE(from) * gain), at);
+      this.#tail.writeInt16LE(Math.trunc(source.readInt16LE(from) * gain), at);
     }
     this.#fadeIn = { done: 0, samples: this.#tail.length / size };
   }
@@ -453,7 +456,7 @@ export class Mossnano {
     for (let at = 0; at < pcm.length && this.#fadeIn.done < this.#fadeIn.samples; this.#fadeIn.done++) {
       const gain = this.#fadeIn.done / this.#fadeIn.samples;
       for (const end = at + this.#sampleBytes; at < end; at += 2) {
-        pcm.writeInt16LE(Math.round(pcm.readInt16LE(at) * gain), at);
+        pcm.writeInt16LE(Math.trunc(pcm.readInt16LE(at) * gain), at);
       }
     }
   }
