@@ -289,6 +289,12 @@ class Vector2:
 
 
 class PackedVector2Array(Array):
+    def append_array(self, more: PackedVector2Array) -> None:
+        self.extend(more)
+
+    def slice(self, begin: int, end: int = 1 << 40) -> PackedVector2Array:
+        return PackedVector2Array(self[begin:end])
+
     def resize(self, size: int) -> None:
         self[size:] = [Vector2() for _ in range(size - len(self))]
 

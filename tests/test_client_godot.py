@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -172,3 +175,119 @@ def test_a_process_that_hangs_is_ended_by_stop(start: Start) -> None:
     voice.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+# --- what is heard, of a decoder that says 10,000 all the time -------------------------------------------------------
+
+STEADY = [sys.executable, str(ROOT / "tests" / "steady.py")]
+LOUD = 10_000
+FADE = 240  # samples in 5 ms
+STEP = LOUD / FADE + 1  # between neighbours in a fade
+
+
+class Steady:
+    """A voice of steady.py, and the left channel of all that was pulled of it."""
+
+    def __init__(self, voice: Any) -> None:
+        self.voice = voice
+        self.pulled: list[int] = []
+        until_ready(voice)
+
+    def pull(self, samples: int) -> int:
+        """How many of them are not silent."""
+        given = list(struct.iter_unpack("<2h", pulled(self.voice, samples)))
+        assert len(given) == samples
+        assert all(left == -right for left, right in given)
+        self.pulled += [left for left, _ in given]
+        return sum(1 for left, _ in given if left)
+
+    def feed(self, samples: int) -> None:
+        assert self.voice.feed(PackedByteArray(struct.pack("<I", samples)))
+
+    def feed_and_wait(self, samples: int) -> None:
+        """Until the first of them is there."""
+        self.feed(samples)
+        before = self.voice._pcm_bytes
+        until(self.voice, lambda: self.voice._pcm_bytes > before)
+
+    def largest_step(self) -> int:
+        return max(abs(after - before) for before, after in pairwise(self.pulled))
+
+
+def test_an_underrun_fades_out_and_what_follows_fades_in(start: Start) -> None:
+    steady = Steady(start(STEADY))
+    steady.feed_and_wait(1000)
+    assert steady.pull(900) == 900
+    assert steady.pull(480) == 100 + FADE - 1, "the last sample of a fade is silent"
+    assert steady.voice.underruns == 1
+    assert steady.pull(480) == 0
+    steady.feed_and_wait(1000)
+    steady.pull(1000)
+    assert steady.pulled[:1000] == [LOUD] * 1000
+    assert steady.pulled[1000 + FADE : 1860] == [0] * (860 - FADE)
+    assert steady.pulled[1860 + FADE :] == [LOUD] * (1000 - FADE), "no sample is lost"
+    assert steady.largest_step() <= STEP
+
+
+def test_cancel_fades_out_and_what_follows_fades_in(start: Start) -> None:
+    steady = Steady(start(STEADY))
+    steady.feed_and_wait(200)
+    steady.pull(101)
+    steady.voice.cancel()  # 99 wait: the rest of the fade holds the last one
+    assert steady.voice.is_speaking()
+    assert steady.pull(480) == FADE - 1
+    until(steady.voice, lambda: not steady.voice.is_speaking())
+    steady.feed_and_wait(1000)
+    steady.pull(1000)
+    steady.voice.cancel()
+    steady.pull(100)
+    steady.pull(140)
+    steady.feed_and_wait(1000)
+    steady.pull(100)
+    steady.voice.cancel()  # while it fades in
+    steady.pull(480)
+    assert steady.pulled[:101] == [LOUD] * 101
+    assert steady.pulled[581 + FADE : 1581] == [LOUD] * (1000 - FADE)
+    assert steady.pulled[1820] == 0
+    assert steady.pulled[1920] > LOUD / 3
+    assert steady.pulled[1921 + FADE :] == [0] * (480 - FADE)
+    assert steady.largest_step() <= STEP
+
+
+def test_a_fade_of_nothing_leaves_every_sample_as_it_came(start: Start) -> None:
+    steady = Steady(start(STEADY, fade_ms=0))
+    steady.feed_and_wait(1000)
+    steady.pull(1200)
+    steady.feed_and_wait(1000)
+    steady.pull(500)
+    steady.voice.cancel()
+    steady.pull(100)
+    assert steady.pulled == [LOUD] * 1000 + [0] * 200 + [LOUD] * 500 + [0] * 100
+
+
+def test_a_stream_that_ends_by_itself_is_not_faded(start: Start) -> None:
+    steady = Steady(start(STEADY))
+    steady.feed_and_wait(1000)
+    steady.pull(1000)
+    steady.voice.finish()
+    until(steady.voice, lambda: not steady.voice.is_speaking())
+    steady.pull(480)
+    assert steady.pulled == [LOUD] * 1000 + [0] * 480
+    assert steady.voice.underruns == 0
+
+
+def test_a_prebuffer_is_filled_before_a_stream_sounds_and_after_an_underrun(start: Start) -> None:
+    steady = Steady(start(STEADY, prebuffer_ms=20, fade_ms=0))  # 960 samples
+    steady.feed_and_wait(500)
+    assert steady.pull(480) == 0
+    steady.feed_and_wait(500)
+    assert steady.pull(1000) == 1000
+    assert steady.pull(10) == 0
+    assert steady.voice.underruns == 1
+    steady.feed_and_wait(500)
+    assert steady.pull(480) == 0
+    assert steady.voice.underruns == 1
+    steady.voice.finish()  # no more comes: what there is, is the rest
+    until(steady.voice, lambda: steady.pull(480) == 480)
+    assert steady.pull(480) == 20
+    assert not steady.voice.is_speaking()

@@ -196,6 +196,7 @@ GODOT_CALLS = {
     "Callable": {"call_deferred"},
     "Array": {"append", "pop_front", "clear", "is_empty", "size"},
     "Dictionary": {"get", "is_empty"},
+    "PackedVector2Array": {"append", "append_array", "is_empty", "resize", "size", "slice"},
     "PackedByteArray": {
         "append_array", "decode_s16", "decode_u32", "encode_u32", "get_string_from_utf8", "resize", "slice",
     },
@@ -203,8 +204,8 @@ GODOT_CALLS = {
     "AudioStreamPlayer": {"play", "get_stream_playback"},
     "AudioStreamGeneratorPlayback": {"push_buffer", "get_frames_available"},
     "Object": {"new"},
-    "global": {"push_error", "print", "str", "int", "float", "maxi", "floori", "range", "Vector2", "PackedVector2Array",
-               "PackedByteArray", "warning_ignore"},
+    "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "range", "Vector2",
+               "PackedVector2Array", "PackedByteArray", "warning_ignore"},
 }  # fmt: skip
 CLOSING = {")": "(", "]": "[", "}": "{"}
 

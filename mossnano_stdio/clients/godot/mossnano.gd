@@ -13,13 +13,17 @@ extends RefCounted
 ## [/codeblock]
 ## [method start] returns at once; [signal ready_to_feed] follows when the weights are loaded. Call [method stop] before
 ## you let go of it, and make a new one to start anew. Threads of ours read what the process says, read its stderr, and
-## write to it. When `buffer_seconds` of PCM wait the first one waits for room, and so does the process. No call waits for
-## the process, not even for one that hangs: what its pipe has no room for waits here, up to 4 MiB (hours), past which
-## [method feed] refuses. GDScript has no atomics, so what the threads share is behind one mutex, which nobody holds while
-## he waits. Signals are emitted on the main thread.
+## write to it. When `buffer_seconds` of PCM wait the first one waits for room, and so does the process. No call waits
+## for the process, not even for one that hangs: what its pipe has no room for waits here, up to 4 MiB (hours), past
+## which [method feed] refuses. GDScript has no atomics, so what the threads share is behind one mutex, which nobody
+## holds while he waits. Signals are emitted on the main thread.
 ##
-## Godot up to 4.5.1 on Linux and macOS dies of SIGPIPE when it writes to a process that ends at that moment
-## (godot issue 111110, mended in 4.5.2). The time in which that can happen is short here, but it is there.
+## What is cut off, by [method cancel] or by an underrun, fades out over `fade_ms`, and what follows fades in; 0 leaves
+## every sample as it came. With `prebuffer_ms` a stream sounds once so much of it waits, or all of it, and so again
+## after an underrun: fed in real time, with jitter, 100 to 200 are enough. Set both before [method start].
+##
+## Godot up to 4.5.1 on Linux and macOS dies of SIGPIPE when it writes to a process that ends at that moment (Godot's
+## issue 111110, mended in 4.5.2). The time in which that can happen is short here, but it is there.
 ##
 ## NOT RUN in our checks, on any system: there its syntax and the names it uses are looked at, and no more. Not for
 ## the web, Android and iOS, which start no processes. Protocol version 1, see protocol.md.
@@ -38,8 +42,10 @@ const NUMBERS: Array[String] = [
 ]
 
 var format := {}  ## What the HANDSHAKE said: sample_rate, channels, frame_bytes, ...
-var underruns := 0  ## Pulls that found nothing in the middle of a stream.
+var underruns := 0  ## Pulls that ran dry in the middle of a stream. While a prebuffer fills, none is counted.
 var buffer_seconds := 10.0
+var prebuffer_ms := 0
+var fade_ms := 5
 
 var _pid := -1
 var _stdio: FileAccess
@@ -54,6 +60,12 @@ var _stream_is_open := false
 var _pcm: Array[PackedByteArray] = []  # what waits to be pulled
 var _pcm_bytes := 0
 var _first_at := 0  # how much of the first one was pulled
+var _is_holding := true  # until a prebuffer is there
+var _is_heard := false  # the last sample that was given out was no silence
+var _last := Vector2()  # that sample
+var _tail := PackedVector2Array()  # of a fade out, to be pulled before anything else
+var _risen := 0  # how many samples of a fade in were given out,
+var _rise := 0  # of how many
 var _is_sounding := false  # PCM of a stream came, its END did not
 var _is_ready := false
 var _is_gone := true
@@ -143,13 +155,14 @@ func finish() -> bool:
 	return _send(Kind.END, PackedByteArray())
 
 
-## Be silent, now: drops whatever was fed, and all that waits to be pulled.
+## Be silent, now: drops whatever was fed, and all that waits to be pulled but for what fades out.
 func cancel() -> bool:
 	_stream_is_open = false
 	_mutex.lock()
 	_forget_waiting()
 	_cancels += 1  # what comes is dropped until as many ENDs have come back
 	_is_sounding = false
+	_fade_out()
 	_drop()
 	var echo := str(_opened)
 	_mutex.unlock()
@@ -159,31 +172,29 @@ func cancel() -> bool:
 ## Exactly so many samples, left and right, with silence where there are none.
 func pull(samples: int) -> PackedVector2Array:
 	var out := PackedVector2Array()
-	out.resize(samples)  # zeros
 	_mutex.lock()
-	var sample_bytes := 2 * int(format.get("channels", 2))
-	var filled := 0
-	while filled < samples and not _pcm.is_empty():
-		var first := _pcm[0]
-		var right := 2 if sample_bytes > 2 else 0
-		while filled < samples and _first_at < first.size():
-			out[filled] = Vector2(first.decode_s16(_first_at), first.decode_s16(_first_at + right)) / 32767.0
-			_first_at += sample_bytes
-			filled += 1
-		if _first_at >= first.size():
-			_pcm.pop_front()
-			_first_at = 0
-	_pcm_bytes -= filled * sample_bytes
-	if filled < samples and _is_sounding:
-		underruns += 1
+	var was_holding := _is_holding
+	var piece := _give(samples)
+	while not piece.is_empty():
+		out.append_array(piece)
+		piece = _give(samples - out.size())
+	if out.size() < samples:
+		if _is_sounding and not (was_holding and _is_holding):
+			underruns += 1
+			_fade_out()
+			out.append_array(_give_tail(samples - out.size()))
+		_is_holding = prebuffer_ms > 0
+		_is_heard = false
 	_mutex.unlock()
+	out.resize(samples)  # zeros
 	return out
 
 
 ## Is something to be pulled, now or later?
 func is_speaking() -> bool:
 	_mutex.lock()
-	var answer := _pcm_bytes > 0 or (not _is_gone and _ended < _opened)
+	var fades := not _tail.is_empty() and not _is_stopping
+	var answer := fades or _pcm_bytes > 0 or (not _is_gone and _ended < _opened)
 	_mutex.unlock()
 	return answer
 
@@ -205,6 +216,83 @@ func stop() -> void:
 	_stdio.close()
 	_stderr.close()
 	_pid = -1
+
+
+# --- what is heard; all of it is called with the mutex -----------------------------------------------------------------
+
+
+func _samples_in(milliseconds: float) -> int:
+	return floori(milliseconds * format["sample_rate"] / 1000.0)
+
+
+func _sample_bytes() -> int:
+	return 2 * int(format["channels"])
+
+
+## Up to so many samples, of a fade out or else of what waits; none where it is dry.
+func _give(most: int) -> PackedVector2Array:
+	return _give_pcm(most) if _tail.is_empty() else _give_tail(most)
+
+
+func _give_tail(most: int) -> PackedVector2Array:
+	var given := _tail.slice(0, most)
+	_tail = _tail.slice(given.size())
+	return given
+
+
+func _give_pcm(most: int) -> PackedVector2Array:
+	if most == 0 or _pcm.is_empty() or (_is_holding and not _has_prebuffer()):
+		return PackedVector2Array()
+	var given := _decoded(_pcm[0], _first_at, most)
+	_first_at += given.size() * _sample_bytes()
+	_pcm_bytes -= given.size() * _sample_bytes()
+	if _first_at >= _pcm[0].size():
+		_pcm.pop_front()
+		_first_at = 0
+	for i in given.size():
+		if _risen == _rise:
+			break
+		given[i] = given[i] * (float(_risen) / _rise)
+		_risen += 1
+	_last = given[given.size() - 1]
+	_is_heard = true
+	_is_holding = false
+	return given
+
+
+func _decoded(pcm: PackedByteArray, first: int, most: int) -> PackedVector2Array:
+	var samples := PackedVector2Array()
+	var sample_bytes := _sample_bytes()
+	var right := 2 if sample_bytes > 2 else 0
+	for at in range(first, mini(pcm.size(), first + most * sample_bytes), sample_bytes):
+		samples.append(Vector2(pcm.decode_s16(at), pcm.decode_s16(at + right)) / 32767.0)
+	return samples
+
+
+## The rest of a stream that has ended is never held back. More than is ever kept is never waited for.
+func _has_prebuffer() -> bool:
+	var wanted := _samples_in(minf(prebuffer_ms, buffer_seconds * 1000.0))
+	return not _is_sounding or _pcm_bytes >= wanted * _sample_bytes()
+
+
+## Makes a tail that leads from the last sample to silence: over what would have come, and past that over its end, held.
+func _fade_out() -> void:
+	if not _is_heard:
+		return
+	_is_heard = false
+	var samples := _samples_in(fade_ms)
+	var over := PackedVector2Array()
+	if _risen == _rise:  # else what comes is louder than the last sample was made
+		for pcm in _pcm:
+			if over.size() < samples:
+				over.append_array(_decoded(pcm, _first_at if over.is_empty() else 0, samples - over.size()))
+	_tail = PackedVector2Array()
+	for i in samples:
+		if i < over.size():
+			_last = over[i]
+		_tail.append(_last * (1.0 - float(i + 1) / samples))
+	_risen = 0
+	_rise = samples
 
 
 # --- the reader -------------------------------------------------------------------------------------------------------
