@@ -17,7 +17,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,7 @@ def called(receiver: Any, name: str, *arguments: Any) -> Any:
 DEFERRED: list[Callable[[], None]] = []
 STRING_METHODS: dict[str, Callable[..., Any]] = {
     "to_ascii_buffer": lambda text: PackedByteArray(text.encode("ascii")),
-    "strip_edges": str.strip,
-    "is_empty": lambda text: not text,
+    "trim_suffix": str.removesuffix,
 }
 
 
@@ -229,12 +228,6 @@ class Dictionary(dict[Any, Any]):
     def is_empty(self) -> bool:
         return not self
 
-    def has(self, key: Any) -> bool:
-        return key in self
-
-    def duplicate(self) -> Dictionary:
-        return Dictionary(self)
-
 
 class PackedByteArray(bytearray):
     def size(self) -> int:
@@ -252,9 +245,6 @@ class PackedByteArray(bytearray):
     def slice(self, begin: int, end: int = 1 << 40) -> PackedByteArray:
         return PackedByteArray(self[begin:end])
 
-    def rfind(self, value: int) -> int:  # type: ignore[override]
-        return bytes(self).rfind(bytes([value]))
-
     def decode_s16(self, at: int) -> int:
         return int(struct.unpack_from("<h", self, at)[0])
 
@@ -269,6 +259,10 @@ class PackedByteArray(bytearray):
 
 
 class PackedInt32Array(Array):
+    pass
+
+
+class PackedStringArray(Array):
     pass
 
 
@@ -308,6 +302,9 @@ class Signal:
 
     def connect(self, receiver: Callable[..., Any]) -> None:
         self._connected.append(receiver)
+
+    def get_connections(self) -> Array:
+        return Array(self._connected)
 
     def emit(self, *arguments: Any) -> None:
         for receiver in self._connected:
@@ -425,18 +422,14 @@ class Time:
         return time.monotonic_ns() // 1_000_000
 
 
-def reals(*numbers: float) -> Iterator[float]:
-    return map(float, numbers)
-
-
 BUILTINS: dict[str, Any] = {
     **{made.__name__: made for made in (Array, Dictionary, PackedByteArray, PackedVector2Array, PackedInt32Array)},
+    "PackedStringArray": PackedStringArray,
     **{made.__name__: made for made in (Vector2, Enumeration, Signal, Thread, Mutex, Semaphore, JSON, Time)},
     **{function.__name__: function for function in (default, iterated, divided, formatted, called)},
     "range": lambda *bounds: Array(range(*bounds)),
     "maxi": max,
     "mini": min,
     "floori": lambda number: int(number // 1),
-    "minf": lambda *numbers: min(reals(*numbers)),
-    "maxf": lambda *numbers: max(reals(*numbers)),
+    "minf": lambda *numbers: float(min(numbers)),
 }

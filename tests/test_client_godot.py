@@ -38,6 +38,7 @@ def start() -> Iterator[Start]:
         vars(voice)["said"] = said
         voice.ready_to_feed.connect(lambda: said.append(("ready",)))
         voice.failed.connect(lambda *what: said.append(("failed", *what)))
+        voice.lost.connect(lambda streams: said.append(("lost", list(streams))))
         for name, value in variables.items():
             setattr(voice, name, value)
         assert voice.start(command[0], list(command[1:]))
@@ -60,7 +61,7 @@ def until(voice: Any, condition: Callable[[], object]) -> None:
 @contextmanager
 def at_most_a_minute(voice: Any) -> Iterator[None]:
     """Then the process is killed, so that a call that waits for it fails the test, and does not hang it."""
-    killer = threading.Timer(60, os.kill, [voice._pid, signal.SIGKILL])
+    killer = threading.Timer(60, os.kill, [voice.pid, signal.SIGKILL])
     killer.start()
     yield
     killer.cancel()
@@ -145,7 +146,7 @@ def test_a_process_that_hangs_holds_nobody_up(start: Start) -> None:
     packed, pcm = frames_and_pcm(30)
     voice = start()
     until_ready(voice)
-    os.kill(voice._pid, signal.SIGSTOP)
+    os.kill(voice.pid, signal.SIGSTOP)
     many = PackedByteArray(8000 * 20)
     with at_most_a_minute(voice):
         assert voice.feed(many)
@@ -162,16 +163,16 @@ def test_a_process_that_hangs_holds_nobody_up(start: Start) -> None:
         assert voice.feed(packed)
         assert voice.finish()
         assert voice.is_speaking()
-    os.kill(voice._pid, signal.SIGCONT)
+    os.kill(voice.pid, signal.SIGCONT)
     assert heard(voice) == pcm
 
 
 def test_a_process_that_hangs_is_ended_by_stop(start: Start) -> None:
     voice = start()
     until_ready(voice)
-    os.kill(voice._pid, signal.SIGSTOP)
+    os.kill(voice.pid, signal.SIGSTOP)
     assert voice.feed(PackedByteArray(8000 * 20))
-    pid = voice._pid
+    pid = voice.pid
     voice.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -291,3 +292,106 @@ def test_a_prebuffer_is_filled_before_a_stream_sounds_and_after_an_underrun(star
     until(steady.voice, lambda: steady.pull(480) == 480)
     assert steady.pull(480) == 20
     assert not steady.voice.is_speaking()
+
+
+# --- starting, dying, starting again ---------------------------------------------------------------------------------
+
+STARTING, READY, FAILED, STOPPED = range(4)
+
+
+def test_a_start_tells_how_far_it_is(start: Start) -> None:
+    voice = Script(CLIENT, ROOT)
+    assert (voice.state, voice.pid, voice.stream, voice.version) == (STOPPED, -1, -1, "")
+    voice = start(STEADY)
+    lines: list[str] = []
+    voice.log_line.connect(lines.append)
+    if voice.state == STARTING:  # it may be quick
+        assert not voice.feed(PackedByteArray(4))
+        assert "while the state is READY" in voice.engine.pushed_errors[-1]
+        assert not voice.cancel()
+        assert pulled(voice, 2) == bytes(8)
+    until_ready(voice)
+    assert (voice.state, voice.version, voice.demo, voice.format["name"]) == (READY, "1.2", True, "steady")
+    os.kill(voice.pid, 0)
+    assert voice.feed(PackedByteArray(4))  # of which it dies
+    until(voice, lambda: voice.said[-1][0] == "failed")
+    assert voice.said[1:] == [("lost", [0]), ("failed", "process_ended", voice.reason["message"], True)]
+    assert (voice.state, voice.reason["code"], voice.stream) == (FAILED, "process_ended", 0)
+    until(voice, lambda: len(lines) == 3)
+    assert lines == ["loading", "dying: gr\u00fcn", "without a last line"]
+    assert voice.engine.printed == []
+    voice.stop()
+    assert voice.state == STOPPED
+
+
+def test_lines_of_the_process_are_printed_where_nobody_takes_them(start: Start) -> None:
+    voice = start(STEADY)
+    until(voice, lambda: voice.engine.printed)
+    assert voice.engine.printed == ["loading"]
+
+
+def test_a_start_that_fails_is_not_tried_again(start: Start) -> None:
+    voice = start(["true"], restart=5)
+    until(voice, lambda: voice.said)
+    assert [word for word, *_ in voice.said] == ["failed"]
+    assert (voice.state, voice.restarts, voice.said[0][3]) == (FAILED, 0, True)
+
+
+def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(start: Start) -> None:
+    steady = Steady(start(STEADY, restart=1))
+    voice = steady.voice
+    before = voice.pid
+    steady.feed_and_wait(100)  # stream 0 is heard to its end
+    voice.finish()
+    steady.pull(100)
+    until(voice, lambda: not voice.is_speaking())
+    steady.feed_and_wait(500)  # stream 1 is cut
+    steady.pull(1)
+    steady.feed(0)
+    voice.finish()
+    steady.feed(7)  # stream 2 is not even begun
+    until(voice, lambda: voice.restarts == 1)
+    until(voice, lambda: len(voice.said) == 4)
+    assert voice.said[1:] == [("lost", [1, 2]), ("failed", "process_ended", voice.said[2][2], False), ("ready",)]
+    assert (voice.state, voice.pid != before, voice.is_speaking()) == (READY, True, True)
+    steady.feed_and_wait(300)  # stream 3
+    voice.finish()
+    steady.pull(499 + FADE)
+    assert voice.played == {"stream": 1, "samples": 500}
+    steady.pull(300)
+    assert voice.played == {"stream": 3, "samples": 300}
+    assert voice.stream == 3
+    assert steady.pulled[:600] == [LOUD] * 600
+    assert steady.pulled[600 + FADE - 1] == 0
+    assert steady.pulled[-60:] == [LOUD] * 60
+    assert steady.largest_step() <= STEP
+    until(voice, lambda: not voice.is_speaking())
+    voice.said.clear()
+    steady.feed(0)  # a stream came to its end: it may be started again
+    until(voice, lambda: ("ready",) in voice.said)
+    steady.feed(0)  # none did
+    until(voice, lambda: voice.state == FAILED)
+    until(voice, lambda: len(voice.said) == 5)
+    assert [voice.said[2], voice.said[3], voice.said[4][3]] == [("ready",), ("lost", [5]), True]
+
+
+def test_stop_ends_the_pause_before_a_restart(start: Start) -> None:
+    steady = Steady(start(STEADY, restart=1))
+    steady.feed(0)
+    until(steady.voice, lambda: steady.voice.state == STARTING)
+    steady.voice.stop()
+    assert (steady.voice.state, steady.voice.restarts) == (STOPPED, 0)
+
+
+def test_played_says_how_much_of_which_stream_was_given_out(start: Start) -> None:
+    steady = Steady(start(STEADY))
+    assert steady.voice.played == {"stream": -1, "samples": 0}
+    steady.feed_and_wait(1000)
+    steady.pull(300)
+    steady.voice.cancel()
+    steady.pull(480)
+    assert steady.voice.played == {"stream": 0, "samples": 300}
+    until(steady.voice, lambda: not steady.voice.is_speaking())
+    steady.feed_and_wait(10)
+    steady.pull(1)
+    assert steady.voice.played == {"stream": 1, "samples": 1}
