@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import re
-import signal
 import struct
 import subprocess
 import threading
@@ -402,9 +401,8 @@ class Engine:
         return -1 if maybe_status is None else maybe_status
 
     def kill(self, pid: int) -> None:
-        if self._children[pid].poll() is None:
-            os.kill(pid, signal.SIGKILL)
-            self._children[pid].wait()
+        self._children[pid].kill()  # which knows whether it is gone already
+        self._children[pid].wait()
 
     def delay_msec(self, milliseconds: int) -> None:
         time.sleep(milliseconds / 1000)

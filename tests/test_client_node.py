@@ -476,3 +476,16 @@ def test_played_says_how_much_of_which_stream_was_given_out() -> None:
         {"stream": 1, "samples": 300},
         {"stream": 2, "samples": 1},
     ]
+
+
+def test_options_that_make_no_sense_are_refused() -> None:
+    said = play("""
+        for (const options of [{ fadeMs: -1 }, { prebufferMs: NaN }, { restart: "often" }]) {
+          await Mossnano.start({ command, ...options }).catch((error) => say(error.constructor.name, error.message));
+        }
+    """)
+    assert said == [
+        ["RangeError", "fadeMs is -1: 0 or more is allowed"],
+        ["RangeError", "prebufferMs is NaN: 0 or more is allowed"],
+        ["RangeError", "restart is often: 0 or more is allowed"],
+    ]

@@ -1,7 +1,8 @@
 """The clients to copy, compiled and run against the real process: the same scenario for each, see tests/scenarios.
 
 What a stream must sound like is what the process itself says to the same tokens in the same chunks. Godot is not to be
-had here: of its client only the brackets and the names that it asks the engine for are looked at.
+had here: of its client the brackets and the names that it asks the engine for are looked at, and its logic is run by
+test_client_godot.py.
 """
 
 from __future__ import annotations

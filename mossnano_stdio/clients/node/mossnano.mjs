@@ -125,6 +125,9 @@ export class Mossnano {
     command = ["mossnano-stdio"], bufferSeconds = 10, startSeconds = 60, prebufferMs = 0, fadeMs = 5, restart = 0,
     log = null, onError = () => {},
   } = {}) {
+    for (const [name, value] of Object.entries({ prebufferMs, fadeMs, restart })) {
+      if (!(value >= 0)) throw new RangeError(`${name} is ${value}: 0 or more is allowed`);
+    }
     this.#command = command;
     this.#bufferSeconds = bufferSeconds;
     this.#startSeconds = startSeconds;
