@@ -26,8 +26,8 @@ extends RefCounted
 ## and `stream` is the last one that [method feed] opened. With `restart` a process that crashes is started again, up to
 ## so many times in a row (a stream that comes to its end ends the row), and [signal ready_to_feed] is emitted anew.
 ##
-## Godot up to 4.5.1 on Linux and macOS dies of SIGPIPE when it writes to a process that ends at that moment (Godot's
-## issue 111110, mended in 4.5.2). The time in which that can happen is short here, but it is there.
+## Godot up to 4.5.1 on Linux and macOS dies of SIGPIPE when it writes to a process that ends at that moment, as one
+## does that hangs with a full pipe and is stopped (Godot's issue 111110, mended in 4.5.2). Nothing here can prevent it.
 ##
 ## NOT RUN in Godot by our checks, on any system: there its text is made Python, and run against the real process with
 ## stand-ins for what it asks of the engine; that finds wrong logic, but not what only Godot would refuse. Not for the
@@ -229,6 +229,7 @@ func stop() -> void:
 		return
 	_mutex.lock()
 	_is_stopping = true
+	_fade_out()
 	_drop()
 	if not _is_gone:
 		OS.kill(pid)  # Godot cannot close stdin alone, and a decoder has nothing to save
