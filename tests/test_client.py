@@ -97,6 +97,17 @@ def test_a_stream_without_frames(decoder: Face) -> None:
     assert decoder.decode([]) == b""
 
 
+@pytest.mark.parametrize("nothing", [[], b"", np.zeros((0, 4), np.uint16)], ids=["list", "bytes", "array"])
+def test_a_stream_that_is_fed_with_nothing_and_finished_has_its_end(decoder: Face, nothing: Any) -> None:
+    stream = decoder.feed(nothing)
+    decoder.finish()
+    assert stream.read() == b""
+    end = stream.maybe_end
+    assert end is not None
+    assert end == StreamEnd(end.stream, frames=0, samples=0, errors=0)
+    assert decoder.decode(FRAMES) == PCM
+
+
 def test_an_artifact(decoder: Face) -> None:
     assert decoder.feed_artifact(artifact_bytes(FRAMES, SMALL)).read() == PCM
     assert decoder.feed_artifact(artifact_bytes(FRAMES, SMALL, maybe_samples=33)).read() == PCM[: 33 * 4]
