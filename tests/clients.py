@@ -44,6 +44,9 @@ class Face(Protocol):
     @property
     def pid(self) -> int: ...
 
+    @property
+    def queued_bytes(self) -> int: ...
+
     def open(self) -> FaceOfStream: ...
 
     def feed(self, frames: Any) -> FaceOfStream: ...
@@ -126,6 +129,10 @@ class SteppedDecoder:
     @property
     def pid(self) -> int:
         return self._decoder.pid
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._decoder.queued_bytes
 
     def open(self) -> FaceOfStream:
         return SteppedStream(self._runner, self._runner.run(self._decoder.open()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import random
@@ -21,7 +22,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mossnano_stdio.client import AsyncDecoder, Decoder, DecoderDiedError, DecoderError, StreamEnd, StreamOverError
+from mossnano_stdio.client import (
+    AsyncDecoder,
+    Decoder,
+    DecoderDiedError,
+    DecoderError,
+    QueueFullError,
+    StreamEnd,
+    StreamOverError,
+)
 from mossnano_stdio.client.exchange import Exchange
 from mossnano_stdio.errors import ArtifactError, TokenError, UsageError
 from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, json_message
@@ -261,6 +270,56 @@ def test_everything_may_be_written_before_anything_is_read(client: str) -> None:
     face.close()
 
 
+@contextlib.contextmanager
+def hung(pid: int) -> Iterator[None]:
+    """Inside, this process does nothing, for 20 s at the most: who waits for it fails then, and does not hang."""
+    os.kill(pid, signal.SIGSTOP)
+    waker = threading.Timer(20, os.kill, [pid, signal.SIGCONT])
+    waker.start()
+    try:
+        yield
+        assert waker.is_alive(), "somebody waited for a process that is hung"
+    finally:
+        waker.cancel()
+        waker.join()
+        os.kill(pid, signal.SIGCONT)
+
+
+@both
+def test_a_hung_process_holds_up_neither_feed_nor_cancel(client: str) -> None:
+    face = start(client, double({"nano": True}))
+    with hung(face.pid):
+        stream = face.feed(some_frames(8000, NANO))  # 160 kB: more than a pipe holds
+        face.cancel()
+        assert stream.read() == b""
+        assert stream.was_cancelled
+        assert face.queued_bytes < 100  # the CANCEL at the most
+        frames = some_frames(3, NANO, seed=1)
+        again = face.feed(frames)
+        face.finish()
+    assert again.read() == expected_pcm(frames, NANO)
+    face.close()
+
+
+@both
+def test_what_does_not_fit_into_the_queue_is_refused_whole(client: str) -> None:
+    face = start(client, double(), queue_bytes=10_000)
+    fed: list[list[int]] = []
+    with hung(face.pid):
+        stream = face.open()
+        with pytest.raises(QueueFullError, match="queue_bytes allows 10000") as caught:
+            for seed in range(9**9):
+                frames = some_frames(100, seed=seed)
+                stream.feed(frames)
+                fed += frames
+        assert (caught.value.code, caught.value.fatal) == ("queue_full", False)
+        assert face.queued_bytes <= 10_000
+    stream.finish()
+    assert stream.read() == expected_pcm(fed, SMALL)
+    assert face.decode(FRAMES) == PCM  # there is room again
+    face.close()
+
+
 def test_one_thread_feeds_while_another_reads() -> None:
     frames = some_frames(400, NANO)
     face = start("Decoder", double({"nano": True}), buffer_bytes=1 << 18)
@@ -297,9 +356,9 @@ def test_two_tasks_feed_and_read() -> None:
     assert asyncio.run(main()) == expected_pcm(frames, NANO)
 
 
-def conversation(*messages: Message, buffer_bytes: int = 100) -> Exchange:
+def conversation(*messages: Message, **options: int) -> Exchange:
     """An exchange that has heard a HANDSHAKE and these messages."""
-    exchange = Exchange(buffer_bytes)
+    exchange = Exchange(**{"buffer_bytes": 100} | options)
     assert exchange.receive(encode_message(*json_message(Kind.HANDSHAKE, HANDSHAKE)))
     for message in messages:
         assert exchange.receive(encode_message(*message))
@@ -309,6 +368,31 @@ def conversation(*messages: Message, buffer_bytes: int = 100) -> Exchange:
 def sent_by(exchange: Exchange) -> list[Message]:
     wire = b"".join(iter(lambda: exchange.next_outgoing() or b"", b""))
     return list(MessageReader().feed(wire))
+
+
+def test_all_that_is_queued_counts_until_it_is_sent_or_dropped() -> None:
+    exchange = conversation(queue_bytes=1000)
+    stream = exchange.open()
+    exchange.feed(stream, FRAMES)
+    exchange.ping()
+    assert exchange.queued_bytes == 100 + 64 + 64
+    with pytest.raises(QueueFullError, match="228 bytes wait to be sent and 1064 more were refused"):
+        exchange.feed(stream, bytes(1000))
+    sent_by(exchange)
+    assert exchange.queued_bytes == 0
+    exchange.feed(stream, bytes(900))
+    exchange.finish(stream)  # is never refused, nor is a CANCEL
+    assert exchange.queued_bytes == 1028
+    with pytest.raises(QueueFullError):
+        exchange.ping()
+    with pytest.raises(QueueFullError):
+        exchange.open()
+    with pytest.raises(QueueFullError):
+        exchange.feed_artifact(artifact_bytes(FRAMES, SMALL))
+    exchange.cancel()
+    assert exchange.queued_bytes == 64 + 1
+    exchange.end(0)
+    assert exchange.queued_bytes == 0
 
 
 def test_reading_pauses_while_much_waits_and_goes_on_for_who_waits_for_what_comes_after() -> None:

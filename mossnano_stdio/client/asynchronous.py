@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar
 
 from mossnano_stdio.client.exchange import (
     BUFFER_BYTES,
+    QUEUE_BYTES,
     Exchange,
     Facts,
     Frames,
@@ -42,7 +43,7 @@ class AsyncStream:
         self._state = state
 
     def feed(self, frames: Frames) -> None:
-        """More of it: [frames, quantizers], or packed bytes."""
+        """More of it: [frames, quantizers], or packed bytes. QueueFullError if too much waits."""
         with self._link.changing() as exchange:
             exchange.feed(self._state, frames)
 
@@ -88,10 +89,11 @@ class AsyncDecoder(Facts):
         command: Sequence[str] | None = None,
         start_seconds: float = START_SECONDS,
         buffer_bytes: int = BUFFER_BYTES,
+        queue_bytes: int = QUEUE_BYTES,
         stderr: int | IO[bytes] | None = None,
     ) -> None:
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
-        self._connect = functools.partial(_AsyncLink.start, program, start_seconds, buffer_bytes, stderr)
+        self._connect = functools.partial(_AsyncLink.start, program, start_seconds, buffer_bytes, queue_bytes, stderr)
         self._starting = asyncio.Lock()
         self._settings: dict[str, int | None] = {}
         self._maybe_link: _AsyncLink | None = None
@@ -105,6 +107,11 @@ class AsyncDecoder(Facts):
     @property
     def handshake(self) -> Mapping[str, Any]:
         return self._link.exchange.handshake
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits here to be sent, of the `queue_bytes` that may: payloads, and 64 bytes for each message."""
+        return self._link.exchange.queued_bytes
 
     @property
     def pid(self) -> int:
@@ -235,8 +242,8 @@ class _Bell:
 class _AsyncLink:
     """One process, the two tasks that carry its bytes, and its exchange."""
 
-    def __init__(self, process: asyncio.subprocess.Process, buffer_bytes: int) -> None:
-        self.exchange = Exchange(buffer_bytes)
+    def __init__(self, process: asyncio.subprocess.Process, exchange: Exchange) -> None:
+        self.exchange = exchange
         self.process = process
         self._changed = _Bell()
         self._is_closing = False
@@ -245,14 +252,19 @@ class _AsyncLink:
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], start_seconds: float, buffer_bytes: int, stderr: int | IO[bytes] | None
+        cls,
+        command: Sequence[str],
+        start_seconds: float,
+        buffer_bytes: int,
+        queue_bytes: int,
+        stderr: int | IO[bytes] | None,
     ) -> _AsyncLink:
         """A process that has said its HANDSHAKE."""
         try:
             process = await asyncio.create_subprocess_exec(*command, stderr=stderr, **CHILD_OPTIONS)
         except OSError as error:
             raise not_started(command, error) from None
-        link = cls(process, buffer_bytes)
+        link = cls(process, Exchange(buffer_bytes, queue_bytes))
         try:
             await asyncio.wait_for(link.wait_for(link.exchange.maybe_handshake), start_seconds)
         except BaseException:

@@ -16,6 +16,7 @@ from typing import IO, Any, Final, TypeVar
 
 from mossnano_stdio.client.exchange import (
     BUFFER_BYTES,
+    QUEUE_BYTES,
     Exchange,
     Facts,
     Frames,
@@ -49,7 +50,7 @@ class Stream:
         self._state = state
 
     def feed(self, frames: Frames) -> None:
-        """More of it: [frames, quantizers], or packed bytes. Never waits."""
+        """More of it: [frames, quantizers], or packed bytes. Never waits; QueueFullError if too much waits."""
         with self._link.changing() as exchange:
             exchange.feed(self._state, frames)
 
@@ -96,10 +97,11 @@ class Decoder(Facts):
         command: Sequence[str] | None = None,
         start_seconds: float = START_SECONDS,
         buffer_bytes: int = BUFFER_BYTES,
+        queue_bytes: int = QUEUE_BYTES,
         stderr: int | IO[bytes] | None = None,
     ) -> None:
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
-        self._connect = functools.partial(_Link, program, start_seconds, buffer_bytes, stderr)
+        self._connect = functools.partial(_Link, program, start_seconds, buffer_bytes, queue_bytes, stderr)
         self._lock = threading.Lock()
         self._is_closed = False
         self._settings: dict[str, int | None] = {}
@@ -110,6 +112,11 @@ class Decoder(Facts):
     @property
     def handshake(self) -> Mapping[str, Any]:
         return self._link.exchange.handshake
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits here to be sent, of the `queue_bytes` that may: payloads, and 64 bytes for each message."""
+        return self._link.exchange.queued_bytes
 
     @property
     def pid(self) -> int:
@@ -225,9 +232,14 @@ class _Link:
     """One process, the two threads that carry its bytes, and the lock around its exchange."""
 
     def __init__(
-        self, command: Sequence[str], start_seconds: float, buffer_bytes: int, stderr: int | IO[bytes] | None
+        self,
+        command: Sequence[str],
+        start_seconds: float,
+        buffer_bytes: int,
+        queue_bytes: int,
+        stderr: int | IO[bytes] | None,
     ) -> None:
-        self.exchange = Exchange(buffer_bytes)
+        self.exchange = Exchange(buffer_bytes, queue_bytes)
         try:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(command, bufsize=0, stderr=stderr, **CHILD_OPTIONS)
         except OSError as error:

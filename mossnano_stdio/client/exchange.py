@@ -20,11 +20,20 @@ from mossnano_stdio.bits import pack_frames
 from mossnano_stdio.container import parse_artifact
 from mossnano_stdio.errors import MossnanoError, TokenError, UsageError
 from mossnano_stdio.layout import CodecFormat
-from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, json_message, parse_json
+from mossnano_stdio.protocol import (
+    MESSAGE_COST_BYTES,
+    Kind,
+    Message,
+    MessageReader,
+    encode_message,
+    json_message,
+    parse_json,
+)
 
 Frames = NDArray[np.integer] | Sequence[Sequence[int]] | bytes | bytearray | memoryview
 
 BUFFER_BYTES: Final = 4 << 20  # 20 s of nano
+QUEUE_BYTES: Final = 33 << 20  # of what waits to be sent: the longest artifact fits, and 9 hours of live speech
 LONGEST_PAYLOAD_BYTES: Final = 1 << 16  # of what is fed, so that a CANCEL never waits behind a long message
 LONGEST_ANSWER_BYTES: Final = 1 << 28  # PINGs come back as long as they were sent
 _STREAM_LOST: Final = ("bad_tokens", "bad_artifact", "decode_failed")  # the rest of the stream is skipped
@@ -51,6 +60,10 @@ class DecoderDiedError(DecoderError):
         self.status = status
         self.lost_streams = lost_streams
         self.lost_frames = lost_frames
+
+
+class QueueFullError(DecoderError):
+    """The process does not read on, and so much waits to be sent to it that this was refused, all of it."""
 
 
 class StreamOverError(DecoderError):
@@ -138,14 +151,21 @@ class _Outgoing(NamedTuple):
     message: Message
     maybe_stream: StreamState | None = None
 
+    @property
+    def cost_bytes(self) -> int:
+        """What it counts in the queue, as in the inbox of the process."""
+        return len(self.message.payload) + MESSAGE_COST_BYTES
+
 
 class Exchange:
     """The conversation with one process, from its HANDSHAKE to its end."""
 
-    def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, buffer_bytes: int = BUFFER_BYTES, queue_bytes: int = QUEUE_BYTES) -> None:
         self._buffer_bytes = buffer_bytes
+        self._queue_bytes = queue_bytes
         self._reader = MessageReader(LONGEST_ANSWER_BYTES)
         self._outbox: deque[_Outgoing] = deque()
+        self.queued_bytes = 0  # what the outbox costs
         self._sent: deque[StreamState | _Cancel] = deque()  # what an END is still due for, oldest first
         self._answers: deque[tuple[Kind, Answer]] = deque()
         self._unread: weakref.WeakSet[StreamState] = weakref.WeakSet()
@@ -161,10 +181,7 @@ class Exchange:
 
     def open(self) -> StreamState:
         """A stream to feed. The process learns of it with its first frames."""
-        self._check_alive()
-        if self._maybe_open is not None and self._maybe_open.takes_frames:
-            raise UsageError("a stream is open already: finish or cancel it first")
-        return self._begin()
+        return self._begin([])
 
     @property
     def maybe_open(self) -> StreamState | None:
@@ -172,13 +189,15 @@ class Exchange:
         return self._maybe_open
 
     def feed(self, stream: StreamState, frames: Frames) -> None:
-        """Frames for this stream."""
+        """Frames for this stream: all of them or, with QueueFullError, none."""
         payload = self._packed(frames)
         self._check_feedable(stream)
         frame_bytes: int = self.handshake["frame_bytes"]
         most = max(1, self._longest_payload_bytes // frame_bytes) * frame_bytes
-        for start in range(0, len(payload), most):
-            self._send(Message(Kind.TOKENS, payload[start : start + most]), stream)
+        messages = _cut(Kind.TOKENS, payload, most)
+        self._check_room(messages)
+        for message in messages:
+            self._send(message, stream)
         stream.fed_frames += len(payload) // frame_bytes
 
     def finish(self, stream: StreamState) -> None:
@@ -193,13 +212,13 @@ class Exchange:
     def feed_artifact(self, artifact: bytes) -> StreamState:
         """A whole `.mossnano`, as a stream of its own."""
         frames = parse_artifact(artifact).frames
-        stream = self.open()
+        messages = _cut(Kind.ARTIFACT, artifact, self._longest_payload_bytes)
+        stream = self._begin(messages)
         stream.takes_frames = False
         stream.ends_by_itself = True
         stream.fed_frames = frames
-        most = self._longest_payload_bytes
-        for start in range(0, len(artifact), most):
-            self._send(Message(Kind.ARTIFACT, artifact[start : start + most]), stream)
+        for message in messages:
+            self._send(message, stream)
         return stream
 
     def cancel(self) -> None:
@@ -216,7 +235,7 @@ class Exchange:
         ]
         self._cancels += 1
         cancel = _Outgoing(Message(Kind.CANCEL, str(self._cancels).encode()))
-        self._outbox = deque([cancel, *others])
+        self._put_into_outbox([cancel, *others])
 
     def ping(self) -> Answer:
         """An answer that comes when all that was said before it was dealt with."""
@@ -237,7 +256,9 @@ class Exchange:
         """
         if not self._outbox or self._is_held_back(self._outbox[0]):
             return None
-        message, maybe_stream = self._outbox.popleft()
+        outgoing = self._outbox.popleft()
+        self.queued_bytes -= outgoing.cost_bytes
+        message, maybe_stream = outgoing
         if maybe_stream is not None and not maybe_stream.is_sent:
             maybe_stream.is_sent = True
             self._sent.append(maybe_stream)
@@ -301,12 +322,17 @@ class Exchange:
         for _, answer in self._answers:
             answer.maybe_error = self.maybe_death
         self._answers.clear()
-        self._outbox.clear()
+        self._put_into_outbox([])
         self._sent.clear()
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _begin(self) -> StreamState:
+    def _begin(self, messages: Sequence[Message]) -> StreamState:
+        """A new stream, if these can be sent for it."""
+        self._check_alive()
+        if self._maybe_open is not None and self._maybe_open.takes_frames:
+            raise UsageError("a stream is open already: finish or cancel it first")
+        self._check_room(messages)
         stream = self._maybe_open = StreamState()
         self._unread.add(stream)
         return stream
@@ -315,15 +341,34 @@ class Exchange:
     def _longest_payload_bytes(self) -> int:
         return min(LONGEST_PAYLOAD_BYTES, int(self.handshake["max_message_bytes"]) - 1)
 
+    def _check_room(self, messages: Sequence[Message]) -> None:
+        """May these be queued? Who has none to send is refused as well, once the queue is over its bound."""
+        more_bytes = sum(_Outgoing(message).cost_bytes for message in messages)
+        if self.queued_bytes + more_bytes <= self._queue_bytes:
+            return
+        raise QueueFullError(
+            "queue_full",
+            f"{self.queued_bytes} bytes wait to be sent and {more_bytes} more were refused: queue_bytes allows "
+            f"{self._queue_bytes}. Read what was decoded, so that the process reads on, and feed again; or cancel",
+        )
+
+    def _put_into_outbox(self, outgoing: Sequence[_Outgoing]) -> None:
+        """This in place of what waited there."""
+        self._outbox = deque(outgoing)
+        self.queued_bytes = sum(message.cost_bytes for message in outgoing)
+
     def _send(self, message: Message, maybe_stream: StreamState | None = None) -> None:
         if self.maybe_death is not None:
             return
-        self._outbox.append(_Outgoing(message, maybe_stream))
+        outgoing = _Outgoing(message, maybe_stream)
+        self._outbox.append(outgoing)
+        self.queued_bytes += outgoing.cost_bytes
         if maybe_stream is not None:
             maybe_stream.is_queued = True
 
     def _ask(self, message: Message) -> Answer:
         self._check_alive()
+        self._check_room([message])
         answer = Answer()
         self._answers.append((Kind(message.kind), answer))
         self._send(message)
@@ -382,7 +427,7 @@ class Exchange:
         stream.maybe_fault = error
         if stream.ends_by_itself and not stream.was_cancelled:
             others = (outgoing for outgoing in self._outbox if outgoing.maybe_stream is not stream)
-            self._outbox = deque([_Outgoing(Message(Kind.END), stream), *others])
+            self._put_into_outbox([_Outgoing(Message(Kind.END), stream), *others])
 
     def _take_end(self, fields: Mapping[str, Any]) -> None:
         if not fields["cancelled"]:
@@ -438,6 +483,11 @@ class Exchange:
             return 0
         frame_pcm_bytes = format_of(self.handshake).frame_pcm_bytes
         return sum(stream.fed_frames - stream.received_bytes // frame_pcm_bytes for stream in lost)
+
+
+def _cut(kind: Kind, payload: bytes, most: int) -> list[Message]:
+    """A payload in messages of at most so many bytes of it."""
+    return [Message(kind, payload[start : start + most]) for start in range(0, len(payload), most)]
 
 
 class Facts(ABC):
