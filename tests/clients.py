@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, StreamEnd
+from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, Played, StreamEnd
 from tests.child import ROOT
 
 
@@ -30,6 +30,9 @@ class FaceOfStream(Protocol):
 
     @property
     def was_cancelled(self) -> bool: ...
+
+    @property
+    def played(self) -> Played: ...
 
     @property
     def maybe_end(self) -> StreamEnd | None: ...
@@ -99,6 +102,10 @@ class SteppedStream:
     @property
     def was_cancelled(self) -> bool:
         return self._stream.was_cancelled
+
+    @property
+    def played(self) -> Played:
+        return self._stream.played
 
     @property
     def maybe_end(self) -> StreamEnd | None:
@@ -171,5 +178,7 @@ CLIENTS = {"Decoder": Decoder, "AsyncDecoder": SteppedDecoder}
 def start(client: str, command: Sequence[str], **options: Any) -> Face:
     """One of CLIENTS around a command of the tests."""
     here = ["env", "-C", str(ROOT), *command]  # the doubles are modules of the tests
-    face: Face = CLIENTS[client](command=here, stderr=subprocess.DEVNULL, **options)
+    if "log" not in options:
+        options["stderr"] = subprocess.DEVNULL
+    face: Face = CLIENTS[client](command=here, **options)
     return face

@@ -27,6 +27,7 @@ from mossnano_stdio.client import (
     Decoder,
     DecoderDiedError,
     DecoderError,
+    Played,
     QueueFullError,
     StreamEnd,
     StreamOverError,
@@ -125,8 +126,99 @@ def test_an_artifact(decoder: Face) -> None:
 def test_facts(decoder: Face) -> None:
     with Decoder(command=OTHER_PEER) as other:
         assert (other.sample_rate, other.channels, other.frame_samples) == (8000, 1, 5)
+        assert (other.version, other.demo) == ("0", True)
         assert (other.quantizers, other.codebook_size, other.format.frame_bytes) == (3, 300, 4)
     assert decoder.handshake["direction"] == "decode"
+
+
+@both
+def test_what_was_played_is_counted_for_each_stream(client: str) -> None:
+    face = start(client, double({}, "--chunk-frames", "5"))
+    first = face.feed(FRAMES)
+    assert first.played == Played(stream=0, samples=0)
+    next(first)
+    assert first.played == Played(stream=0, samples=5 * 4)
+    face.cancel()
+    assert first.read() == b""
+    second = face.feed(FRAMES)
+    face.finish()
+    second.read()
+    assert [first.played, second.played] == [Played(0, 20), Played(1, 80)]
+    os.kill(face.pid, signal.SIGKILL)
+    with pytest.raises(DecoderDiedError):
+        face.ping()
+    assert face.feed(FRAMES).played == Played(2, 0)  # another process, and they are numbered on
+    face.close()
+
+
+# --- the log ---------------------------------------------------------------------------------------
+
+
+def program_that_logs(text: bytes) -> list[str]:
+    """A decoder that says this on stderr, and then is like any other."""
+    first = f"import os; os.write(2, {text!r}); os.execv({OTHER_PEER[0]!r}, {OTHER_PEER!r})"
+    return [sys.executable, "-I", "-S", "-c", first]
+
+
+@both
+def test_the_log_comes_line_by_line(client: str) -> None:
+    lines: list[str] = []
+    face = start(client, program_that_logs(b"one\ntwo\r\n\nno \xff UTF-8\nunended"), log=lines.append)
+    face.decode([[1, 2, 3]])
+    face.close()
+    assert lines == ["one", "two", "", "no \ufffd UTF-8", "unended"]
+
+
+@both
+def test_a_line_of_the_log_that_does_not_end_is_cut(client: str) -> None:
+    lines: list[str] = []
+    face = start(client, program_that_logs(b"x" * 100_000 + b"\nshort\n"), log=lines.append)
+    face.close()
+    assert "".join(lines) == "x" * 100_000 + "short"
+    assert lines[-1] == "short"
+    assert max(map(len, lines)) < 40_000
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@both
+def test_a_log_that_raises_harms_nothing(client: str) -> None:
+    before = what_there_is()
+    heard = []
+
+    def log(line: str) -> None:
+        heard.append(line)
+        raise ZeroDivisionError
+
+    face = start(client, double({"noise": True}, "--chunk-frames", "1"), log=log)
+    assert face.decode(FRAMES) == PCM
+    face.close()
+    assert heard
+    assert what_there_is() == before
+
+
+def test_who_logs_may_close() -> None:
+    before = what_there_is()
+    decoders: list[Decoder] = []
+    done = threading.Event()
+
+    def log(line: str) -> None:
+        if decoders:
+            decoders[0].close()
+            done.set()
+
+    decoders.append(Decoder(command=double({"noise": True}), log=log))
+    decoders[0].feed(FRAMES)
+    assert done.wait(20)
+    deadline = time.monotonic() + 20
+    while what_there_is() != before:  # the log's own thread ends when it comes back from there
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_log_goes_to_one_place() -> None:
+    for client in (Decoder, AsyncDecoder):
+        with pytest.raises(UsageError, match="both log and stderr"):
+            client(log=print, stderr=subprocess.DEVNULL)
 
 
 def test_the_demo_by_its_name() -> None:
@@ -356,9 +448,9 @@ def test_two_tasks_feed_and_read() -> None:
     assert asyncio.run(main()) == expected_pcm(frames, NANO)
 
 
-def conversation(*messages: Message, **options: int) -> Exchange:
+def conversation(*messages: Message, **options: Any) -> Exchange:
     """An exchange that has heard a HANDSHAKE and these messages."""
-    exchange = Exchange(**{"buffer_bytes": 100} | options)
+    exchange = Exchange(**({"buffer_bytes": 100} | options))
     assert exchange.receive(encode_message(*json_message(Kind.HANDSHAKE, HANDSHAKE)))
     for message in messages:
         assert exchange.receive(encode_message(*message))
@@ -688,7 +780,8 @@ def test_a_ping_may_be_given_a_time() -> None:
 
 def what_there_is() -> tuple[int, list[str], list[str]]:
     """Open descriptors, threads, and children of this process."""
-    threads = sorted(thread.name for thread in threading.enumerate())
+    names = (thread.name for thread in threading.enumerate())
+    threads = sorted(name for name in names if "waitpid-" not in name)  # asyncio's, which end a moment later
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return len(list(Path("/proc/self/fd").iterdir())), threads, children
 

@@ -23,7 +23,14 @@ from __future__ import annotations
 
 from mossnano_stdio.client.asynchronous import AsyncDecoder, AsyncStream
 from mossnano_stdio.client.blocking import Decoder, Stream
-from mossnano_stdio.client.exchange import DecoderDiedError, DecoderError, QueueFullError, StreamEnd, StreamOverError
+from mossnano_stdio.client.exchange import (
+    DecoderDiedError,
+    DecoderError,
+    Played,
+    QueueFullError,
+    StreamEnd,
+    StreamOverError,
+)
 
 __all__ = [
     "AsyncDecoder",
@@ -31,6 +38,7 @@ __all__ = [
     "Decoder",
     "DecoderDiedError",
     "DecoderError",
+    "Played",
     "QueueFullError",
     "Stream",
     "StreamEnd",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -16,16 +15,17 @@ from mossnano_stdio.client.exchange import (
     Exchange,
     Facts,
     Frames,
+    Played,
     StreamEnd,
     StreamState,
 )
 from mossnano_stdio.client.launch import (
-    CHILD_OPTIONS,
     READ_BYTES,
     START_SECONDS,
     STOP_SECONDS,
+    Launch,
+    LogLines,
     command_line,
-    not_started,
 )
 from mossnano_stdio.errors import UsageError
 
@@ -70,6 +70,11 @@ class AsyncStream:
         return self._state.was_cancelled
 
     @property
+    def played(self) -> Played:
+        """Its number, and how many samples of it were handed out."""
+        return self._link.exchange.played(self._state)
+
+    @property
     def maybe_end(self) -> StreamEnd | None:
         """What it came to, once the process has said so."""
         return self._state.maybe_end
@@ -78,7 +83,8 @@ class AsyncStream:
 class AsyncDecoder(Facts):
     """A decoder process: fed with frames, heard as PCM. `async with` starts it and ends it; so do start and close.
 
-    What is awaited may have to start a process, or waits for an answer; the rest never waits.
+    What is awaited may have to start a process, or waits for an answer; the rest never waits. The log of the process
+    goes line by line to `log`, or where `stderr` says, or else to our own stderr.
     """
 
     def __init__(
@@ -91,9 +97,10 @@ class AsyncDecoder(Facts):
         buffer_bytes: int = BUFFER_BYTES,
         queue_bytes: int = QUEUE_BYTES,
         stderr: int | IO[bytes] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
-        self._connect = functools.partial(_AsyncLink.start, program, start_seconds, buffer_bytes, queue_bytes, stderr)
+        self._launch = Launch(program, start_seconds, buffer_bytes, queue_bytes, log, stderr)
         self._starting = asyncio.Lock()
         self._settings: dict[str, int | None] = {}
         self._maybe_link: _AsyncLink | None = None
@@ -205,7 +212,7 @@ class AsyncDecoder(Facts):
             if self._is_closed:
                 raise UsageError("this decoder is closed")
             if self._maybe_link is None:
-                self._maybe_link = await self._connect()
+                self._maybe_link = await _AsyncLink.start(self._launch)
             elif self._maybe_link.exchange.maybe_death is not None:
                 await self._restart(self._maybe_link)
             return self._maybe_link
@@ -213,7 +220,7 @@ class AsyncDecoder(Facts):
     async def _restart(self, dead: _AsyncLink) -> None:
         """Another process, with the settings that held in the one that died."""
         await dead.close()
-        link = self._maybe_link = await self._connect()
+        link = self._maybe_link = await _AsyncLink.start(self._launch)
         self.restarts += 1
         if self._settings:
             await _settle(link, self._settings)
@@ -242,31 +249,27 @@ class _Bell:
 class _AsyncLink:
     """One process, the two tasks that carry its bytes, and its exchange."""
 
-    def __init__(self, process: asyncio.subprocess.Process, exchange: Exchange) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, exchange: Exchange, maybe_log: Callable[[str], None] | None
+    ) -> None:
         self.exchange = exchange
         self.process = process
         self._changed = _Bell()
         self._is_closing = False
         self._writer = asyncio.create_task(self._write_all(), name="mossnano-client-writer")
         self._reader = asyncio.create_task(self._read_all(), name="mossnano-client-reader")
+        self._logger = asyncio.create_task(self._log_all(maybe_log), name="mossnano-client-log")
 
     @classmethod
-    async def start(
-        cls,
-        command: Sequence[str],
-        start_seconds: float,
-        buffer_bytes: int,
-        queue_bytes: int,
-        stderr: int | IO[bytes] | None,
-    ) -> _AsyncLink:
+    async def start(cls, launch: Launch) -> _AsyncLink:
         """A process that has said its HANDSHAKE."""
         try:
-            process = await asyncio.create_subprocess_exec(*command, stderr=stderr, **CHILD_OPTIONS)
+            process = await asyncio.create_subprocess_exec(*launch.command, **launch.process_options())
         except OSError as error:
-            raise not_started(command, error) from None
-        link = cls(process, Exchange(buffer_bytes, queue_bytes))
+            raise launch.not_started(error) from None
+        link = cls(process, launch.exchange(), launch.maybe_log)
         try:
-            await asyncio.wait_for(link.wait_for(link.exchange.maybe_handshake), start_seconds)
+            await asyncio.wait_for(link.wait_for(link.exchange.maybe_handshake), launch.start_seconds)
         except BaseException:
             await link.close()
             raise
@@ -304,7 +307,7 @@ class _AsyncLink:
                 self.process.terminate()  # it may be busy for as long as what waits takes
         self.process.stdin.close()
         await self._wait_or_kill()
-        await asyncio.gather(self._writer, self._reader)
+        await asyncio.gather(self._writer, self._reader, self._logger)
         with contextlib.suppress(OSError):
             await self.process.stdin.wait_closed()
 
@@ -328,6 +331,18 @@ class _AsyncLink:
                 await self.process.stdin.drain()
             except OSError:
                 return  # it is gone, as the reader finds out
+
+    async def _log_all(self, maybe_log: Callable[[str], None] | None) -> None:
+        if maybe_log is None:
+            return
+        assert self.process.stderr is not None
+        loop = asyncio.get_running_loop()  # what `log` raises is for its exception handler, and not for us
+        lines = LogLines()
+        while data := await self.process.stderr.read(READ_BYTES):
+            for line in lines.feed(data):
+                loop.call_soon(maybe_log, line)
+        for line in lines.rest():
+            loop.call_soon(maybe_log, line)
 
     async def _read_all(self) -> None:
         try:

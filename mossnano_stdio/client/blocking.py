@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import subprocess
 import sys
@@ -20,16 +19,17 @@ from mossnano_stdio.client.exchange import (
     Exchange,
     Facts,
     Frames,
+    Played,
     StreamEnd,
     StreamState,
 )
 from mossnano_stdio.client.launch import (
-    CHILD_OPTIONS,
     READ_BYTES,
     START_SECONDS,
     STOP_SECONDS,
+    Launch,
+    LogLines,
     command_line,
-    not_started,
 )
 from mossnano_stdio.errors import UsageError
 
@@ -77,6 +77,11 @@ class Stream:
         return self._state.was_cancelled
 
     @property
+    def played(self) -> Played:
+        """Its number, and how many samples of it were handed out."""
+        return self._link.exchange.played(self._state)
+
+    @property
     def maybe_end(self) -> StreamEnd | None:
         """What it came to, once the process has said so."""
         return self._state.maybe_end
@@ -85,8 +90,8 @@ class Stream:
 class Decoder(Facts):
     """A decoder process: fed with frames, heard as PCM. It is there when the constructor returns.
 
-    `command` replaces the program, `arguments` are added to it. Its log goes where `stderr` says, to our own stderr
-    unless that is given. If it dies, the next stream starts another one.
+    `command` replaces the program, `arguments` are added to it. Its log goes line by line to `log`, which is called on
+    a thread of its own, or where `stderr` says, or else to our own stderr. If it dies, the next stream starts another.
     """
 
     def __init__(
@@ -99,13 +104,14 @@ class Decoder(Facts):
         buffer_bytes: int = BUFFER_BYTES,
         queue_bytes: int = QUEUE_BYTES,
         stderr: int | IO[bytes] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
-        self._connect = functools.partial(_Link, program, start_seconds, buffer_bytes, queue_bytes, stderr)
+        self._launch = Launch(program, start_seconds, buffer_bytes, queue_bytes, log, stderr)
         self._lock = threading.Lock()
         self._is_closed = False
         self._settings: dict[str, int | None] = {}
-        self._link = self._connect()
+        self._link = _Link(self._launch)
         self._finalizer = weakref.finalize(self, _warn_and_close, self._link)
         self.restarts = 0
 
@@ -214,7 +220,7 @@ class Decoder(Facts):
         """Another process, with the settings that held in the one that died."""
         self._finalizer.detach()
         self._link.close()
-        self._link = self._connect()
+        self._link = _Link(self._launch)
         self._finalizer = weakref.finalize(self, _warn_and_close, self._link)
         self.restarts += 1
         if self._settings:
@@ -231,27 +237,28 @@ def _warn_and_close(link: _Link) -> None:
 class _Link:
     """One process, the two threads that carry its bytes, and the lock around its exchange."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        start_seconds: float,
-        buffer_bytes: int,
-        queue_bytes: int,
-        stderr: int | IO[bytes] | None,
-    ) -> None:
-        self.exchange = Exchange(buffer_bytes, queue_bytes)
+    def __init__(self, launch: Launch) -> None:
+        self.exchange = launch.exchange()
         try:
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(command, bufsize=0, stderr=stderr, **CHILD_OPTIONS)
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                launch.command, bufsize=0, **launch.process_options()
+            )
         except OSError as error:
-            raise not_started(command, error) from None
+            raise launch.not_started(error) from None
         self._changed = threading.Condition()
         self._is_closing = False
         self._writer = threading.Thread(target=self._write_all, name="mossnano-client-writer", daemon=True)
         self._reader = threading.Thread(target=self._read_all, name="mossnano-client-reader", daemon=True)
         self._writer.start()
         self._reader.start()
+        self._maybe_logger: threading.Thread | None = None
+        if launch.maybe_log is not None:
+            self._maybe_logger = threading.Thread(
+                target=self._log_all, args=[launch.maybe_log], name="mossnano-client-log", daemon=True
+            )
+            self._maybe_logger.start()
         try:
-            self.wait_for(self.exchange.maybe_handshake, start_seconds)
+            self.wait_for(self.exchange.maybe_handshake, launch.start_seconds)
         except BaseException:
             self.close()
             raise
@@ -298,6 +305,8 @@ class _Link:
         self._wait_or_kill()
         self._reader.join(STOP_SECONDS)
         self.process.stdout.close()
+        if self._maybe_logger is not None and self._maybe_logger is not threading.current_thread():
+            self._maybe_logger.join(STOP_SECONDS)
 
     def _write_all(self) -> None:
         assert self.process.stdin is not None
@@ -344,6 +353,16 @@ class _Link:
                 self.process.kill()
                 return
 
+    def _log_all(self, log: Callable[[str], None]) -> None:
+        assert self.process.stderr is not None
+        lines = LogLines()
+        with self.process.stderr as pipe:
+            while data := _read(pipe.fileno()):
+                for line in lines.feed(data):
+                    _log_line(log, line)
+        for line in lines.rest():
+            _log_line(log, line)
+
     def _wait_or_kill(self) -> int:
         """The exit status of the process, which should end."""
         try:
@@ -351,6 +370,13 @@ class _Link:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+
+def _log_line(log: Callable[[str], None], line: str) -> None:
+    try:
+        log(line)
+    except Exception as bug:  # noqa: BLE001 - shown as any thread's, and the process, whose log must flow, lives on
+        threading.excepthook(threading.ExceptHookArgs([type(bug), bug, bug.__traceback__, threading.current_thread()]))
 
 
 def _read(fd: int) -> bytes:

@@ -6,10 +6,11 @@ will. Whatever can be waited for is asked for by a call that answers None as lon
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from mossnano_stdio.bits import pack_frames
 from mossnano_stdio.container import parse_artifact
 from mossnano_stdio.errors import MossnanoError, TokenError, UsageError
-from mossnano_stdio.layout import CodecFormat
+from mossnano_stdio.layout import SAMPLE_BYTES, CodecFormat
 from mossnano_stdio.protocol import (
     MESSAGE_COST_BYTES,
     Kind,
@@ -80,10 +81,18 @@ class StreamEnd:
     errors: int
 
 
+class Played(NamedTuple):
+    """How far a stream was handed out."""
+
+    stream: int  # counted here, from 0, as they are opened; a process that was replaced counts from 0 again
+    samples: int  # per channel
+
+
 class StreamState:
     """One stream, as far as it has come back."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.takes_frames = True
         self.ends_by_itself = False  # it is an artifact
         self.was_cancelled = False
@@ -94,6 +103,7 @@ class StreamState:
         self.maybe_fault: DecoderError | None = None  # why the process skips what is still fed
         self.fed_frames = 0
         self.received_bytes = 0
+        self.taken_bytes = 0
         self.waiting_bytes = 0
         self._waiting: deque[bytes | DecoderError] = deque()
 
@@ -114,6 +124,7 @@ class StreamState:
         if isinstance(piece, DecoderError):
             raise piece
         self.waiting_bytes -= len(piece)
+        self.taken_bytes += len(piece)
         return piece
 
     def cancel(self) -> None:
@@ -160,7 +171,13 @@ class _Outgoing(NamedTuple):
 class Exchange:
     """The conversation with one process, from its HANDSHAKE to its end."""
 
-    def __init__(self, buffer_bytes: int = BUFFER_BYTES, queue_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(
+        self,
+        buffer_bytes: int = BUFFER_BYTES,
+        queue_bytes: int = QUEUE_BYTES,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        self._numbers = itertools.count() if numbers is None else numbers  # of streams
         self._buffer_bytes = buffer_bytes
         self._queue_bytes = queue_bytes
         self._reader = MessageReader(LONGEST_ANSWER_BYTES)
@@ -296,6 +313,11 @@ class Exchange:
             self._unread.discard(stream)
         return maybe_pcm
 
+    def played(self, stream: StreamState) -> Played:
+        """How much of it was taken."""
+        channels: int = self.handshake["channels"]
+        return Played(stream.number, stream.taken_bytes // (channels * SAMPLE_BYTES))
+
     def receive(self, data: bytes) -> bool:
         """Bytes came from the process. False: they make no sense, and nothing after them can."""
         try:
@@ -333,7 +355,7 @@ class Exchange:
         if self._maybe_open is not None and self._maybe_open.takes_frames:
             raise UsageError("a stream is open already: finish or cancel it first")
         self._check_room(messages)
-        stream = self._maybe_open = StreamState()
+        stream = self._maybe_open = StreamState(next(self._numbers))
         self._unread.add(stream)
         return stream
 
@@ -501,6 +523,16 @@ class Facts(ABC):
     @property
     def format(self) -> CodecFormat:
         return format_of(self.handshake)
+
+    @property
+    def version(self) -> str:
+        """Of the program."""
+        return str(self.handshake["version"])
+
+    @property
+    def demo(self) -> bool:
+        """Is it the built-in demo, and no real codec?"""
+        return self.handshake["demo"] is True
 
     @property
     def sample_rate(self) -> int:
