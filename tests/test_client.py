@@ -662,6 +662,56 @@ def test_barge_in_latency(capsys: pytest.CaptureFixture[str]) -> None:
     assert first < idle + 5
 
 
+# --- odd hosts -------------------------------------------------------------------------------------
+
+HOSTS = {
+    "Decoder": "decoder = Decoder(command=COMMAND)\nlook()\nprint(len(decoder.decode(FRAMES)))\ndecoder.close()",
+    "AsyncDecoder": """
+async def main():
+    async with AsyncDecoder(command=COMMAND) as decoder:
+        look()
+        print(len(await decoder.decode(FRAMES)))
+asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.parametrize("client", HOSTS)
+def test_a_host_that_closed_its_standard_descriptors_does_not_talk_to_the_decoder_by_mistake(client: str) -> None:
+    program = f"""
+import asyncio, contextlib, os
+from mossnano_stdio.client import AsyncDecoder, Decoder
+COMMAND, FRAMES = {OTHER_PEER!r}, [[1, 2, 3]] * 10
+def look():
+    for fd in (0, 2):
+        print("pipe" in os.path.realpath(f"/proc/self/fd/{{fd}}"))
+    if {client!r} == "Decoder":  # in the other one it is something of the event loop's
+        with contextlib.suppress(OSError):
+            os.write(2, b"what a library has to say")
+{HOSTS[client]}
+"""
+    shell = ["bash", "-c", 'exec "$@" <&- 2>&-', "bash", sys.executable, "-c", program]
+    done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.stdout.split() == ["False", "False", "100"]
+    assert done.returncode == 0
+
+
+@both
+def test_a_host_that_blocks_signals_has_a_decoder_that_can_be_ended_by_them(client: str) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    try:
+        face = start(client, double())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    blocked = [line for line in Path(f"/proc/{face.pid}/status").read_text().splitlines() if "SigBlk" in line]
+    assert [int(line.split()[1], 16) for line in blocked] == [0]
+    os.kill(face.pid, signal.SIGTERM)
+    with pytest.raises(DecoderDiedError) as caught:
+        face.ping()
+    assert caught.value.status == 143
+    face.close()
+
+
 # --- a process that dies ---------------------------------------------------------------------------
 
 

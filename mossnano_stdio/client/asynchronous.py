@@ -26,6 +26,7 @@ from mossnano_stdio.client.launch import (
     Launch,
     LogLines,
     command_line,
+    standard_descriptors_taken,
 )
 from mossnano_stdio.errors import UsageError
 
@@ -264,7 +265,8 @@ class _AsyncLink:
     async def start(cls, launch: Launch) -> _AsyncLink:
         """A process that has said its HANDSHAKE."""
         try:
-            process = await asyncio.create_subprocess_exec(*launch.command, **launch.process_options())
+            with standard_descriptors_taken():
+                process = await asyncio.create_subprocess_exec(*launch.command, **launch.process_options())
         except OSError as error:
             raise launch.not_started(error) from None
         link = cls(process, launch.exchange(), launch.maybe_log)

@@ -30,6 +30,7 @@ from mossnano_stdio.client.launch import (
     Launch,
     LogLines,
     command_line,
+    standard_descriptors_taken,
 )
 from mossnano_stdio.errors import UsageError
 
@@ -240,9 +241,10 @@ class _Link:
     def __init__(self, launch: Launch) -> None:
         self.exchange = launch.exchange()
         try:
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                launch.command, bufsize=0, **launch.process_options()
-            )
+            with standard_descriptors_taken():
+                self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                    launch.command, bufsize=0, **launch.process_options()
+                )
         except OSError as error:
             raise launch.not_started(error) from None
         self._changed = threading.Condition()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +60,19 @@ class Launch:
     def not_started(self, error: OSError) -> DecoderError:
         """What to raise when there is no such program."""
         return DecoderError("not_started", f"{self.command[0]} cannot be started: {error.strerror}", fatal=True)
+
+
+@contextlib.contextmanager
+def standard_descriptors_taken() -> Iterator[None]:
+    """Inside, pipes that are made get other numbers than 0, 1 and 2, also where the host has closed these.
+
+    What it, or a library in it, writes to a descriptor that it takes for its stderr must not reach the decoder.
+    """
+    with contextlib.ExitStack() as placeholders:
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            placeholders.callback(os.close, fd)
+        os.close(fd)
+        yield
 
 
 class LogLines:
