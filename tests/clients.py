@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, Played, StreamEnd
+from mossnano_stdio.client.exchange import State
 from tests.child import ROOT
 
 
@@ -39,7 +41,14 @@ class FaceOfStream(Protocol):
 
 
 class Face(Protocol):
-    restarts: int
+    @property
+    def restarts(self) -> int: ...
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def maybe_failure(self) -> Exception | None: ...
 
     @property
     def handshake(self) -> Mapping[str, Any]: ...
@@ -130,6 +139,17 @@ class SteppedDecoder:
         return self._decoder.restarts
 
     @property
+    def state(self) -> State:
+        return self._decoder.state
+
+    @property
+    def maybe_failure(self) -> Exception | None:
+        return self._decoder.maybe_failure
+
+    def pass_time(self, seconds: float) -> None:
+        self._runner.run(asyncio.sleep(seconds))
+
+    @property
     def handshake(self) -> Mapping[str, Any]:
         return self._decoder.handshake
 
@@ -173,6 +193,17 @@ class SteppedDecoder:
 
 
 CLIENTS = {"Decoder": Decoder, "AsyncDecoder": SteppedDecoder}
+
+
+def wait_until(face: Face, is_so: Callable[[], bool]) -> None:
+    """Let time pass."""
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, f"it is {face.state}: {face.maybe_failure}"
+        if isinstance(face, SteppedDecoder):
+            face.pass_time(0.02)
+        else:
+            time.sleep(0.02)
 
 
 def start(client: str, command: Sequence[str], **options: Any) -> Face:

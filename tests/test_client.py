@@ -27,16 +27,17 @@ from mossnano_stdio.client import (
     Decoder,
     DecoderDiedError,
     DecoderError,
+    NotReadyError,
     Played,
     QueueFullError,
     StreamEnd,
     StreamOverError,
 )
-from mossnano_stdio.client.exchange import Exchange
+from mossnano_stdio.client.exchange import Exchange, State
 from mossnano_stdio.errors import ArtifactError, TokenError, UsageError
 from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, json_message
 from tests.child import DEMO, ROOT, double, pcm_of, run
-from tests.clients import CLIENTS, Face, start
+from tests.clients import CLIENTS, Face, start, wait_until
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
 
 OTHER_PEER = [sys.executable, "-I", "-S", str(ROOT / "tests" / "other_peer.py")]  # starts in no time
@@ -825,6 +826,215 @@ def test_a_ping_may_be_given_a_time() -> None:
     decoder.close()
 
 
+# --- states, and restarts --------------------------------------------------------------------------
+
+
+def wait_for_state(face: Face, state: State) -> None:
+    wait_until(face, lambda: face.state == state)
+
+
+@both
+def test_a_process_that_crashes_is_restarted_and_who_fed_it_is_told_what_is_lost(client: str) -> None:
+    face = start(client, double(), restart=3)
+    face.settle(chunk_frames=2)
+    face.decode(FRAMES)
+    unread = face.feed(FRAMES)
+    face.finish()
+    face.ping()
+    lost = face.feed(FRAMES)
+    first_pid = face.pid
+    os.kill(first_pid, signal.SIGKILL)
+    wait_until(face, lambda: face.restarts == 1)
+    assert face.pid != first_pid
+    assert face.handshake["chunk_frames"] == 2
+    failure = face.maybe_failure
+    assert isinstance(failure, DecoderDiedError)
+    assert (failure.status, failure.lost, failure.lost_streams) == (-9, (lost.played.stream,), 1)
+    with pytest.raises(DecoderDiedError):  # and does not go on in the middle, in the new process
+        face.feed(FRAMES)
+    with pytest.raises(DecoderDiedError):
+        lost.read()
+    assert unread.read() == PCM  # it was here already
+    assert face.decode(FRAMES) == PCM
+    face.close()
+    assert face.state == "closed"
+
+
+@both
+def test_a_lost_stream_may_be_finished_or_given_up(client: str) -> None:
+    face = start(client, double(), restart=5)
+    lost = face.feed(FRAMES)
+    os.kill(face.pid, signal.SIGKILL)
+    wait_until(face, lambda: face.restarts == 1)
+    face.finish()
+    with pytest.raises(DecoderDiedError):
+        lost.read()
+    face.feed(FRAMES)
+    os.kill(face.pid, signal.SIGKILL)
+    wait_until(face, lambda: face.restarts == 2)
+    again = face.open()
+    assert face.feed(FRAMES).played == again.played
+    face.finish()
+    assert again.read() == PCM
+    face.close()
+
+
+def program_that_starts(times: int, log: Path) -> list[str]:
+    """A decoder that can be started so often, and then ends with 3. Each start is a line in `log`."""
+    script = f'echo >> "$0"; [ $(wc -l < "$0") -le {times} ] || exit 3; exec "$@"'
+    return ["bash", "-c", script, str(log), *OTHER_PEER]
+
+
+@both
+def test_restarts_end_where_they_lead_nowhere(client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mossnano_stdio.client.launch.FIRST_PAUSE_SECONDS", 0.01)
+    log = tmp_path / "starts"
+    face = start(client, program_that_starts(1, log), restart=2)
+    os.kill(face.pid, signal.SIGKILL)
+    wait_for_state(face, "failed")
+    failure = face.maybe_failure
+    assert isinstance(failure, DecoderDiedError)
+    assert failure.status == 3
+    assert len(log.read_text()) == 1 + 2
+    with pytest.raises(DecoderDiedError, match="status 3"):  # who needs one has it tried once more
+        face.feed([[1, 2, 3]])
+    assert len(log.read_text()) == 1 + 2 + 1
+    face.close()
+
+
+@both
+def test_a_stream_that_comes_to_its_end_ends_a_row_of_crashes(client: str) -> None:
+    face = start(client, double(), restart=1)
+    killed = []
+    for _ in range(3):
+        assert face.decode(FRAMES) == PCM
+        killed.append(face.pid)
+        os.kill(face.pid, signal.SIGKILL)
+        wait_until(face, lambda: face.restarts == len(killed))
+    os.kill(face.pid, signal.SIGKILL)
+    wait_for_state(face, "failed")
+    face.close()
+
+
+@both
+def test_a_cancel_ends_the_unread_streams_of_a_dead_process_too(client: str) -> None:
+    face = start(client, double())
+    unread = face.feed(FRAMES)
+    face.finish()
+    face.ping()
+    os.kill(face.pid, signal.SIGKILL)
+    wait_for_state(face, "failed")
+    face.feed(FRAMES)
+    face.cancel()
+    assert unread.was_cancelled
+    assert unread.read() == b""
+    face.close()
+
+
+def here(command: list[str]) -> list[str]:
+    """The doubles are modules of the tests."""
+    return ["env", "-C", str(ROOT), *command]
+
+
+def test_nothing_waits_where_nobody_wants_to_wait() -> None:
+    command = here(double({"load_seconds": 2}))
+    with Decoder(command=command, stderr=subprocess.DEVNULL, wait_for_start=False) as decoder:
+        assert str(decoder.state) == "starting"
+        assert decoder.maybe_failure is None
+        with pytest.raises(NotReadyError, match="is being started: wait until its state is ready") as caught:
+            decoder.feed(FRAMES)
+        assert caught.value.code == "not_ready"
+        decoder.cancel()
+        with pytest.raises(NotReadyError):
+            print(decoder.sample_rate)
+        with pytest.raises(UsageError, match="no stream is open"):
+            decoder.finish()
+        with pytest.raises(TimeoutError):
+            decoder.wait_until_ready(0.01)
+        decoder.wait_until_ready()
+        assert str(decoder.state) == "ready"
+        assert decoder.decode(FRAMES) == PCM
+        first_pid = decoder.pid
+        os.kill(first_pid, signal.SIGKILL)
+        wait_for_state(decoder, "failed")
+        with pytest.raises(NotReadyError, match="because the decoder process ended with status -9"):
+            decoder.feed(FRAMES)
+        wait_until(decoder, lambda: decoder.pid != first_pid)
+        assert str(decoder.state) == "starting"
+        assert decoder.sample_rate == 48000  # as it was in the one that died
+        wait_for_state(decoder, "ready")
+        assert decoder.decode(FRAMES) == PCM
+    assert str(decoder.state) == "closed"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(["/nowhere/at/all"], "not_started"), (["false"], "process_died")], ids=["no file", "ends"]
+)
+def test_a_start_that_fails_has_a_reason(command: list[str], code: str) -> None:
+    with Decoder(command=command, wait_for_start=False, restart=3) as decoder:
+        wait_for_state(decoder, "failed")
+        assert isinstance(decoder.maybe_failure, DecoderError)
+        assert decoder.maybe_failure.code == code
+        with pytest.raises(DecoderError) as caught:
+            decoder.wait_until_ready()
+        assert caught.value is decoder.maybe_failure
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.3])
+def test_a_start_may_be_given_up(seconds: float) -> None:
+    before = what_there_is()
+    decoder = Decoder(command=["sleep", "60"], wait_for_start=False, restart=3)
+    time.sleep(seconds)
+    started = time.monotonic()
+    decoder.close()
+    assert time.monotonic() - started < 20  # and not 60
+    assert decoder.state == "closed"
+    with pytest.raises(UsageError, match="closed"):
+        decoder.feed(FRAMES)
+    assert what_there_is() == before
+
+
+def test_a_restart_may_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mossnano_stdio.client.launch.FIRST_PAUSE_SECONDS", 60)
+    monkeypatch.setattr("mossnano_stdio.client.launch.LONGEST_PAUSE_SECONDS", 60)
+    for client in CLIENTS:
+        before = what_there_is()
+        face = start(client, OTHER_PEER, restart=1)
+        os.kill(face.pid, signal.SIGKILL)
+        wait_for_state(face, "starting")
+        face.close()
+        assert what_there_is() == before
+
+
+def test_states_in_a_loop() -> None:
+    async def main() -> None:
+        decoder = AsyncDecoder(command=here(double()), stderr=subprocess.DEVNULL)
+        assert str(decoder.state) == "closed"
+        starting = asyncio.create_task(decoder.start())
+        while str(decoder.state) != "starting":
+            await asyncio.sleep(0)
+        with pytest.raises(NotReadyError):
+            decoder.cancel()
+        assert await decoder.decode(FRAMES) == PCM  # waits too
+        await starting
+        assert str(decoder.state) == "ready"
+        await decoder.close()
+        assert str(decoder.state) == "closed"
+
+    asyncio.run(main())
+
+
+def test_a_start_that_is_cancelled_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        async with AsyncDecoder(command=["sleep", "60"]):
+            raise AssertionError("it never says its HANDSHAKE")
+
+    before = what_there_is()
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(main(), 0.2))
+    assert what_there_is() == before
+
+
 # --- nothing is left behind --------------------------------------------------------------------------
 
 
@@ -916,6 +1126,7 @@ def test_what_is_closed_stays_closed_in_a_loop_too() -> None:
 
 
 def test_a_decoder_that_nobody_closes_is_closed_with_a_warning() -> None:
+    gc.collect()  # what earlier tests left is not for this one to count
     before = what_there_is()
     decoder = Decoder(command=OTHER_PEER)
     stream = decoder.feed([[1, 2, 3]])

@@ -14,8 +14,8 @@ Rules of this room:
   more than `queue_bytes` is refused, whole. What comes back is read until `buffer_bytes` wait to be taken; then the
   process is left to wait, unless somebody here waits for something that stands behind them.
 - `cancel` ends every stream that was not read to its end, at once. What still comes of them is dropped.
-- A process that died takes with it what it had not answered. Who reads one of those streams, or feeds it, is told. The
-  next stream starts a new process.
+- A process that died takes with it what it had not answered. Who reads one of those streams, or feeds it, is told, also
+  when the next process is there already. The next stream starts that, or with `restart` its death does.
 - After `close` there is no process, no thread and no descriptor left.
 """
 
@@ -26,6 +26,7 @@ from mossnano_stdio.client.blocking import Decoder, Stream
 from mossnano_stdio.client.exchange import (
     DecoderDiedError,
     DecoderError,
+    NotReadyError,
     Played,
     QueueFullError,
     StreamEnd,
@@ -38,6 +39,7 @@ __all__ = [
     "Decoder",
     "DecoderDiedError",
     "DecoderError",
+    "NotReadyError",
     "Played",
     "QueueFullError",
     "Stream",

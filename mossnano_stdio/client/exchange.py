@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from mossnano_stdio.protocol import (
     parse_json,
 )
 
+State = Literal["starting", "ready", "failed", "closed"]
 Frames = NDArray[np.integer] | Sequence[Sequence[int]] | bytes | bytearray | memoryview
 
 BUFFER_BYTES: Final = 4 << 20  # 20 s of nano
@@ -52,15 +53,25 @@ class DecoderError(MossnanoError):
 
 
 class DecoderDiedError(DecoderError):
-    """The process ended although nobody told it to. So many streams, and frames of them, will never be heard."""
+    """The process ended although nobody told it to. `lost` are the numbers of the streams that will not come to their
+    end; so many frames of them will never be heard."""
 
     def __init__(
-        self, code: str, text: str, *, status: int | None, lost_streams: int = 0, lost_frames: int = 0
+        self, code: str, text: str, *, status: int | None, lost: Sequence[int] = (), lost_frames: int = 0
     ) -> None:
         super().__init__(code, text, fatal=True)
         self.status = status
-        self.lost_streams = lost_streams
+        self.lost = tuple(lost)
+        self.lost_streams = len(lost)
         self.lost_frames = lost_frames
+
+
+class NotReadyError(DecoderError):
+    """There is no process yet that could take this."""
+
+    def __init__(self, maybe_why: Exception | None) -> None:
+        why = f", because {maybe_why}" if maybe_why else ""
+        super().__init__("not_ready", f"the decoder is being started{why}: wait until its state is ready")
 
 
 class QueueFullError(DecoderError):
@@ -190,6 +201,7 @@ class Exchange:
         self._maybe_fatal: DecoderError | None = None
         self._maybe_stray: DecoderError | None = None
         self._cancels = 0
+        self.ended_streams = 0  # which came to their end
         self.handshake: Mapping[str, Any] = {}
         self.waiting = 0  # how many callers wait for something to come
         self.maybe_death: DecoderDiedError | None = None
@@ -204,6 +216,20 @@ class Exchange:
     def maybe_open(self) -> StreamState | None:
         """The stream that takes frames."""
         return self._maybe_open
+
+    @property
+    def takes_frames(self) -> bool:
+        """Is a stream open? In a process that died: is there one whose feeder was not told yet?"""
+        return self._maybe_open is not None and self._maybe_open.takes_frames
+
+    def forget_open(self) -> None:
+        """Nobody will feed the open stream any more."""
+        self._maybe_open = None
+
+    @property
+    def has_unread(self) -> bool:
+        """Is there a stream that somebody may still read or feed?"""
+        return len(self._unread) > 0
 
     def feed(self, stream: StreamState, frames: Frames) -> None:
         """Frames for this stream: all of them or, with QueueFullError, none."""
@@ -335,7 +361,11 @@ class Exchange:
         lost_frames = self._lost_frames(lost)
         text = self._how_it_died(maybe_status, len(lost), lost_frames)
         self.maybe_death = DecoderDiedError(
-            code, text, status=maybe_status, lost_streams=len(lost), lost_frames=lost_frames
+            code,
+            text,
+            status=maybe_status,
+            lost=sorted(stream.number for stream in lost),
+            lost_frames=lost_frames,
         )
         for stream in lost:
             stream.put(self.maybe_death)
@@ -455,6 +485,7 @@ class Exchange:
         if not fields["cancelled"]:
             if isinstance(stream := self._current(), StreamState):
                 self._sent.popleft()
+                self.ended_streams += 1
                 stream.maybe_end = StreamEnd(fields["stream"], fields["frames"], fields["samples"], fields["errors"])
                 stream.is_over = True
             return

@@ -17,6 +17,8 @@ from mossnano_stdio.errors import UsageError
 START_SECONDS: Final = 60.0  # how long it may take to say its HANDSHAKE
 STOP_SECONDS: Final = 2.0  # how long it may take to end by itself
 READ_BYTES: Final = 1 << 16
+FIRST_PAUSE_SECONDS: Final = 0.25  # before a process that crashed is started again
+LONGEST_PAUSE_SECONDS: Final = 8.0
 LONGEST_LINE_BYTES: Final = 1 << 14  # of the log; what is longer comes as several
 
 # A child of its own group, so that Ctrl-C is ours to deal with, and without a window.
@@ -60,6 +62,30 @@ class Launch:
     def not_started(self, error: OSError) -> DecoderError:
         """What to raise when there is no such program."""
         return DecoderError("not_started", f"{self.command[0]} cannot be started: {error.strerror}", fatal=True)
+
+
+@dataclass
+class Restarts:
+    """When a process that crashed is started again: up to `most` times in a row. Each pause is twice the one before.
+
+    >>> restarts = Restarts(3)
+    >>> [restarts.maybe_pause_seconds() for _ in range(4)]
+    [0.25, 0.5, 1.0, None]
+    """
+
+    most: int
+    in_a_row: int = 0
+
+    def begin_a_row(self) -> None:
+        """All is well again: a stream came to its end, or somebody asked for a process."""
+        self.in_a_row = 0
+
+    def maybe_pause_seconds(self) -> float | None:
+        """How long to wait before the next start; None: that is it."""
+        if self.in_a_row >= self.most:
+            return None
+        self.in_a_row += 1
+        return min(FIRST_PAUSE_SECONDS * (1 << self.in_a_row - 1), LONGEST_PAUSE_SECONDS)
 
 
 @contextlib.contextmanager
