@@ -994,6 +994,31 @@ def test_a_start_may_be_given_up(seconds: float) -> None:
     assert what_there_is() == before
 
 
+def test_a_process_that_still_loads_is_told_to_end(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    script = 'trap "echo > $0; exit" TERM; echo > "$0.loading"; while :; do sleep 0.05; done'
+    decoder = Decoder(command=["bash", "-c", script, str(told)], wait_for_start=False)
+    wait_until(decoder, (tmp_path / "told.loading").exists)
+    decoder.close()
+    assert told.exists()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 100])
+def test_a_start_in_a_loop_may_be_given_up_at_any_time(turns: int) -> None:
+    async def main() -> None:
+        decoder = AsyncDecoder(command=["sleep", "60"])
+        starting = asyncio.create_task(decoder.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await decoder.close()
+        with pytest.raises(UsageError, match="closed"):
+            await starting
+
+    before = what_there_is()
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert what_there_is() == before
+
+
 def test_a_restart_may_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mossnano_stdio.client.launch.FIRST_PAUSE_SECONDS", 60)
     monkeypatch.setattr("mossnano_stdio.client.launch.LONGEST_PAUSE_SECONDS", 60)

@@ -261,7 +261,7 @@ class AsyncDecoder(Facts):
         if self.state in ("closed", "failed"):
             self._restarts.begin_a_row()
             self._begin()
-        while self._maybe_starter is not None:
+        while self._maybe_starter is not None and not self._maybe_starter.done():
             await asyncio.wait([self._maybe_starter])
         if self._is_closed:
             raise UsageError("this decoder is closed")

@@ -324,8 +324,8 @@ class Exchange:
 
     @property
     def is_at_rest(self) -> bool:
-        """Is the process idle, with nothing on its way?"""
-        return not (self._outbox or self._sent or self._answers)
+        """Is the process idle, with nothing on its way? While it loads, it is not."""
+        return bool(self.handshake) and not (self._outbox or self._sent or self._answers)
 
     def maybe_handshake(self) -> Mapping[str, Any] | None:
         """What the process said of itself; an ERROR in its place, or its death, is raised."""
