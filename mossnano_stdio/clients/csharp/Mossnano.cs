@@ -101,8 +101,12 @@ public sealed class Mossnano : IDisposable
         if (!streamIsOpen) Interlocked.Increment(ref opened);
         streamIsOpen = true;
         int most = Math.Max(1, PieceBytes / FrameBytes) * FrameBytes;
-        for (int at = 0; at < packed.Length; at += most)
+        int at = 0;
+        do // once at least: an empty TOKENS opens the stream too, and without one its END would be out of place
+        {
             if (!Send(Tokens, packed, at, Math.Min(most, packed.Length - at))) return false;
+            at += most;
+        } while (at < packed.Length);
         return !isGone;
     }
 

@@ -1,0 +1,98 @@
+"""What the C# client can do beyond what test_clients.py has every client do.
+
+Each test is the body of a Main, compiled against the client and given a decoder's command as `command`; it says lines.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.child import DEMO, ROOT
+
+CLIENT = ROOT / "mossnano_stdio" / "clients" / "csharp" / "Mossnano.cs"
+
+PROGRAM = """
+using System;
+using System.Collections.Generic;
+using System.Diagnostics;
+using System.IO;
+using System.Linq;
+using System.Text;
+using System.Threading;
+
+static class Program
+{
+    static readonly object saying = new object();
+
+    static void Say(params object[] words) { lock (saying) Console.WriteLine(string.Join(" ", words)); }
+
+    static void SayError(string code, string message, bool fatal) { Say("error", code, fatal, message); }
+
+    static void Until(Func<bool> condition) // a minute is far more than anything here takes
+    {
+        for (int waited = 0; !condition(); waited += 2)
+        {
+            if (waited > 60000) throw new TimeoutException();
+            Thread.Sleep(2);
+        }
+    }
+
+    static void Main(string[] command)
+    {
+        %s
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for program in ("mcs", "mono"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    built = tmp_path_factory.mktemp("library") / "Mossnano.dll"
+    subprocess.run(["mcs", "-warnaserror", "-warn:4", "-t:library", f"-out:{built}", CLIENT], check=True)
+    return built
+
+
+def play(library: Path, script: str, command: Sequence[object] = DEMO) -> list[str]:
+    """What the script said."""
+    source, built = library.with_name("Program.cs"), library.with_name("Program.exe")
+    source.write_text(PROGRAM % script)
+    subprocess.run(["mcs", f"-r:{library}", f"-out:{built}", source], check=True)
+    done = subprocess.run(
+        ["mono", "--debug", built, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_stream_to_which_nothing_was_fed_ends(library: Path) -> None:
+    said = play(
+        library,
+        """
+        using (var voice = Mossnano.Start(command, SayError))
+        {
+            voice.Feed(new byte[0]);
+            Say("speaking", voice.IsSpeaking);
+            voice.Finish();
+            Until(() => !voice.IsSpeaking);
+            voice.FeedCodes(new int[0]);
+            voice.Finish();
+            Until(() => !voice.IsSpeaking);
+            voice.Finish(); // nothing is open: nothing is to end
+            Say("speaking", voice.IsSpeaking);
+        }
+        """,
+    )
+    assert said == ["speaking True", "speaking False"]
