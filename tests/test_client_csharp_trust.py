@@ -52,11 +52,25 @@ static class Program
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_library(CLIENT, tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(scope="module")
+def library_for_net_framework(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """There, ProcessStartInfo has no StandardInputEncoding."""
+    folder = tmp_path_factory.mktemp("library")
+    source = CLIENT.read_text()
+    assert '"StandardInputEncoding"' in source
+    (folder / CLIENT.name).write_text(source.replace('"StandardInputEncoding"', '"NotThere"'))
+    return compile_library(folder / CLIENT.name, folder)
+
+
+def compile_library(source: Path, folder: Path) -> Path:
     for program in ("mcs", "mono"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    built = tmp_path_factory.mktemp("library") / "Mossnano.dll"
-    subprocess.run(["mcs", "-warnaserror", "-warn:4", "-t:library", f"-out:{built}", CLIENT], check=True)
+    built = folder / "Mossnano.dll"
+    subprocess.run(["mcs", "-warnaserror", "-warn:4", "-t:library", f"-out:{built}", source], check=True)
     return built
 
 
@@ -96,3 +110,26 @@ def test_a_stream_to_which_nothing_was_fed_ends(library: Path) -> None:
         """,
     )
     assert said == ["speaking True", "speaking False"]
+
+
+@pytest.mark.parametrize("encoding", ["Encoding.UTF8", "Encoding.GetEncoding(65001)", "Encoding.Unicode"])
+@pytest.mark.parametrize("runtime", ["library", "library_for_net_framework"])
+def test_the_hosts_console_encoding_adds_nothing_to_what_is_sent(
+    request: pytest.FixtureRequest, runtime: str, encoding: str
+) -> None:
+    said = play(
+        request.getfixturevalue(runtime),
+        f"""
+        Console.InputEncoding = {encoding};
+        using (var voice = Mossnano.Start(command, SayError))
+        {{
+            voice.Feed(new byte[voice.FrameBytes]);
+            voice.Finish();
+            var pcm = new short[960];
+            int heard = 0;
+            Until(() => (heard += voice.Pull(pcm)) > 0 && !voice.IsSpeaking);
+            Say("heard", heard, Console.InputEncoding.GetPreamble().Length > 0);
+        }}
+        """,
+    )
+    assert said == ["heard 3840 True"], "and the host's setting is as it was"

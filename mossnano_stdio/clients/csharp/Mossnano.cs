@@ -25,6 +25,7 @@ using System.ComponentModel;
 using System.Diagnostics;
 using System.Globalization;
 using System.IO;
+using System.Reflection;
 using System.Text;
 using System.Threading;
 
@@ -81,10 +82,16 @@ public sealed class Mossnano : IDisposable
         {
             UseShellExecute = false, CreateNoWindow = true, RedirectStandardInput = true, RedirectStandardOutput = true,
         };
-        try { process = Process.Start(how); }
+        try { process = StartWithoutPreamble(how); }
         catch (Win32Exception error)
         {
             throw new InvalidOperationException(command[0] + " cannot be started (" + error.Message + "): is it installed and on the PATH?");
+        }
+        if (process.StandardInput.Encoding.GetPreamble().Length > 0) // it has been written by now
+        {
+            process.Kill();
+            throw new InvalidOperationException("a byte order mark went before our first message: "
+                + "set Console.InputEncoding = new UTF8Encoding(false) before Start");
         }
         input = process.StandardInput.BaseStream;
         output = process.StandardOutput.BaseStream;
@@ -364,6 +371,29 @@ public sealed class Mossnano : IDisposable
             else text.Append("bfnrt".IndexOf(c) >= 0 ? ' ' : c);
         }
         return text.ToString();
+    }
+
+    // .NET Framework and Mono open stdin with a StreamWriter, and write its encoding's byte order mark at once, into our
+    // first message. It is Console.InputEncoding, unless there is a StandardInputEncoding (Mono 6, .NET Core 2.1 and
+    // later); where there is none, the host's own encoding is put aside for the moment, in its field: the public
+    // setter would reopen the host's console streams.
+    static readonly object oneAtATime = new object();
+
+    static Process StartWithoutPreamble(ProcessStartInfo how)
+    {
+        var plain = new UTF8Encoding(false);
+        PropertyInfo encoding = typeof(ProcessStartInfo).GetProperty("StandardInputEncoding");
+        FieldInfo field = typeof(Console).GetField("_inputEncoding", BindingFlags.Static | BindingFlags.NonPublic)
+            ?? typeof(Console).GetField("inputEncoding", BindingFlags.Static | BindingFlags.NonPublic);
+        if (encoding != null) encoding.SetValue(how, plain, null);
+        if (encoding != null || field == null || Console.InputEncoding.GetPreamble().Length == 0) return Process.Start(how);
+        lock (oneAtATime)
+        {
+            object hosts = field.GetValue(null);
+            field.SetValue(null, plain);
+            try { return Process.Start(how); }
+            finally { field.SetValue(null, hosts); }
+        }
     }
 
     static string Quoted(string word) // as the C runtime takes it apart again; Mono reads it alike
