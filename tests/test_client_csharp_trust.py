@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,3 +134,53 @@ def test_the_hosts_console_encoding_adds_nothing_to_what_is_sent(
         """,
     )
     assert said == ["heard 3840 True"], "and the host's setting is as it was"
+
+
+# A decoder of as many channels as it is told, which gives six values.
+SIX_VALUES = r"""
+import os, struct, sys
+def say(kind, payload):
+    os.write(1, struct.pack("<IB", len(payload) + 1, kind) + payload)
+say(0, b'{"protocol": 1, "direction": "decode", "sample_rate": 1000, "channels": %d, "frame_samples": 3,'
+       b'"quantizers": 4, "codebook_size": 1000, "frame_bytes": 5, "max_audio_bytes": 64}' % int(sys.argv[1]))
+os.read(0, 10)
+say(1, struct.pack("<6h", 32767, -32767, 3276, 0, -3276, 6553))
+say(7, b'{"stream": 0, "frames": 1, "samples": 3, "cancelled": false, "errors": 0, "next_stream": 1}')
+while os.read(0, 1000): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("coded", "engine", "values"),
+    [
+        (2, 1, "0 0.05 0.05"),
+        (2, 2, "1.00 -1.00 0.10 0 -0.10 0.20"),
+        (2, 6, "1.00 -1.00 0 0 0 0 0.10 0 0 0 0 0 -0.10 0.20 0 0 0 0"),
+        (1, 2, "1.00 1.00 -1.00 -1.00 0.10 0.10 0 0 -0.10 -0.10 0.20 0.20"),
+        (1, 1, "1.00 -1.00 0.10 0 -0.10 0.20"),
+        (3, 2, "1.00 -1.00 0 -0.10"),
+    ],
+)
+def test_an_engine_of_any_channels_hears_it_all_and_in_front(
+    library: Path, tmp_path: Path, coded: int, engine: int, values: str
+) -> None:
+    (tmp_path / "decoder.py").write_text(SIX_VALUES)
+    said = play(
+        library,
+        f"""
+        using (var voice = Mossnano.Start(command, SayError))
+        {{
+            voice.Feed(new byte[5]);
+            voice.Finish();
+            float[] data = null;
+            Until(() =>
+            {{
+                data = Enumerable.Repeat(9f, {len(values.split()) + 1}).ToArray(); // one more than whole samples
+                return voice.Pull(data, {engine}) > 0;
+            }});
+            Say(string.Join(" ", data.Select(value => value == 0 ? "0" : value.ToString("0.00"))));
+        }}
+        """,
+        [sys.executable, tmp_path / "decoder.py", coded],
+    )
+    assert said == [f"{values} 0"]

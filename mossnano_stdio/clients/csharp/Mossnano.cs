@@ -166,15 +166,20 @@ public sealed class Mossnano : IDisposable
         return values / Channels;
     }
 
-    /// <summary>The same as floats, for as many channels as the engine has: one more gets the last one's.</summary>
+    /// <summary>The same as floats, for as many channels as the engine has: one gets the mean of all of ours, two and
+    /// more get ours in the front pair, and silence in the rest.</summary>
     public int Pull(float[] data, int channels)
     {
         int samples = data.Length / channels;
         long at; int values = Begin(samples * Channels, out at);
-        for (int i = 0; i < data.Length; i++)
+        Array.Clear(data, 0, data.Length);
+        for (int i = 0; i < values; i += Channels)
         {
-            int from = i / channels * Channels + Math.Min(i % channels, Channels - 1);
-            data[i] = from < values ? ring[(at + from) % ring.Length] / 32767f : 0f;
+            int to = i / Channels * channels;
+            for (int channel = 0; channel < Channels && channels == 1; channel++)
+                data[to] += ring[(at + i + channel) % ring.Length] / 32767f / Channels;
+            for (int channel = 0; channel < 2 && channels > 1; channel++) // centre, bass and rears stay silent
+                data[to + channel] = ring[(at + i + Math.Min(channel, Channels - 1)) % ring.Length] / 32767f;
         }
         Volatile.Write(ref taken, at + values);
         return values / Channels;
