@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.child import DEMO, ROOT
+from mossnano_stdio.protocol import Kind, encode_message
+from tests.child import DEMO, ROOT, run
+from tests.doubles import NANO, some_frames, tokens_payload
 
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "csharp" / "Mossnano.cs"
 
@@ -41,6 +43,30 @@ static class Program
             if (waited > 60000) throw new TimeoutException();
             Thread.Sleep(2);
         }
+    }
+
+    static void Signal(string name, Mossnano voice)
+    {
+        using (Process kill = Process.Start("kill", "-" + name + " " + voice.Pid)) kill.WaitForExit();
+    }
+
+    // All that is real until the voice is silent.
+    static byte[] Hear(Mossnano voice)
+    {
+        var heard = new MemoryStream();
+        var pcm = new short[960];
+        var bytes = new byte[1920];
+        Until(() =>
+        {
+            int samples;
+            while ((samples = voice.Pull(pcm)) > 0)
+            {
+                Buffer.BlockCopy(pcm, 0, bytes, 0, 4 * samples);
+                heard.Write(bytes, 0, 4 * samples);
+            }
+            return !voice.IsSpeaking;
+        });
+        return heard.ToArray();
     }
 
     static void Main(string[] command)
@@ -184,3 +210,53 @@ def test_an_engine_of_any_channels_hears_it_all_and_in_front(
         [sys.executable, tmp_path / "decoder.py", coded],
     )
     assert said == [f"{values} 0"]
+
+
+def test_a_process_that_hangs_holds_nobody_up(library: Path, tmp_path: Path) -> None:
+    """Nothing waits for it, 4 MiB are kept for it, more are refused, and when it goes on, all is as it should be."""
+    frames = tokens_payload(some_frames(30, NANO))
+    (tmp_path / "tokens").write_bytes(frames)
+    command = [*DEMO, "--chunk-frames", "4"]
+    said = play(
+        library,
+        f"""
+        using (var voice = Mossnano.Start(command, SayError))
+        {{
+            byte[] many = new byte[8000 * voice.FrameBytes], tokens = File.ReadAllBytes("{tmp_path / "tokens"}");
+            Signal("STOP", voice);
+            Say("fed", voice.Feed(many), voice.Finish(), voice.Cancel());
+            int fed = 0;
+            while (voice.Feed(many)) fed++;
+            Say(fed, "were taken, and then", voice.Finish());
+            for (int times = 0; times < 1000; times++) voice.Cancel();
+            Say("fed", voice.Feed(tokens), voice.Finish(), voice.IsSpeaking);
+            Signal("CONT", voice);
+            File.WriteAllBytes("{tmp_path / "heard"}", Hear(voice));
+        }}
+        """,
+        command,
+    )
+    first, refused, *rest = said
+    assert first == "fed True True True"
+    assert refused.startswith("error queue_full False ")
+    assert "4194304 (4 MiB) are allowed" in refused
+    taken, *rest = rest
+    assert taken in ("25 were taken, and then True", "26 were taken, and then True"), "of 160,015 bytes into 4 MiB"
+    assert rest == ["fed True True True"]
+    wire = encode_message(Kind.TOKENS, frames) + encode_message(Kind.END)
+    assert (tmp_path / "heard").read_bytes() == run([*command, "--output", "raw"], wire).stdout
+
+
+def test_a_process_that_hangs_is_ended_by_dispose(library: Path) -> None:
+    said = play(
+        library,
+        """
+        var voice = Mossnano.Start(command, SayError);
+        int pid = voice.Pid;
+        Signal("STOP", voice);
+        voice.Feed(new byte[8000 * voice.FrameBytes]);
+        voice.Dispose();
+        Say("there", Directory.Exists("/proc/" + pid));
+        """,
+    )
+    assert said == ["there False"]

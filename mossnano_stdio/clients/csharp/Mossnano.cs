@@ -13,9 +13,11 @@
 //     void OnAudioFilterRead(float[] data, int channels) { voice.Pull(data, channels); }
 //
 // with Unity's output at SampleRate (Project Settings, Audio). Two threads of yours may use a voice at the same time:
-// one that controls, and one that pulls. Pull never locks, waits or allocates. A third one, of ours, reads all that the
+// one that controls, and one that pulls. Pull never locks, waits or allocates. Feed, Finish and Cancel never wait for the
+// process, not even for one that hangs: a thread of ours writes, and up to 4 MiB (hours) may wait for it. A Feed beyond
+// that is refused whole: it answers false, and onError is told `queue_full`. Another thread of ours reads all that the
 // process says, and calls onError: touch no Unity object there. When the ring is full it waits for room, and so does
-// the process: then some 4 MiB of tokens can still be fed (hours) before Feed waits too.
+// the process.
 //
 // Tested on Linux with Mono. Unity, Windows, macOS and .NET 6 and later: NOT RUN in our checks. Unity's IL2CPP has
 // no System.Diagnostics.Process on some platforms. Protocol version 1, see protocol.md.
@@ -36,6 +38,8 @@ public sealed class Mossnano : IDisposable
     const int Handshake = 0, Audio = 1, Tokens = 4, Error = 5, End = 7, CancelKind = 8;
     const int LongestMessage = 1 << 20; // of the process
     const int PieceBytes = 1 << 16;     // of what is fed in one message: CANCEL must not wait behind a long one
+    const int HeadBytes = 5;            // of a message: its length and its kind
+    const int QueueBytes = 4 << 20;     // of messages that the process has not taken yet
     const int StopMs = 2000;            // how long the process may take to end by itself
 
     // As the process says in its HANDSHAKE.
@@ -47,14 +51,19 @@ public sealed class Mossnano : IDisposable
     public int FrameBytes { get; private set; }
     public int MaxAudioBytes { get; private set; }
 
+    public int Pid { get; private set; } // of the process
+
     readonly Process process;
     readonly Stream input, output;
-    readonly Thread reader;
+    readonly Thread reader, writer;
     readonly ErrorHandler onError;
     readonly double ringSeconds;
     readonly ManualResetEvent started = new ManualResetEvent(false);
+    readonly object gate = new object();   // of the controlling thread and ours; the puller never takes it
+    readonly Queue<byte[]> queue = new Queue<byte[]>(); // messages that the writer has not begun yet
+    int queuedBytes;                       // theirs, and those of the message that is being written
     string startFault;
-    bool streamIsOpen, fatalWasSaid;
+    bool streamIsOpen, fatalWasSaid, isClosing;
     short[] ring;                          // values, not samples; indices only grow, % Length says where they are
     long written, taken, dropBefore;       // moved by: reader, puller, reader
     long opened, ended, underruns;         // streams, streams, pulls
@@ -93,28 +102,42 @@ public sealed class Mossnano : IDisposable
             throw new InvalidOperationException("a byte order mark went before our first message: "
                 + "set Console.InputEncoding = new UTF8Encoding(false) before Start");
         }
+        Pid = process.Id;
         input = process.StandardInput.BaseStream;
         output = process.StandardOutput.BaseStream;
         reader = new Thread(Read) { IsBackground = true, Name = "Mossnano" };
+        writer = new Thread(Write) { IsBackground = true, Name = "Mossnano writer" };
         reader.Start();
+        writer.Start();
     }
 
     /// <summary>Adds packed frames, FrameBytes each, to the stream, and opens one where none is open.
-    /// False when the process is gone; the error handler was told why.</summary>
+    /// False when the process is gone, or when more than 4 MiB would wait for it (`queue_full`, and nothing of this was
+    /// taken); the error handler was told why.</summary>
     public bool Feed(byte[] packed)
     {
         if (packed.Length % FrameBytes != 0)
             throw new ArgumentException(packed.Length + " bytes are no whole frames: feed a multiple of " + FrameBytes + " bytes");
-        if (!streamIsOpen) Interlocked.Increment(ref opened);
-        streamIsOpen = true;
         int most = Math.Max(1, PieceBytes / FrameBytes) * FrameBytes;
-        int at = 0;
-        do // once at least: an empty TOKENS opens the stream too, and without one its END would be out of place
+        int pieces = Math.Max(1, (packed.Length + most - 1) / most); // an empty TOKENS opens a stream that END may close
+        long wanted = packed.Length + (long)pieces * HeadBytes, waiting;
+        lock (gate)
         {
-            if (!Send(Tokens, packed, at, Math.Min(most, packed.Length - at))) return false;
-            at += most;
-        } while (at < packed.Length);
-        return !isGone;
+            if (isGone || !isReady) return false;
+            waiting = queuedBytes;
+            if (waiting + wanted <= QueueBytes)
+            {
+                if (!streamIsOpen) Interlocked.Increment(ref opened);
+                streamIsOpen = true;
+                for (int at = 0, piece = 0; piece < pieces; piece++, at += most)
+                    Enqueue(Tokens, packed, at, Math.Min(most, packed.Length - at));
+                return true;
+            }
+        }
+        if (onError != null)
+            onError("queue_full", waiting + " bytes wait for the process to take them, and " + wanted + " more were fed: "
+                + QueueBytes + " (4 MiB) are allowed, feed less or later", false);
+        return false;
     }
 
     /// <summary>The same for codes, Quantizers for each frame.</summary>
@@ -141,18 +164,28 @@ public sealed class Mossnano : IDisposable
     /// <summary>The stream is complete.</summary>
     public bool Finish()
     {
-        if (!streamIsOpen) return !isGone;
-        streamIsOpen = false;
-        return Send(End, new byte[0], 0, 0);
+        lock (gate)
+        {
+            if (streamIsOpen && !isGone) Enqueue(End, new byte[0], 0, 0);
+            streamIsOpen = false;
+            return !isGone;
+        }
     }
 
     /// <summary>Be silent, now: drops whatever was fed, and all that waits to be pulled.</summary>
     public bool Cancel()
     {
-        streamIsOpen = false;
-        Interlocked.Increment(ref cancels); // the puller is silent and the reader drops, until as many ENDs have come back
-        byte[] echo = Encoding.ASCII.GetBytes(Interlocked.Read(ref opened).ToString(CultureInfo.InvariantCulture));
-        return Send(CancelKind, echo, 0, echo.Length);
+        lock (gate)
+        {
+            foreach (byte[] message in queue) queuedBytes -= message.Length; // what has not left never will
+            queue.Clear();
+            streamIsOpen = false;
+            // The puller is silent and the reader drops, until the END of this CANCEL, or of a later one, has come back.
+            int number = Interlocked.Increment(ref cancels);
+            byte[] echo = Encoding.ASCII.GetBytes(FormattableString.Invariant($"{opened} {number}"));
+            if (!isGone) Enqueue(CancelKind, echo, 0, echo.Length);
+            return !isGone;
+        }
     }
 
     /// <summary>Fills pcm, Channels interleaved, with silence where there is nothing. Returns how many samples of
@@ -217,15 +250,14 @@ public sealed class Mossnano : IDisposable
     {
         if (isStopping) return;
         isStopping = true;
-        // A process that hangs must not make us wait: what is said to it is said by a thread that may be left behind.
-        var goodbye = new Thread(() => { Cancel(); try { input.Close(); } catch (IOException) { } }) { IsBackground = true };
-        goodbye.Start();
+        Cancel();
+        CloseQueue();
         if (!reader.Join(StopMs))
         {
             try { process.Kill(); } catch (InvalidOperationException) { } // it is gone already
             reader.Join(StopMs);
         }
-        goodbye.Join(StopMs);
+        writer.Join(StopMs);
         process.Dispose();
     }
 
@@ -250,6 +282,7 @@ public sealed class Mossnano : IDisposable
         isSounding = false;
         isGone = true;
         started.Set();
+        CloseQueue();
     }
 
     bool ReadAll(byte[] into, int bytes)
@@ -311,9 +344,10 @@ public sealed class Mossnano : IDisposable
     {
         isSounding = false;
         if (said["cancelled"] != "true") { Interlocked.Increment(ref ended); return; }
-        Interlocked.Exchange(ref ended, long.Parse(said["echo"], CultureInfo.InvariantCulture)); // streams open at our CANCEL: all over
+        string[] echo = said["echo"].Split(' ');
+        Interlocked.Exchange(ref ended, long.Parse(echo[0], CultureInfo.InvariantCulture)); // streams open at our CANCEL: all over
         Volatile.Write(ref dropBefore, written);
-        Interlocked.Increment(ref cancelsAnswered);
+        Volatile.Write(ref cancelsAnswered, int.Parse(echo[1], CultureInfo.InvariantCulture));
     }
 
     void Say(string code, string message, bool fatal)
@@ -324,16 +358,45 @@ public sealed class Mossnano : IDisposable
         else if (onError != null) onError(code, message, fatal);
     }
 
-    bool Send(int kind, byte[] payload, int at, int bytes)
+    // --- the writer -------------------------------------------------------------------------------------------------
+
+    void Enqueue(int kind, byte[] payload, int at, int bytes) // whoever calls this holds the gate
     {
-        if (isGone || !isReady) return false;
-        var message = new byte[5 + bytes];
+        var message = new byte[HeadBytes + bytes]; // a copy: the caller may use the payload's array again
         for (int i = 0; i < 4; i++) message[i] = (byte)(bytes + 1 >> 8 * i);
         message[4] = (byte)kind;
-        Buffer.BlockCopy(payload, at, message, 5, bytes);
-        try { input.Write(message, 0, message.Length); input.Flush(); return true; }
-        catch (IOException) { return false; }              // the reader finds out why
-        catch (ObjectDisposedException) { return false; }
+        Buffer.BlockCopy(payload, at, message, HeadBytes, bytes);
+        queue.Enqueue(message);
+        queuedBytes += message.Length;
+        Monitor.Pulse(gate);
+    }
+
+    void Write()
+    {
+        for (byte[] message = null; (message = NextToWrite(message)) != null;)
+            try { input.Write(message, 0, message.Length); input.Flush(); }
+            catch (IOException) { }             // the reader finds out why
+            catch (ObjectDisposedException) { }
+        try { input.Close(); } catch (IOException) { }
+    }
+
+    byte[] NextToWrite(byte[] maybeWritten) // null: that was all
+    {
+        lock (gate)
+        {
+            if (maybeWritten != null) queuedBytes -= maybeWritten.Length;
+            while (queue.Count == 0 && !isClosing) Monitor.Wait(gate);
+            return queue.Count == 0 ? null : queue.Dequeue();
+        }
+    }
+
+    void CloseQueue()
+    {
+        lock (gate)
+        {
+            isClosing = true;
+            Monitor.Pulse(gate);
+        }
     }
 
     // The texts, numbers, true and false of the outermost JSON object, as texts.
