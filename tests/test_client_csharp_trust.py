@@ -5,6 +5,7 @@ Each test is the body of a Main, compiled against the client and given a decoder
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from mossnano_stdio.protocol import Kind, encode_message
 from tests.child import DEMO, ROOT, run
 from tests.doubles import NANO, some_frames, tokens_payload
 
+STEADY = [sys.executable, ROOT / "tests" / "steady.py"]
+LOUD = 10_000  # its left channel
+FADE = 240  # samples of 5 ms
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "csharp" / "Mossnano.cs"
 
 PROGRAM = """
@@ -25,6 +29,7 @@ using System.Collections.Generic;
 using System.Diagnostics;
 using System.IO;
 using System.Linq;
+using System.Reflection;
 using System.Text;
 using System.Threading;
 
@@ -49,6 +54,42 @@ static class Program
     {
         using (Process kill = Process.Start("kill", "-" + name + " " + voice.Pid)) kill.WaitForExit();
     }
+
+    static T Inside<T>(Mossnano voice, string field)
+    {
+        return (T)typeof(Mossnano).GetField(field, BindingFlags.Instance | BindingFlags.NonPublic).GetValue(voice);
+    }
+
+    // For tests/steady.py: a frame for so many samples. Returns when they may be pulled.
+    static void FeedSteady(Mossnano voice, int samples)
+    {
+        long before = Inside<long>(voice, "written");
+        voice.Feed(BitConverter.GetBytes(samples));
+        Until(() => Inside<long>(voice, "written") == before + 2 * samples && Inside<bool>(voice, "isSounding"));
+    }
+
+    static void FinishSteady(Mossnano voice)
+    {
+        long before = Inside<long>(voice, "ended");
+        voice.Finish();
+        Until(() => Inside<long>(voice, "ended") > before);
+    }
+
+    static readonly List<int> pulled = new List<int>(); // of the left channel
+
+    static int PullSteady(Mossnano voice, int samples)
+    {
+        var pcm = new short[2 * samples];
+        int sound = voice.Pull(pcm);
+        for (int i = 0; i < samples; i++)
+        {
+            if (pcm[2 * i] != -pcm[2 * i + 1]) Say("the channels differ");
+            pulled.Add(pcm[2 * i]);
+        }
+        return sound;
+    }
+
+    static void SayPulled() { Say("pulled", string.Join(",", pulled)); }
 
     // All that is real until the voice is silent.
     static byte[] Hear(Mossnano voice)
@@ -220,7 +261,8 @@ def test_a_process_that_hangs_holds_nobody_up(library: Path, tmp_path: Path) -> 
     said = play(
         library,
         f"""
-        using (var voice = Mossnano.Start(command, SayError))
+        var options = new MossnanoOptions {{ Command = command, OnError = SayError, FadeMs = 0 }};
+        using (var voice = Mossnano.Start(options))
         {{
             byte[] many = new byte[8000 * voice.FrameBytes], tokens = File.ReadAllBytes("{tmp_path / "tokens"}");
             Signal("STOP", voice);
@@ -260,3 +302,183 @@ def test_a_process_that_hangs_is_ended_by_dispose(library: Path) -> None:
         """,
     )
     assert said == ["there False"]
+
+
+def pulled(line: str) -> list[int]:
+    return [int(value) for value in line.removeprefix("pulled ").split(",")]
+
+
+def largest_step(values: list[int]) -> int:
+    return max(abs(after - before) for before, after in itertools.pairwise(values))
+
+
+def test_an_underrun_fades_out_and_what_follows_fades_in(library: Path) -> None:
+    *said, line = play(
+        library,
+        """
+        using (var voice = Mossnano.Start(new MossnanoOptions { Command = command, OnError = SayError }))
+        {
+            FeedSteady(voice, 1000);
+            Say(PullSteady(voice, 900), PullSteady(voice, 300), "underruns", voice.Underruns);
+            Say(PullSteady(voice, 64), PullSteady(voice, 64), "underruns", voice.Underruns);
+            FeedSteady(voice, 1000);
+            for (int times = 0; times < 10; times++) PullSteady(voice, 100);
+            FinishSteady(voice);
+            Say(PullSteady(voice, 10), "speaking", voice.IsSpeaking);
+            SayPulled();
+        }
+        """,
+        STEADY,
+    )
+    assert said == ["900 100 underruns 1", "0 0 underruns 2", "0 speaking False"]
+    sound = pulled(line)
+    assert sound[:1000] == [LOUD] * 1000
+    assert sound[999 + FADE : 1328] == [0] * (329 - FADE)
+    rising = sound[1328 : 1328 + FADE]
+    assert rising == sorted(rising)
+    assert sound[1328 + FADE - 1 : 2328] == [LOUD] * (1001 - FADE), "no sample is lost"
+    assert sound[2328:] == [0] * 10, "the stream ends as it is"
+    assert largest_step(sound[:2328]) <= LOUD / FADE + 1
+
+
+@pytest.mark.parametrize("waiting", [40, 5000], ids=["less than a fade", "more than a fade"])
+@pytest.mark.parametrize("size", [64, 480], ids=["small pulls", "a large pull"])
+def test_cancel_fades_out_what_is_heard_and_what_follows_fades_in(library: Path, waiting: int, size: int) -> None:
+    *said, line = play(
+        library,
+        f"""
+        using (var voice = Mossnano.Start(new MossnanoOptions {{ Command = command, OnError = SayError }}))
+        {{
+            FeedSteady(voice, 480 + {waiting});
+            PullSteady(voice, 480);
+            voice.Cancel();
+            for (int at = 0; at < 480; at += {size}) Say(PullSteady(voice, {size}));
+            Until(() => Inside<int>(voice, "cancelsAnswered") == 1);
+            FeedSteady(voice, 1000);
+            FinishSteady(voice);
+            while (voice.IsSpeaking) Say(PullSteady(voice, 1000));
+            SayPulled();
+        }}
+        """,
+        STEADY,
+    )
+    pulls = -(-480 // size)
+    assert said == [*["0"] * pulls, "1000"], "a fade counts for nothing"
+    sound = pulled(line)
+    silent_from, next_from = 479 + FADE, 480 + pulls * size
+    assert sound[:480] == [LOUD] * 480
+    assert sound[480:silent_from] == sorted(sound[480:silent_from], reverse=True)
+    assert sound[silent_from:next_from] == [0] * (next_from - silent_from)
+    assert sound[next_from + FADE - 1 :] == [LOUD] * (1001 - FADE)
+    assert largest_step(sound) <= LOUD / FADE + 1
+
+
+def test_a_fade_of_nothing_leaves_every_sample_as_it_came(library: Path) -> None:
+    *_, line = play(
+        library,
+        """
+        using (var voice = Mossnano.Start(new MossnanoOptions { Command = command, FadeMs = 0 }))
+        {
+            FeedSteady(voice, 100);
+            PullSteady(voice, 150); // an underrun
+            FeedSteady(voice, 200);
+            PullSteady(voice, 100);
+            voice.Cancel();
+            PullSteady(voice, 100);
+            SayPulled();
+        }
+        """,
+        STEADY,
+    )
+    assert pulled(line) == [LOUD] * 100 + [0] * 50 + [LOUD] * 100 + [0] * 100
+
+
+def test_a_stream_that_ends_by_itself_is_not_faded(library: Path) -> None:
+    *said, line = play(
+        library,
+        """
+        using (var voice = Mossnano.Start(command, SayError))
+        {
+            for (int stream = 0; stream < 2; stream++)
+            {
+                FeedSteady(voice, 100);
+                FinishSteady(voice);
+            }
+            Say(PullSteady(voice, 250), PullSteady(voice, 10), "underruns", voice.Underruns);
+            voice.Cancel();
+            PullSteady(voice, 10);
+            SayPulled();
+        }
+        """,
+        STEADY,
+    )
+    assert said == ["200 0 underruns 0"]
+    assert pulled(line) == [LOUD] * 200 + [0] * 70
+
+
+def test_a_prebuffer_is_gathered_before_a_stream_and_after_an_underrun(library: Path) -> None:
+    said = play(
+        library,
+        """
+        var options = new MossnanoOptions { Command = command, OnError = SayError, PrebufferMs = 10, FadeMs = 0 };
+        using (var voice = Mossnano.Start(options))
+        {
+            FeedSteady(voice, 479);
+            Say("gathering", PullSteady(voice, 100), "underruns", voice.Underruns);
+            FeedSteady(voice, 1);
+            Say("gathered", PullSteady(voice, 100), PullSteady(voice, 400), "underruns", voice.Underruns);
+            FeedSteady(voice, 479);
+            Say("gathering", PullSteady(voice, 100), "underruns", voice.Underruns);
+            FinishSteady(voice);
+            FeedSteady(voice, 100);
+            Say("all there is, and not the next", PullSteady(voice, 500), PullSteady(voice, 1));
+            FeedSteady(voice, 380);
+            Say("the next", PullSteady(voice, 500), "underruns", voice.Underruns);
+            voice.Cancel();
+            Until(() => Inside<int>(voice, "cancelsAnswered") == 1);
+            FeedSteady(voice, 100);
+            Say("gathering", PullSteady(voice, 10));
+            FinishSteady(voice);
+            Say("short", PullSteady(voice, 100), voice.IsSpeaking);
+        }
+        options.PrebufferMs = 10001;
+        try { Mossnano.Start(options); }
+        catch (ArgumentException error) { Say(error.Message); }
+        """,
+        STEADY,
+    )
+    assert said[:-1] == [
+        "gathering 0 underruns 0",
+        "gathered 100 380 underruns 1",
+        "gathering 0 underruns 1",
+        "all there is, and not the next 479 0",
+        "the next 480 underruns 2",
+        "gathering 0",
+        "short 100 False",
+    ]
+    assert "PrebufferMs 10001" in said[-1]
+
+
+def test_jitter_that_a_prebuffer_covers_costs_no_underrun(library: Path) -> None:
+    """Fed as it is heard, 80 ms at a time, with up to 80 ms of jitter: the clock is that of the pulls."""
+    script = """
+        var options = new MossnanoOptions {{ Command = command, OnError = SayError, PrebufferMs = {prebuffer} }};
+        var random = new Random(1);
+        using (var voice = Mossnano.Start(options))
+        {{
+            int frames = 0;
+            double due = 0;
+            for (int ms = 0; ms < 4000; ms += 10)
+            {{
+                for (; ms >= due; due = 80 * frames + 10 + 70 * random.NextDouble())
+                {{
+                    FeedSteady(voice, 3840);
+                    frames++;
+                }}
+                PullSteady(voice, 480);
+            }}
+            Say(voice.Underruns > 0);
+        }}
+    """
+    assert play(library, script.format(prebuffer=0), STEADY) == ["True"]
+    assert play(library, script.format(prebuffer=160), STEADY) == ["False"]

@@ -5,7 +5,7 @@
 //     var voice = Mossnano.Start(new[] { "mossnano-stdio" }, (code, text, fatal) => ...);   // waits for the weights
 //     voice.Feed(packedFrames);            // FrameBytes each; or FeedCodes(codes), Quantizers each
 //     voice.Finish();                      // the stream is complete
-//     voice.Cancel();                      // be silent, now
+//     voice.Cancel();                      // be silent, now: 5 ms fade out, the next stream may be fed at once
 //     voice.Dispose();                     // ends the process; nothing of it is left
 //
 // In Unity: Start in a Task, and
@@ -19,6 +19,10 @@
 // process says, and calls onError: touch no Unity object there. When the ring is full it waits for room, and so does
 // the process.
 //
+// What is cut off, by Cancel or by an underrun, fades out over FadeMs, and what follows fades in; 0 leaves every sample
+// as it came. With PrebufferMs a stream sounds once so much of it waits, or all of it, and so again after an underrun:
+// fed in real time, with jitter, 100 to 200 are enough.
+//
 // Tested on Linux with Mono. Unity, Windows, macOS and .NET 6 and later: NOT RUN in our checks. Unity's IL2CPP has
 // no System.Diagnostics.Process on some platforms. Protocol version 1, see protocol.md.
 using System;
@@ -31,6 +35,16 @@ using System.Reflection;
 using System.Text;
 using System.Threading;
 
+public sealed class MossnanoOptions
+{
+    public string[] Command = { "mossnano-stdio" }; // the program, looked up on the PATH, and its arguments
+    public Mossnano.ErrorHandler OnError; // on a thread of ours
+    public double RingSeconds = 10;  // PCM that may wait to be pulled
+    public double StartSeconds = 60; // how long loading the weights may take
+    public double FadeMs = 5;        // out where a CANCEL or an underrun cuts a stream, in where it goes on; 0: a click
+    public double PrebufferMs;       // of a stream are gathered before it is heard, and again after an underrun
+}
+
 public sealed class Mossnano : IDisposable
 {
     public delegate void ErrorHandler(string code, string message, bool fatal);
@@ -40,6 +54,7 @@ public sealed class Mossnano : IDisposable
     const int PieceBytes = 1 << 16;     // of what is fed in one message: CANCEL must not wait behind a long one
     const int HeadBytes = 5;            // of a message: its length and its kind
     const int QueueBytes = 4 << 20;     // of messages that the process has not taken yet
+    const int MostMarks = 256;          // streams that may begin in the ring
     const int StopMs = 2000;            // how long the process may take to end by itself
 
     // As the process says in its HANDSHAKE.
@@ -56,8 +71,8 @@ public sealed class Mossnano : IDisposable
     readonly Process process;
     readonly Stream input, output;
     readonly Thread reader, writer;
+    readonly MossnanoOptions options;
     readonly ErrorHandler onError;
-    readonly double ringSeconds;
     readonly ManualResetEvent started = new ManualResetEvent(false);
     readonly object gate = new object();   // of the controlling thread and ours; the puller never takes it
     readonly Queue<byte[]> queue = new Queue<byte[]>(); // messages that the writer has not begun yet
@@ -66,25 +81,42 @@ public sealed class Mossnano : IDisposable
     bool streamIsOpen, fatalWasSaid, isClosing;
     short[] ring;                          // values, not samples; indices only grow, % Length says where they are
     long written, taken, dropBefore;       // moved by: reader, puller, reader
+    long endOfStream;                      // the reader's: where the last stream that is over ended in the ring
+    readonly long[] markAt = new long[MostMarks], markStream = new long[MostMarks]; // where which stream begins in the ring
+    long marksWritten, marksTaken;         // moved by: reader, puller
+    long markedStream = -1;                // the reader's
     long opened, ended, underruns;         // streams, streams, pulls
     int cancels, cancelsAnswered;
-    volatile bool isReady, isGone, isStopping, isSounding; // sounding: PCM of a stream came, its END did not
+    volatile bool hasRing, isReady, isGone, isStopping, isSounding; // sounding: PCM of a stream came, its END did not
 
     /// <summary>Returns when the process is ready; an InvalidOperationException says why it will not be.</summary>
     public static Mossnano Start(string[] command, ErrorHandler onError = null, double ringSeconds = 10, double startSeconds = 60)
     {
-        var voice = new Mossnano(command, onError, ringSeconds);
-        bool isInTime = voice.started.WaitOne(TimeSpan.FromSeconds(startSeconds));
+        return Start(new MossnanoOptions
+        {
+            Command = command, OnError = onError, RingSeconds = ringSeconds, StartSeconds = startSeconds,
+        });
+    }
+
+    /// <summary>The same, with every option there is.</summary>
+    public static Mossnano Start(MossnanoOptions options)
+    {
+        var voice = new Mossnano(options);
+        bool isInTime = voice.started.WaitOne(TimeSpan.FromSeconds(options.StartSeconds));
         if (voice.isReady) return voice;
         voice.Dispose();
         throw new InvalidOperationException(isInTime ? voice.startFault
             : "no HANDSHAKE in time: allow more startSeconds, or look at its stderr");
     }
 
-    Mossnano(string[] command, ErrorHandler onError, double ringSeconds)
+    Mossnano(MossnanoOptions options)
     {
-        this.onError = onError;
-        this.ringSeconds = ringSeconds;
+        if (options.FadeMs < 0 || options.PrebufferMs < 0 || options.PrebufferMs > 1000 * options.RingSeconds)
+            throw new ArgumentException("FadeMs " + options.FadeMs + ", PrebufferMs " + options.PrebufferMs + ": neither may be "
+                + "negative, and what is gathered must fit into RingSeconds, " + options.RingSeconds);
+        this.options = options;
+        onError = options.OnError;
+        string[] command = options.Command;
         var words = new StringBuilder();
         for (int i = 1; i < command.Length; i++) words.Append(Quoted(command[i])).Append(' ');
         var how = new ProcessStartInfo(command[0], words.ToString())
@@ -188,46 +220,126 @@ public sealed class Mossnano : IDisposable
         }
     }
 
-    /// <summary>Fills pcm, Channels interleaved, with silence where there is nothing. Returns how many samples of
-    /// all channels are real.</summary>
+    /// <summary>Fills pcm, Channels interleaved: with samples, then with a fade-out if they break off, then with silence.
+    /// Returns how many samples of all channels are real.</summary>
     public int Pull(short[] pcm)
     {
-        long at; int values = Begin(pcm.Length, out at);
-        for (int i = 0; i < values; i++) pcm[i] = ring[(at + i) % ring.Length];
-        Array.Clear(pcm, values, pcm.Length - values);
-        Volatile.Write(ref taken, at + values); // only now: until here the reader must not write over it
-        return values / Channels;
+        Array.Clear(pcm, 0, pcm.Length);
+        if (!hasRing) return 0;
+        BeginPull(pcm.Length / Channels);
+        for (int i = 0; i < audible * Channels; i++) pcm[i] = (short)Value(i / Channels, i % Channels);
+        return EndPull();
     }
 
     /// <summary>The same as floats, for as many channels as the engine has: one gets the mean of all of ours, two and
     /// more get ours in the front pair, and silence in the rest.</summary>
     public int Pull(float[] data, int channels)
     {
-        int samples = data.Length / channels;
-        long at; int values = Begin(samples * Channels, out at);
         Array.Clear(data, 0, data.Length);
-        for (int i = 0; i < values; i += Channels)
+        if (!hasRing) return 0;
+        BeginPull(data.Length / channels);
+        for (int i = 0; i < audible; i++)
         {
-            int to = i / Channels * channels;
             for (int channel = 0; channel < Channels && channels == 1; channel++)
-                data[to] += ring[(at + i + channel) % ring.Length] / 32767f / Channels;
+                data[i] += Value(i, channel) / 32767f / Channels;
             for (int channel = 0; channel < 2 && channels > 1; channel++) // centre, bass and rears stay silent
-                data[to + channel] = ring[(at + i + Math.Min(channel, Channels - 1)) % ring.Length] / 32767f;
+                data[i * channels + channel] = Value(i, Math.Min(channel, Channels - 1)) / 32767f;
         }
-        Volatile.Write(ref taken, at + values);
-        return values / Channels;
+        return EndPull();
     }
 
-    int Begin(int wanted, out long at)
+    // --- the puller -------------------------------------------------------------------------------------------------
+    // Lock-free against the reader, and nobody else's. A pull is `real` samples from `pullAt`, then a fade-out, then silence.
+
+    long pullAt;
+    int real, audible;               // samples of this pull; audible: the real ones and the fade-out
+    int droppedLeft;                 // samples that a CANCEL dropped, and that its fade-out may still use
+    int fadeSamples, level;          // level: how loud we are, from 0 to fadeSamples; less only in and after a fade
+    bool isFadingOut, wasCut, fadesDropped, isComplete;
+    bool isGathering, isFresh;       // fresh: nothing of the stream was given yet: no fade-in, unless we were cut off
+    int noticedCancels;
+    short[] last;                    // the last sample that was given: a fade-out holds it where nothing follows
+
+    void BeginPull(int wanted)
     {
-        bool wasSounding = isSounding; // asked before the ring is looked at: what it told of is in there
-        bool isCancelled = IsCancelled;
+        bool wasGone = isGone, wasSounding = isSounding; // asked before the ring is looked at: what they told of is in there
+        long over = Volatile.Read(ref endOfStream);
         long end = Volatile.Read(ref written);
-        at = Math.Max(taken, isCancelled ? end : Volatile.Read(ref dropBefore));
-        long values = Math.Max(0, Math.Min(end - at, wanted));
-        values -= values % Channels;
-        if (values < wanted && wasSounding && isSounding && !isCancelled) Interlocked.Increment(ref underruns);
-        return (int)values;
+        int cancelled = Volatile.Read(ref cancels); // asked after it: what lies before the end was fed before the CANCEL
+        bool isCancelled = cancelled != Volatile.Read(ref cancelsAnswered);
+        long dropped = isCancelled ? end : Volatile.Read(ref dropBefore);
+        if (cancelled != noticedCancels && level > 0 && !isFadingOut) isFadingOut = wasCut = fadesDropped = true;
+        noticedCancels = cancelled;
+
+        real = 0;
+        isComplete = false;
+        pullAt = isFadingOut ? taken : Math.Max(taken, dropped);
+        droppedLeft = isFadingOut && fadesDropped ? (int)Math.Max(0, (dropped - taken) / Channels) : 0;
+        if (!isFadingOut) // a fade-out is finished first
+        {
+            bool isDry = TakeReal(wanted, wasGone, over, end);
+            if (isDry && wasSounding && isSounding && !isCancelled) Interlocked.Increment(ref underruns);
+        }
+        audible = isFadingOut ? Math.Min(wanted, real + Math.Min(fadeSamples, level + real)) : real;
+    }
+
+    bool TakeReal(int wanted, bool wasGone, long over, long end) // says whether the ring was dry
+    {
+        long at = pullAt;
+        while (real < wanted)
+        {
+            TakeMarks(at);
+            bool isEnough = end - at >= (long)(options.PrebufferMs * SampleRate / 1000) * Channels || over > at || wasGone;
+            bool isGathered = !isGathering || isEnough && end > at;
+            long nextMark = marksTaken < Volatile.Read(ref marksWritten) ? markAt[marksTaken % MostMarks] : end;
+            int more = isGathered ? (int)Math.Min(wanted - real, (Math.Min(end, nextMark) - at) / Channels) : 0;
+            if (more <= 0) break;
+            if (isFresh && real == 0 && !wasCut) level = fadeSamples;
+            isFresh = isGathering = wasCut = false;
+            real += more;
+            at += more * Channels;
+        }
+        if (real == wanted) return false;
+        isComplete = at == over || isGathering; // the stream ends here as it should, with its own last sample
+        if (!isComplete && level + real > 0 && fadeSamples > 0) { isFadingOut = wasCut = true; fadesDropped = false; }
+        bool isDry = !isGathering;
+        isGathering = options.PrebufferMs > 0;
+        return isDry;
+    }
+
+    void TakeMarks(long at)
+    {
+        while (marksTaken < Volatile.Read(ref marksWritten) && markAt[marksTaken % MostMarks] <= at)
+        {
+            isFresh = true;
+            isGathering = options.PrebufferMs > 0;
+            Volatile.Write(ref marksTaken, marksTaken + 1);
+        }
+    }
+
+    int Value(int sample, int channel)
+    {
+        if (sample < real)
+        {
+            int loud = level + sample + 1, value = ring[(pullAt + (long)sample * Channels + channel) % ring.Length];
+            return loud >= fadeSamples ? value : (int)((long)value * loud / fadeSamples);
+        }
+        int left = Math.Min(fadeSamples, level + real) - (sample - real) - 1; // of the fade-out
+        int held = last[channel];
+        if (droppedLeft > 0) held = ring[(pullAt + (long)Math.Min(sample, droppedLeft - 1) * Channels + channel) % ring.Length];
+        else if (real > 0) held = ring[(pullAt + (long)(real - 1) * Channels + channel) % ring.Length];
+        return (int)((long)held * left / fadeSamples);
+    }
+
+    int EndPull()
+    {
+        int given = real + Math.Min(audible - real, droppedLeft);
+        for (int channel = 0; channel < Channels && given > 0; channel++)
+            last[channel] = ring[(pullAt + (long)(given - 1) * Channels + channel) % ring.Length];
+        level = isComplete ? 0 : Math.Min(fadeSamples, level + real) - (audible - real);
+        isFadingOut &= level > 0;
+        Volatile.Write(ref taken, pullAt + (long)given * Channels); // only now: until here the reader must not write over it
+        return real;
     }
 
     bool IsCancelled { get { return Volatile.Read(ref cancels) != Volatile.Read(ref cancelsAnswered); } }
@@ -321,7 +433,10 @@ public sealed class Mossnano : IDisposable
             Say("handshake", "this is no decoder of protocol 1: update Mossnano.cs, or drop --encode", true);
             return false;
         }
-        ring = new short[(int)(ringSeconds * SampleRate) * Channels + MaxAudioBytes / 2];
+        ring = new short[(int)(options.RingSeconds * SampleRate) * Channels + MaxAudioBytes / 2];
+        last = new short[Channels];
+        fadeSamples = (int)(options.FadeMs * SampleRate / 1000);
+        hasRing = true;
         isReady = true;
         started.Set();
         return true;
@@ -329,6 +444,7 @@ public sealed class Mossnano : IDisposable
 
     void Push(byte[] pcm, int values)
     {
+        if (markedStream != Interlocked.Read(ref ended)) Mark();
         for (int i = 0; i < values && !IsCancelled && !isStopping;)
         {
             long at = written, room = ring.Length - (at - Volatile.Read(ref taken));
@@ -340,8 +456,19 @@ public sealed class Mossnano : IDisposable
         }
     }
 
+    void Mark() // a stream begins here
+    {
+        while (marksWritten - Volatile.Read(ref marksTaken) == MostMarks && !IsCancelled && !isStopping) Thread.Sleep(2);
+        if (IsCancelled || isStopping) return; // nothing of it will be pulled
+        markedStream = Interlocked.Read(ref ended);
+        markAt[marksWritten % MostMarks] = written;
+        markStream[marksWritten % MostMarks] = markedStream;
+        Volatile.Write(ref marksWritten, marksWritten + 1);
+    }
+
     void FinishStream(Dictionary<string, string> said)
     {
+        Volatile.Write(ref endOfStream, written);
         isSounding = false;
         if (said["cancelled"] != "true") { Interlocked.Increment(ref ended); return; }
         string[] echo = said["echo"].Split(' ');
