@@ -50,6 +50,8 @@ static class Program
         }
     }
 
+    static void SayLost(long[] streams) { Say("lost", string.Join(",", streams)); }
+
     static void Signal(string name, Mossnano voice)
     {
         using (Process kill = Process.Start("kill", "-" + name + " " + voice.Pid)) kill.WaitForExit();
@@ -482,3 +484,188 @@ def test_jitter_that_a_prebuffer_covers_costs_no_underrun(library: Path) -> None
     """
     assert play(library, script.format(prebuffer=0), STEADY) == ["True"]
     assert play(library, script.format(prebuffer=160), STEADY) == ["False"]
+
+
+def test_a_launch_returns_at_once_and_its_state_says_how_it_goes(library: Path, tmp_path: Path) -> None:
+    said = play(
+        library,
+        """
+        var lines = new List<string>();
+        var voice = Mossnano.Launch(new MossnanoOptions
+        {
+            Command = command, OnError = SayError, OnLost = SayLost, Log = line => { lock (lines) lines.Add(line); },
+        });
+        Say(voice.State, voice.Reason == null, voice.Format == null, voice.Stream, voice.Played.Stream);
+        Say(voice.Feed(new byte[4]), voice.FeedCodes(new int[4]), voice.Finish(), voice.Cancel());
+        Say(voice.Pull(new short[4]), voice.Pull(new float[4], 2), voice.IsSpeaking);
+        File.WriteAllText(command.Last(), ""); // now it may go on
+        Until(() => voice.State != MossnanoState.Starting);
+        Say(voice.State, voice.Version, voice.Demo, voice.Format["name"], voice.Pid > 0);
+        voice.Feed(new byte[4]);
+        Until(() => voice.State == MossnanoState.Failed && Inside<Thread>(voice, "reader").Join(0));
+        Say(voice.State, voice.Reason, voice.Pid, voice.Stream);
+        lock (lines) foreach (string line in lines) Say("line", line);
+        voice.Dispose();
+        Say(voice.State);
+        """,
+        [
+            "sh",
+            "-c",
+            f'until [ -e "$0" ]; do sleep 0.05; done; exec "{STEADY[0]}" "{STEADY[1]}"',
+            library.parent / "go",
+        ],
+    )
+    reason = "the process ended by itself with status 3: its stderr says more"
+    assert said == [
+        "Starting True True -1 -1",
+        "False False False False",
+        "0 0 False",
+        "Ready 1.2 True steady True",
+        "lost 0",
+        f"error process_ended True {reason}",
+        f"Failed {reason} (process_ended) 0 0",
+        "line loading",
+        "line dying: grün",
+        "line without a last line",
+        "Stopped",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "reason"),
+    [
+        (["no-such-decoder"], "not_started", "no-such-decoder cannot be started"),
+        ([*DEMO[:-1], "nowhere"], "bad_weights", "nowhere"),
+        (["true"], "process_ended", "status 0: its stderr says more (process_ended)"),
+        (["sleep", "600"], "timeout", "no HANDSHAKE in time: allow more startSeconds"),
+    ],
+    ids=["no program", "no weights", "no decoder", "no answer"],
+)
+def test_a_launch_that_fails_tells_why_and_is_not_tried_again(
+    library: Path, command: list[str], code: str, reason: str
+) -> None:
+    error, failed = play(
+        library,
+        f"""
+        using (var voice = Mossnano.Launch(new MossnanoOptions
+        {{
+            Command = command, OnError = SayError, Restart = 5, Log = line => {{ }},
+            StartSeconds = {0.5 if code == "timeout" else 60},
+        }}))
+        {{
+            Until(() => voice.State == MossnanoState.Failed && Inside<Thread>(voice, "reader").Join(0));
+            Say(voice.Restarts, voice.Reason);
+        }}
+        """,
+        command,
+    )
+    assert error.startswith(f"error {code} True ")
+    assert failed.startswith("0 ")
+    assert reason in failed
+
+
+def test_dispose_ends_a_launch(library: Path) -> None:
+    said = play(
+        library,
+        """
+        var voice = Mossnano.Launch(new MossnanoOptions { Command = command, OnError = SayError });
+        Until(() => voice.Pid != 0);
+        int pid = voice.Pid;
+        voice.Dispose();
+        Say(voice.State, Directory.Exists("/proc/" + pid));
+        Mossnano.Launch(new MossnanoOptions { Command = command, OnError = SayError }).Dispose();
+        """,
+        ["sleep", "600"],
+    )
+    assert said == ["Stopped False"]
+
+
+def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(library: Path) -> None:
+    *said, line, lost, last_error, failed = play(
+        library,
+        """
+        Mossnano voice = null;
+        voice = Mossnano.Start(new MossnanoOptions
+        {
+            Command = command, Restart = 1, OnLost = SayLost, Log = line => { },
+            OnError = (code, message, fatal) =>
+            {
+                SayError(code, message, fatal);
+                Say("while told", voice.State, voice.Feed(new byte[4]));
+            },
+        });
+        int before = voice.Pid;
+        FeedSteady(voice, 100); // stream 0 is heard to its end
+        FinishSteady(voice);
+        PullSteady(voice, 100);
+        FeedSteady(voice, 500); // stream 1 is cut
+        voice.Feed(new byte[4]);
+        voice.Finish();
+        voice.Feed(BitConverter.GetBytes(7)); // stream 2 is not even begun
+        Until(() => voice.Restarts == 1 && voice.State == MossnanoState.Ready);
+        Say("again", voice.Pid != before, voice.IsSpeaking);
+        FeedSteady(voice, 300); // stream 3 lies behind what is left of stream 1
+        FinishSteady(voice);
+        Say(PullSteady(voice, 500), voice.Played.Stream, voice.Played.Samples);
+        Say(PullSteady(voice, 240), voice.Played.Stream, voice.Played.Samples);
+        Say(PullSteady(voice, 300), voice.Played.Stream, voice.Played.Samples, voice.IsSpeaking, voice.Underruns);
+        voice.Feed(new byte[4]); // a stream came to its end: it may be started again
+        Until(() => voice.Restarts == 2 && voice.State == MossnanoState.Ready);
+        SayPulled();
+        voice.Feed(new byte[4]); // none did
+        Until(() => voice.State == MossnanoState.Failed && Inside<Thread>(voice, "reader").Join(0));
+        voice.Dispose();
+        """,
+        STEADY,
+    )
+    crash = "the process ended by itself with status 3: its stderr says more"
+    assert said == [
+        "lost 1,2",
+        f"error process_ended False {crash}; it is started again, without what was fed to the streams 1, 2",
+        "while told Starting False",
+        "again True True",
+        "500 1 500",
+        "0 1 500",
+        "300 3 300 False 0",
+        "lost 4",
+        f"error process_ended False {crash}; it is started again, without what was fed to the streams 4",
+        "while told Starting False",
+    ]
+    assert lost == "lost 5"
+    assert last_error == f"error process_ended True {crash}"
+    assert failed == "while told Failed False"
+    sound = pulled(line)
+    assert sound[:600] == [LOUD] * 600
+    assert sound[599 + FADE] == 0
+    assert sound[600 + FADE + FADE :] == [LOUD] * (300 - FADE)
+    assert largest_step(sound) <= LOUD / FADE + 1
+
+
+def test_played_says_how_much_of_which_stream_was_given_out(library: Path) -> None:
+    said = play(
+        library,
+        """
+        using (var voice = Mossnano.Start(command, SayError))
+        {
+            Action say = () => Say(voice.Stream, voice.Played.Stream, voice.Played.Samples);
+            say();
+            FeedSteady(voice, 100);
+            FinishSteady(voice);
+            PullSteady(voice, 50);
+            say();
+            FeedSteady(voice, 1000);
+            PullSteady(voice, 350);
+            say();
+            voice.Cancel();
+            PullSteady(voice, 480);
+            say();
+            Until(() => Inside<int>(voice, "cancelsAnswered") == 1);
+            FeedSteady(voice, 10);
+            say();
+            PullSteady(voice, 1);
+            say();
+        }
+        """,
+        STEADY,
+    )
+    assert said == ["-1 -1 0", "0 0 50", "1 1 300", "1 1 300", "2 1 300", "2 2 1"]

@@ -8,7 +8,12 @@
 //     voice.Cancel();                      // be silent, now: 5 ms fade out, the next stream may be fed at once
 //     voice.Dispose();                     // ends the process; nothing of it is left
 //
-// In Unity: Start in a Task, and
+// Where nobody wants to wait for the weights, Launch gives a voice at once: ask its State, and for Failed its Reason.
+// With Restart = N a process that crashes is started again, up to N times in a row (a stream that comes to its end ends
+// the row): what was fed until then is lost, and onError and OnLost are told. Played says how much was heard of which
+// stream, for barge-in; Stream is the one that Feed opened last. Log gets the lines of the process' stderr.
+//
+// In Unity: Launch, and
 //
 //     void OnAudioFilterRead(float[] data, int channels) { voice.Pull(data, channels); }
 //
@@ -38,11 +43,28 @@ using System.Threading;
 public sealed class MossnanoOptions
 {
     public string[] Command = { "mossnano-stdio" }; // the program, looked up on the PATH, and its arguments
-    public Mossnano.ErrorHandler OnError; // on a thread of ours
+    public Mossnano.ErrorHandler OnError; // on a thread of ours, as all that follow
+    public Action<long[]> OnLost;    // the streams, by number, that were fed to a process that crashed and will not end
+    public Action<string> Log;       // the lines of the process' stderr, which otherwise go to ours
     public double RingSeconds = 10;  // PCM that may wait to be pulled
     public double StartSeconds = 60; // how long loading the weights may take
     public double FadeMs = 5;        // out where a CANCEL or an underrun cuts a stream, in where it goes on; 0: a click
     public double PrebufferMs;       // of a stream are gathered before it is heard, and again after an underrun
+    public int Restart;              // how many times in a row a process that crashed is started again
+}
+
+public enum MossnanoState { Starting, Ready, Failed, Stopped } // Starting: also while a crashed process is started again
+
+public struct MossnanoPlayed
+{
+    public readonly long Stream;  // the one that was pulled last, from 0; -1 before the first
+    public readonly long Samples; // of it that were given out; what fades out counts for nothing
+
+    public MossnanoPlayed(long stream, long samples)
+    {
+        Stream = stream;
+        Samples = samples;
+    }
 }
 
 public sealed class Mossnano : IDisposable
@@ -55,6 +77,9 @@ public sealed class Mossnano : IDisposable
     const int HeadBytes = 5;            // of a message: its length and its kind
     const int QueueBytes = 4 << 20;     // of messages that the process has not taken yet
     const int MostMarks = 256;          // streams that may begin in the ring
+    const int FirstPauseMs = 250;       // before a restart; twice as long before the next one in a row,
+    const int LongestPauseMs = 8000;    // up to this
+    const int SampleBits = 40;          // of `played`: below the number of the stream
     const int StopMs = 2000;            // how long the process may take to end by itself
 
     // As the process says in its HANDSHAKE.
@@ -66,28 +91,42 @@ public sealed class Mossnano : IDisposable
     public int FrameBytes { get; private set; }
     public int MaxAudioBytes { get; private set; }
 
-    public int Pid { get; private set; } // of the process
+    public string Version { get; private set; } // of the program
+    public bool Demo { get; private set; }      // the built-in demo, no real codec
+    public IReadOnlyDictionary<string, string> Format { get; private set; } // all that it said, as texts
 
-    readonly Process process;
-    readonly Stream input, output;
-    readonly Thread reader, writer;
+    public MossnanoState State { get { return state; } }
+    public string Reason { get; private set; } // why the State is Failed
+    public int Pid { get { return pid; } }     // 0: there is no process now
+    public int Restarts { get { return restarts; } }
+
+    Process process;
+    Stream output;
+    Thread writer;
+    readonly Thread reader;
     readonly MossnanoOptions options;
     readonly ErrorHandler onError;
-    readonly ManualResetEvent started = new ManualResetEvent(false);
+    readonly bool startThrows;             // what goes wrong until the process is ready
+    readonly ManualResetEvent started = new ManualResetEvent(false), stopping = new ManualResetEvent(false);
+    volatile MossnanoState state;
+    volatile int pid, restarts;
+    int launches, restartsInARow;
     readonly object gate = new object();   // of the controlling thread and ours; the puller never takes it
     readonly Queue<byte[]> queue = new Queue<byte[]>(); // messages that the writer has not begun yet
     int queuedBytes;                       // theirs, and those of the message that is being written
-    string startFault;
-    bool streamIsOpen, fatalWasSaid, isClosing;
+    string fault;                          // what was said last, for Reason
+    bool streamIsOpen, fatalWasSaid, isClosing, isLate;
     short[] ring;                          // values, not samples; indices only grow, % Length says where they are
     long written, taken, dropBefore;       // moved by: reader, puller, reader
-    long endOfStream;                      // the reader's: where the last stream that is over ended in the ring
+    long endOfStream;                      // the reader's: where the last stream that is over ended in the ring,
+    long cutAt;                            // and where the last one broke off that was lost
     readonly long[] markAt = new long[MostMarks], markStream = new long[MostMarks]; // where which stream begins in the ring
     long marksWritten, marksTaken;         // moved by: reader, puller
     long markedStream = -1;                // the reader's
     long opened, ended, underruns;         // streams, streams, pulls
+    long cancelled;                        // streams that were open at the last CANCEL
     int cancels, cancelsAnswered;
-    volatile bool hasRing, isReady, isGone, isStopping, isSounding; // sounding: PCM of a stream came, its END did not
+    volatile bool hasRing, isGone, isStopping, isSounding; // sounding: PCM of a stream came, its END did not
 
     /// <summary>Returns when the process is ready; an InvalidOperationException says why it will not be.</summary>
     public static Mossnano Start(string[] command, ErrorHandler onError = null, double ringSeconds = 10, double startSeconds = 60)
@@ -101,53 +140,38 @@ public sealed class Mossnano : IDisposable
     /// <summary>The same, with every option there is.</summary>
     public static Mossnano Start(MossnanoOptions options)
     {
-        var voice = new Mossnano(options);
-        bool isInTime = voice.started.WaitOne(TimeSpan.FromSeconds(options.StartSeconds));
-        if (voice.isReady) return voice;
+        var voice = new Mossnano(options, true);
+        bool isInTime = voice.started.WaitOne(TimeSpan.FromSeconds(options.StartSeconds) + TimeSpan.FromMilliseconds(StopMs));
+        if (voice.State == MossnanoState.Ready) return voice;
         voice.Dispose();
-        throw new InvalidOperationException(isInTime ? voice.startFault
-            : "no HANDSHAKE in time: allow more startSeconds, or look at its stderr");
+        throw new InvalidOperationException(isInTime ? voice.Reason : TooLate);
     }
 
-    Mossnano(MossnanoOptions options)
+    /// <summary>The same at once: a voice whose State is Starting. OnError is told what goes wrong until it is Ready, too.
+    /// Until then Feed, Finish and Cancel answer false, and Pull gives silence.</summary>
+    public static Mossnano Launch(MossnanoOptions options)
+    {
+        return new Mossnano(options, false);
+    }
+
+    Mossnano(MossnanoOptions options, bool startThrows)
     {
         if (options.FadeMs < 0 || options.PrebufferMs < 0 || options.PrebufferMs > 1000 * options.RingSeconds)
             throw new ArgumentException("FadeMs " + options.FadeMs + ", PrebufferMs " + options.PrebufferMs + ": neither may be "
                 + "negative, and what is gathered must fit into RingSeconds, " + options.RingSeconds);
         this.options = options;
+        this.startThrows = startThrows;
         onError = options.OnError;
-        string[] command = options.Command;
-        var words = new StringBuilder();
-        for (int i = 1; i < command.Length; i++) words.Append(Quoted(command[i])).Append(' ');
-        var how = new ProcessStartInfo(command[0], words.ToString())
-        {
-            UseShellExecute = false, CreateNoWindow = true, RedirectStandardInput = true, RedirectStandardOutput = true,
-        };
-        try { process = StartWithoutPreamble(how); }
-        catch (Win32Exception error)
-        {
-            throw new InvalidOperationException(command[0] + " cannot be started (" + error.Message + "): is it installed and on the PATH?");
-        }
-        if (process.StandardInput.Encoding.GetPreamble().Length > 0) // it has been written by now
-        {
-            process.Kill();
-            throw new InvalidOperationException("a byte order mark went before our first message: "
-                + "set Console.InputEncoding = new UTF8Encoding(false) before Start");
-        }
-        Pid = process.Id;
-        input = process.StandardInput.BaseStream;
-        output = process.StandardOutput.BaseStream;
-        reader = new Thread(Read) { IsBackground = true, Name = "Mossnano" };
-        writer = new Thread(Write) { IsBackground = true, Name = "Mossnano writer" };
+        reader = new Thread(Run) { IsBackground = true, Name = "Mossnano" };
         reader.Start();
-        writer.Start();
     }
 
     /// <summary>Adds packed frames, FrameBytes each, to the stream, and opens one where none is open.
-    /// False when the process is gone, or when more than 4 MiB would wait for it (`queue_full`, and nothing of this was
+    /// False unless the State is Ready, or when more than 4 MiB would wait for it (`queue_full`, and nothing of this was
     /// taken); the error handler was told why.</summary>
     public bool Feed(byte[] packed)
     {
+        if (state != MossnanoState.Ready) return false;
         if (packed.Length % FrameBytes != 0)
             throw new ArgumentException(packed.Length + " bytes are no whole frames: feed a multiple of " + FrameBytes + " bytes");
         int most = Math.Max(1, PieceBytes / FrameBytes) * FrameBytes;
@@ -155,7 +179,7 @@ public sealed class Mossnano : IDisposable
         long wanted = packed.Length + (long)pieces * HeadBytes, waiting;
         lock (gate)
         {
-            if (isGone || !isReady) return false;
+            if (state != MossnanoState.Ready) return false;
             waiting = queuedBytes;
             if (waiting + wanted <= QueueBytes)
             {
@@ -175,6 +199,7 @@ public sealed class Mossnano : IDisposable
     /// <summary>The same for codes, Quantizers for each frame.</summary>
     public bool FeedCodes(int[] codes)
     {
+        if (state != MossnanoState.Ready) return false;
         if (codes.Length % Quantizers != 0)
             throw new ArgumentException(codes.Length + " codes are no whole frames: feed a multiple of " + Quantizers);
         int bits = 0;
@@ -198,9 +223,9 @@ public sealed class Mossnano : IDisposable
     {
         lock (gate)
         {
-            if (streamIsOpen && !isGone) Enqueue(End, new byte[0], 0, 0);
+            if (streamIsOpen) Enqueue(End, new byte[0], 0, 0);
             streamIsOpen = false;
-            return !isGone;
+            return state == MossnanoState.Ready;
         }
     }
 
@@ -212,11 +237,27 @@ public sealed class Mossnano : IDisposable
             foreach (byte[] message in queue) queuedBytes -= message.Length; // what has not left never will
             queue.Clear();
             streamIsOpen = false;
+            cancelled = opened;
             // The puller is silent and the reader drops, until the END of this CANCEL, or of a later one, has come back.
             int number = Interlocked.Increment(ref cancels);
             byte[] echo = Encoding.ASCII.GetBytes(FormattableString.Invariant($"{opened} {number}"));
-            if (!isGone) Enqueue(CancelKind, echo, 0, echo.Length);
-            return !isGone;
+            bool isAnswered = state == MossnanoState.Ready;
+            if (isAnswered) Enqueue(CancelKind, echo, 0, echo.Length);
+            else AnswerCancel(opened, number);
+            return isAnswered;
+        }
+    }
+
+    /// <summary>The number of the stream that Feed opened last, from 0; -1 before the first.</summary>
+    public long Stream { get { return Interlocked.Read(ref opened) - 1; } }
+
+    /// <summary>How much was heard of which stream, as far as we know: less what the sound card still holds.</summary>
+    public MossnanoPlayed Played
+    {
+        get
+        {
+            long both = Volatile.Read(ref played); // one number, so that they belong together
+            return new MossnanoPlayed(both >> SampleBits, both & (1L << SampleBits) - 1);
         }
     }
 
@@ -258,11 +299,15 @@ public sealed class Mossnano : IDisposable
     bool isFadingOut, wasCut, fadesDropped, isComplete;
     bool isGathering, isFresh;       // fresh: nothing of the stream was given yet: no fade-in, unless we were cut off
     int noticedCancels;
+    long cutHeard;                   // the last cutAt that we came to
+    long nextStream = -1, stream = -1, heard;         // that is being given out, and how many samples of it were
+    long played = -1L << SampleBits; // both, for other threads
     short[] last;                    // the last sample that was given: a fade-out holds it where nothing follows
 
     void BeginPull(int wanted)
     {
-        bool wasGone = isGone, wasSounding = isSounding; // asked before the ring is looked at: what they told of is in there
+        bool wasSounding = isSounding; // asked before the ring is looked at: what it told of is in there
+        long cut = Volatile.Read(ref cutAt);
         long over = Volatile.Read(ref endOfStream);
         long end = Volatile.Read(ref written);
         int cancelled = Volatile.Read(ref cancels); // asked after it: what lies before the end was fed before the CANCEL
@@ -277,32 +322,39 @@ public sealed class Mossnano : IDisposable
         droppedLeft = isFadingOut && fadesDropped ? (int)Math.Max(0, (dropped - taken) / Channels) : 0;
         if (!isFadingOut) // a fade-out is finished first
         {
-            bool isDry = TakeReal(wanted, wasGone, over, end);
+            bool isDry = TakeReal(wanted, cut, over, end);
             if (isDry && wasSounding && isSounding && !isCancelled) Interlocked.Increment(ref underruns);
         }
         audible = isFadingOut ? Math.Min(wanted, real + Math.Min(fadeSamples, level + real)) : real;
     }
 
-    bool TakeReal(int wanted, bool wasGone, long over, long end) // says whether the ring was dry
+    bool TakeReal(int wanted, long cut, long over, long end) // says whether the ring was dry
     {
         long at = pullAt;
+        bool isCut = false; // what follows is another stream, but this one's last sample is not its end
         while (real < wanted)
         {
+            isCut = at == cut && cut != cutHeard && level + real > 0;
+            if (at == cut) cutHeard = cut;
+            if (isCut) break;
             TakeMarks(at);
-            bool isEnough = end - at >= (long)(options.PrebufferMs * SampleRate / 1000) * Channels || over > at || wasGone;
+            bool isEnough = end - at >= (long)(options.PrebufferMs * SampleRate / 1000) * Channels || over > at || cut > at;
             bool isGathered = !isGathering || isEnough && end > at;
             long nextMark = marksTaken < Volatile.Read(ref marksWritten) ? markAt[marksTaken % MostMarks] : end;
-            int more = isGathered ? (int)Math.Min(wanted - real, (Math.Min(end, nextMark) - at) / Channels) : 0;
+            long until = Math.Min(Math.Min(end, nextMark), cut > at ? cut : end);
+            int more = isGathered ? (int)Math.Min(wanted - real, (until - at) / Channels) : 0;
             if (more <= 0) break;
             if (isFresh && real == 0 && !wasCut) level = fadeSamples;
+            if (isFresh) { stream = nextStream; heard = 0; }
             isFresh = isGathering = wasCut = false;
             real += more;
+            heard += more;
             at += more * Channels;
         }
         if (real == wanted) return false;
         isComplete = at == over || isGathering; // the stream ends here as it should, with its own last sample
         if (!isComplete && level + real > 0 && fadeSamples > 0) { isFadingOut = wasCut = true; fadesDropped = false; }
-        bool isDry = !isGathering;
+        bool isDry = !isGathering && !isCut;
         isGathering = options.PrebufferMs > 0;
         return isDry;
     }
@@ -312,6 +364,7 @@ public sealed class Mossnano : IDisposable
         while (marksTaken < Volatile.Read(ref marksWritten) && markAt[marksTaken % MostMarks] <= at)
         {
             isFresh = true;
+            nextStream = markStream[marksTaken % MostMarks];
             isGathering = options.PrebufferMs > 0;
             Volatile.Write(ref marksTaken, marksTaken + 1);
         }
@@ -338,6 +391,7 @@ public sealed class Mossnano : IDisposable
             last[channel] = ring[(pullAt + (long)(given - 1) * Channels + channel) % ring.Length];
         level = isComplete ? 0 : Math.Min(fadeSamples, level + real) - (audible - real);
         isFadingOut &= level > 0;
+        Volatile.Write(ref played, stream << SampleBits | heard);
         Volatile.Write(ref taken, pullAt + (long)given * Channels); // only now: until here the reader must not write over it
         return real;
     }
@@ -362,39 +416,171 @@ public sealed class Mossnano : IDisposable
     {
         if (isStopping) return;
         isStopping = true;
+        stopping.Set();
         Cancel();
-        CloseQueue();
-        if (!reader.Join(StopMs))
+        lock (gate)
         {
-            try { process.Kill(); } catch (InvalidOperationException) { } // it is gone already
-            reader.Join(StopMs);
+            isClosing = true;
+            Monitor.PulseAll(gate);
         }
-        writer.Join(StopMs);
+        bool isReader = Thread.CurrentThread == reader; // called by OnError
+        if (isReader || !reader.Join(StopMs)) Kill();
+        if (!isReader) reader.Join(StopMs);
+        if (!isReader && writer != null) writer.Join(StopMs);
+        state = MossnanoState.Stopped;
+    }
+
+    // --- the process ------------------------------------------------------------------------------------------------
+
+    const string TooLate = "no HANDSHAKE in time: allow more startSeconds, or look at its stderr";
+
+    void Run() // what the reader does
+    {
+        while (RunProcess())
+        {
+            int pause = Math.Min(FirstPauseMs << Math.Min(restartsInARow, 10), LongestPauseMs);
+            restartsInARow++;
+            if (stopping.WaitOne(pause)) break;
+            restarts++;
+        }
+        if (isStopping) state = MossnanoState.Stopped;
+        started.Set();
+    }
+
+    bool RunProcess() // says whether it is to be started again
+    {
+        fatalWasSaid = isLate = false;
+        string whyNot = StartProcess();
+        if (whyNot != null) return Bury("not_started", whyNot);
+        Thread log = StartLog();
+        int launch = launches;
+        TimeSpan patience = TimeSpan.FromSeconds(options.StartSeconds);
+        using (new Timer(_ => EndIfLate(launch), null, patience, Timeout.InfiniteTimeSpan)) ReadMessages();
+        process.WaitForExit();
+        if (log != null) log.Join(StopMs); // its last lines say why
+        int status = process.ExitCode;
         process.Dispose();
+        if (isLate) return Bury("timeout", TooLate);
+        return Bury("process_ended", "the process ended by itself with status " + status + ": its stderr says more");
+    }
+
+    string StartProcess() // says why it cannot be started
+    {
+        string[] command = options.Command;
+        var words = new StringBuilder();
+        for (int i = 1; i < command.Length; i++) words.Append(Quoted(command[i])).Append(' ');
+        var how = new ProcessStartInfo(command[0], words.ToString())
+        {
+            UseShellExecute = false, CreateNoWindow = true, RedirectStandardInput = true, RedirectStandardOutput = true,
+            RedirectStandardError = options.Log != null, StandardErrorEncoding = options.Log != null ? Encoding.UTF8 : null,
+        };
+        try { process = StartWithoutPreamble(how); }
+        catch (Win32Exception error)
+        {
+            return command[0] + " cannot be started (" + error.Message + "): is it installed and on the PATH?";
+        }
+        output = process.StandardOutput.BaseStream;
+        Stream input = process.StandardInput.BaseStream;
+        int launch;
+        lock (gate)
+        {
+            launch = ++launches;
+            isGone = false;
+        }
+        pid = process.Id;
+        writer = new Thread(() => Write(input, launch)) { IsBackground = true, Name = "Mossnano writer" };
+        writer.Start();
+        if (isStopping) Kill(); // Dispose came too early to do it
+        if (process.StandardInput.Encoding.GetPreamble().Length == 0) return null;
+        Kill();
+        return "a byte order mark went before our first message: set Console.InputEncoding = new UTF8Encoding(false) before";
+    }
+
+    Thread StartLog()
+    {
+        if (options.Log == null) return null;
+        StreamReader lines = process.StandardError;
+        var log = new Thread(() => ReadLog(lines)) { IsBackground = true, Name = "Mossnano log" };
+        log.Start();
+        return log;
+    }
+
+    void ReadLog(StreamReader lines)
+    {
+        string line;
+        do
+        {
+            try { line = lines.ReadLine(); }
+            catch (IOException) { return; }
+            catch (ObjectDisposedException) { return; } // a child of the process held on to its stderr for too long
+            if (line != null) options.Log(line);
+        } while (line != null);
+    }
+
+    void EndIfLate(int launch)
+    {
+        lock (gate)
+        {
+            if (state != MossnanoState.Starting || launch != launches) return;
+            isLate = true;
+        }
+        Kill();
+    }
+
+    void Kill()
+    {
+        try { if (process != null) process.Kill(); }
+        catch (InvalidOperationException) { } // it is gone already
+        catch (Win32Exception) { }            // it is going
+    }
+
+    // A process that never became ready would not do so the next time.
+    bool MayRestart { get { return hasRing && !isStopping && restartsInARow < options.Restart; } }
+
+    bool Bury(string code, string message) // what came of its streams can still be pulled, and then fades out
+    {
+        bool isRestarted = MayRestart;
+        var lost = new List<long>();
+        lock (gate)
+        {
+            for (long number = Math.Max(ended, cancelled); number < opened; number++) lost.Add(number);
+            launches++;
+            queue.Clear();
+            queuedBytes = 0;
+            Monitor.PulseAll(gate);
+            streamIsOpen = isSounding = false;
+            Volatile.Write(ref cutAt, written);
+            AnswerCancel(opened, cancels);
+            isGone = true;
+            pid = 0;
+            if (!fatalWasSaid) fault = code == "process_ended" ? message + " (" + code + ")" : message;
+            if (!isRestarted) Reason = fault;
+            state = isRestarted ? MossnanoState.Starting : isStopping ? MossnanoState.Stopped : MossnanoState.Failed;
+        }
+        if (isStopping) return false;
+        if (lost.Count > 0 && options.OnLost != null) options.OnLost(lost.ToArray());
+        string without = lost.Count > 0 ? ", without what was fed to the streams " + string.Join(", ", lost) : "";
+        if (isRestarted) Say(code, message + "; it is started again" + without, true);
+        else if (!fatalWasSaid) Say(code, message, true);
+        return isRestarted;
     }
 
     // --- the reader -------------------------------------------------------------------------------------------------
 
-    void Read()
+    void ReadMessages()
     {
-        var head = new byte[5];
+        var head = new byte[HeadBytes];
         var payload = new byte[LongestMessage];
-        while (ReadAll(head, 5))
+        while (ReadAll(head, HeadBytes))
         {
             uint length = head[0] | (uint)head[1] << 8 | (uint)head[2] << 16 | (uint)head[3] << 24;
             bool isMessage = length >= 1 && length <= LongestMessage;
             if (!isMessage) Say("framing_lost", "the program does not speak the protocol: does something print to its stdout?", true);
             if (isMessage && !ReadAll(payload, (int)length - 1)) break;
             if (isMessage && Take(head[4], payload, (int)length - 1)) continue;
-            try { process.Kill(); } catch (InvalidOperationException) { }
+            Kill();
             break;
         }
-        process.WaitForExit();
-        if (!fatalWasSaid) Say("process_ended", "the process ended by itself with status " + process.ExitCode + ": its stderr says more", true);
-        isSounding = false;
-        isGone = true;
-        started.Set();
-        CloseQueue();
     }
 
     bool ReadAll(byte[] into, int bytes)
@@ -410,10 +596,10 @@ public sealed class Mossnano : IDisposable
 
     bool Take(int kind, byte[] payload, int bytes) // unknown kinds and keys are passed over
     {
-        if (kind == Audio && isReady) Push(payload, bytes / 2);
+        if (kind == Audio && hasRing) Push(payload, bytes / 2);
         if (kind != Handshake && kind != Error && kind != End) return true;
         var said = Fields(Encoding.UTF8.GetString(payload, 0, bytes));
-        if (kind == Handshake && !isReady) return ShakeHands(said);
+        if (kind == Handshake && state == MossnanoState.Starting) return ShakeHands(said);
         if (kind == Error) Say(said["code"], said["message"], said["fatal"] == "true");
         if (kind == End) FinishStream(said);
         return true;
@@ -422,24 +608,44 @@ public sealed class Mossnano : IDisposable
     bool ShakeHands(Dictionary<string, string> said)
     {
         Func<string, int> number = name => { string text; int value; return said.TryGetValue(name, out text) && int.TryParse(text, out value) ? value : 0; };
-        SampleRate = number("sample_rate"); Channels = number("channels"); FrameSamples = number("frame_samples");
-        Quantizers = number("quantizers"); CodebookSize = number("codebook_size");
-        FrameBytes = number("frame_bytes"); MaxAudioBytes = number("max_audio_bytes");
-        int least = Math.Min(Math.Min(Math.Min(SampleRate, Channels), Math.Min(FrameSamples, Quantizers)),
-            Math.Min(Math.Min(CodebookSize, FrameBytes), MaxAudioBytes));
+        var numbers = new[] { "sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes" };
         string direction;
-        if (number("protocol") != 1 || least < 1 || !said.TryGetValue("direction", out direction) || direction != "decode")
+        bool isOurs = number("protocol") == 1 && said.TryGetValue("direction", out direction) && direction == "decode";
+        foreach (string name in numbers) isOurs &= number(name) >= 1;
+        if (!isOurs)
         {
             Say("handshake", "this is no decoder of protocol 1: update Mossnano.cs, or drop --encode", true);
             return false;
         }
+        foreach (string name in numbers)
+            if (hasRing && said[name] != Format[name])
+            {
+                Say("handshake", name + " was " + Format[name] + " before the restart and is " + said[name] + ": start anew", true);
+                return false;
+            }
+        Format = said;
+        string version, demo;
+        Version = said.TryGetValue("version", out version) ? version : "";
+        Demo = said.TryGetValue("demo", out demo) && demo == "true";
+        SampleRate = number("sample_rate"); Channels = number("channels"); FrameSamples = number("frame_samples");
+        Quantizers = number("quantizers"); CodebookSize = number("codebook_size");
+        FrameBytes = number("frame_bytes"); MaxAudioBytes = number("max_audio_bytes");
+        if (!hasRing) MakeRing();
+        lock (gate)
+        {
+            if (isLate) return false;
+            state = MossnanoState.Ready;
+        }
+        started.Set();
+        return true;
+    }
+
+    void MakeRing()
+    {
         ring = new short[(int)(options.RingSeconds * SampleRate) * Channels + MaxAudioBytes / 2];
         last = new short[Channels];
         fadeSamples = (int)(options.FadeMs * SampleRate / 1000);
         hasRing = true;
-        isReady = true;
-        started.Set();
-        return true;
     }
 
     void Push(byte[] pcm, int values)
@@ -470,19 +676,29 @@ public sealed class Mossnano : IDisposable
     {
         Volatile.Write(ref endOfStream, written);
         isSounding = false;
-        if (said["cancelled"] != "true") { Interlocked.Increment(ref ended); return; }
+        if (said["cancelled"] != "true")
+        {
+            Interlocked.Increment(ref ended);
+            restartsInARow = 0;
+            return;
+        }
         string[] echo = said["echo"].Split(' ');
-        Interlocked.Exchange(ref ended, long.Parse(echo[0], CultureInfo.InvariantCulture)); // streams open at our CANCEL: all over
-        Volatile.Write(ref dropBefore, written);
-        Volatile.Write(ref cancelsAnswered, int.Parse(echo[1], CultureInfo.InvariantCulture));
+        AnswerCancel(long.Parse(echo[0], CultureInfo.InvariantCulture), int.Parse(echo[1], CultureInfo.InvariantCulture));
+    }
+
+    void AnswerCancel(long streams, int number) // all that were open at it are over
+    {
+        Interlocked.Exchange(ref ended, streams);
+        if (IsCancelled) Volatile.Write(ref dropBefore, written);
+        Volatile.Write(ref cancelsAnswered, number);
     }
 
     void Say(string code, string message, bool fatal)
     {
         fatalWasSaid |= fatal;
         if (isStopping) return;
-        if (!isReady) startFault = message + " (" + code + ")";
-        else if (onError != null) onError(code, message, fatal);
+        if (fatal || !hasRing) fault = message + " (" + code + ")";
+        if (onError != null && (hasRing || !startThrows)) onError(code, message, fatal && !MayRestart);
     }
 
     // --- the writer -------------------------------------------------------------------------------------------------
@@ -495,34 +711,25 @@ public sealed class Mossnano : IDisposable
         Buffer.BlockCopy(payload, at, message, HeadBytes, bytes);
         queue.Enqueue(message);
         queuedBytes += message.Length;
-        Monitor.Pulse(gate);
+        Monitor.PulseAll(gate);
     }
 
-    void Write()
+    void Write(Stream input, int launch)
     {
-        for (byte[] message = null; (message = NextToWrite(message)) != null;)
+        for (byte[] message = null; (message = NextToWrite(message, launch)) != null;)
             try { input.Write(message, 0, message.Length); input.Flush(); }
             catch (IOException) { }             // the reader finds out why
             catch (ObjectDisposedException) { }
         try { input.Close(); } catch (IOException) { }
     }
 
-    byte[] NextToWrite(byte[] maybeWritten) // null: that was all
+    byte[] NextToWrite(byte[] maybeWritten, int launch) // null: that was all, for the process of that launch
     {
         lock (gate)
         {
-            if (maybeWritten != null) queuedBytes -= maybeWritten.Length;
-            while (queue.Count == 0 && !isClosing) Monitor.Wait(gate);
-            return queue.Count == 0 ? null : queue.Dequeue();
-        }
-    }
-
-    void CloseQueue()
-    {
-        lock (gate)
-        {
-            isClosing = true;
-            Monitor.Pulse(gate);
+            if (maybeWritten != null && launch == launches) queuedBytes -= maybeWritten.Length;
+            while (queue.Count == 0 && !isClosing && launch == launches) Monitor.Wait(gate);
+            return queue.Count == 0 || launch != launches ? null : queue.Dequeue();
         }
     }
 
