@@ -18,7 +18,7 @@ from mossnano_stdio.protocol import Kind, encode_message
 from tests.child import DEMO, ROOT, run
 from tests.doubles import NANO, some_frames, tokens_payload
 
-STEADY = [sys.executable, ROOT / "tests" / "steady.py"]
+STEADY = (sys.executable, ROOT / "tests" / "steady.py")
 LOUD = 10_000  # its left channel
 FADE = 240  # samples of 5 ms
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "csharp" / "Mossnano.cs"
@@ -599,9 +599,11 @@ def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(library: Path) ->
         FinishSteady(voice);
         PullSteady(voice, 100);
         FeedSteady(voice, 500); // stream 1 is cut
+        Signal("STOP", voice);
         voice.Feed(new byte[4]);
         voice.Finish();
         voice.Feed(BitConverter.GetBytes(7)); // stream 2 is not even begun
+        Signal("CONT", voice);
         Until(() => voice.Restarts == 1 && voice.State == MossnanoState.Ready);
         Say("again", voice.Pid != before, voice.IsSpeaking);
         FeedSteady(voice, 300); // stream 3 lies behind what is left of stream 1
@@ -639,6 +641,24 @@ def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(library: Path) ->
     assert sound[599 + FADE] == 0
     assert sound[600 + FADE + FADE :] == [LOUD] * (300 - FADE)
     assert largest_step(sound) <= LOUD / FADE + 1
+
+
+def test_other_weights_after_a_crash_are_refused(library: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(STEADY[1].read_text().replace('"sample_rate": 48000', '"sample_rate": 24000'))
+    said = play(
+        library,
+        """
+        var voice = Mossnano.Start(new MossnanoOptions { Command = command, OnError = SayError, Restart = 1 });
+        voice.Feed(new byte[4]);
+        Until(() => voice.State == MossnanoState.Failed && Inside<Thread>(voice, "reader").Join(0));
+        Say(voice.Reason);
+        voice.Dispose();
+        """,
+        ["sh", "-c", 'mkdir "$0" && exec "$1" "$2" || exec "$1" "$3"', tmp_path / "was", STEADY[0], STEADY[1], other],
+    )
+    change = "sample_rate was 48000 and is now 24000: start a new voice for other weights"
+    assert said[1:] == [f"error handshake True {change}", f"{change} (handshake)"]
 
 
 def test_played_says_how_much_of_which_stream_was_given_out(library: Path) -> None:

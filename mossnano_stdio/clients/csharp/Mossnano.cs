@@ -18,11 +18,11 @@
 //     void OnAudioFilterRead(float[] data, int channels) { voice.Pull(data, channels); }
 //
 // with Unity's output at SampleRate (Project Settings, Audio). Two threads of yours may use a voice at the same time:
-// one that controls, and one that pulls. Pull never locks, waits or allocates. Feed, Finish and Cancel never wait for the
-// process, not even for one that hangs: a thread of ours writes, and up to 4 MiB (hours) may wait for it. A Feed beyond
-// that is refused whole: it answers false, and onError is told `queue_full`. Another thread of ours reads all that the
-// process says, and calls onError: touch no Unity object there. When the ring is full it waits for room, and so does
-// the process.
+// one that controls, and one that pulls. Pull never locks, waits or allocates. Feed, Finish and Cancel never wait for
+// the process, not even for one that hangs: a thread of ours writes, and up to 4 MiB (hours) may wait for it. A Feed
+// beyond that is refused whole: it answers false, and onError is told `queue_full`. Another thread of ours reads all
+// that the process says, and calls onError: touch no Unity object there. When the ring is full it waits for room, and
+// so does the process.
 //
 // What is cut off, by Cancel or by an underrun, fades out over FadeMs, and what follows fades in; 0 leaves every sample
 // as it came. With PrebufferMs a stream sounds once so much of it waits, or all of it, and so again after an underrun:
@@ -53,7 +53,8 @@ public sealed class MossnanoOptions
     public int Restart;              // how many times in a row a process that crashed is started again
 }
 
-public enum MossnanoState { Starting, Ready, Failed, Stopped } // Starting: also while a crashed process is started again
+// Starting: also while a process that crashed is started again.
+public enum MossnanoState { Starting, Ready, Failed, Stopped }
 
 public struct MossnanoPlayed
 {
@@ -106,6 +107,7 @@ public sealed class Mossnano : IDisposable
     readonly Thread reader;
     readonly MossnanoOptions options;
     readonly ErrorHandler onError;
+    readonly TimeSpan patience;            // with a start
     readonly bool startThrows;             // what goes wrong until the process is ready
     readonly ManualResetEvent started = new ManualResetEvent(false), stopping = new ManualResetEvent(false);
     volatile MossnanoState state;
@@ -120,8 +122,8 @@ public sealed class Mossnano : IDisposable
     long written, taken, dropBefore;       // moved by: reader, puller, reader
     long endOfStream;                      // the reader's: where the last stream that is over ended in the ring,
     long cutAt;                            // and where the last one broke off that was lost
-    readonly long[] markAt = new long[MostMarks], markStream = new long[MostMarks]; // where which stream begins in the ring
-    long marksWritten, marksTaken;         // moved by: reader, puller
+    readonly long[] markAt = new long[MostMarks], markStream = new long[MostMarks];
+    long marksWritten, marksTaken;         // moved by: reader, puller. A mark: where in the ring which stream begins
     long markedStream = -1;                // the reader's
     long opened, ended, underruns;         // streams, streams, pulls
     long cancelled;                        // streams that were open at the last CANCEL
@@ -141,14 +143,14 @@ public sealed class Mossnano : IDisposable
     public static Mossnano Start(MossnanoOptions options)
     {
         var voice = new Mossnano(options, true);
-        bool isInTime = voice.started.WaitOne(TimeSpan.FromSeconds(options.StartSeconds) + TimeSpan.FromMilliseconds(StopMs));
+        bool isInTime = voice.started.WaitOne(voice.patience + TimeSpan.FromMilliseconds(StopMs));
         if (voice.State == MossnanoState.Ready) return voice;
         voice.Dispose();
         throw new InvalidOperationException(isInTime ? voice.Reason : TooLate);
     }
 
-    /// <summary>The same at once: a voice whose State is Starting. OnError is told what goes wrong until it is Ready, too.
-    /// Until then Feed, Finish and Cancel answer false, and Pull gives silence.</summary>
+    /// <summary>The same at once: a voice whose State is Starting. OnError is told what goes wrong meanwhile, too.
+    /// Until it is Ready, Feed, Finish and Cancel answer false, and Pull gives silence.</summary>
     public static Mossnano Launch(MossnanoOptions options)
     {
         return new Mossnano(options, false);
@@ -157,8 +159,9 @@ public sealed class Mossnano : IDisposable
     Mossnano(MossnanoOptions options, bool startThrows)
     {
         if (options.FadeMs < 0 || options.PrebufferMs < 0 || options.PrebufferMs > 1000 * options.RingSeconds)
-            throw new ArgumentException("FadeMs " + options.FadeMs + ", PrebufferMs " + options.PrebufferMs + ": neither may be "
-                + "negative, and what is gathered must fit into RingSeconds, " + options.RingSeconds);
+            throw new ArgumentException("FadeMs " + options.FadeMs + ", PrebufferMs " + options.PrebufferMs
+                + ": neither may be negative, and what is gathered must fit into RingSeconds, " + options.RingSeconds);
+        patience = TimeSpan.FromSeconds(Math.Min(options.StartSeconds, 1e6)); // timers take no more than some weeks
         this.options = options;
         this.startThrows = startThrows;
         onError = options.OnError;
@@ -167,15 +170,15 @@ public sealed class Mossnano : IDisposable
     }
 
     /// <summary>Adds packed frames, FrameBytes each, to the stream, and opens one where none is open.
-    /// False unless the State is Ready, or when more than 4 MiB would wait for it (`queue_full`, and nothing of this was
-    /// taken); the error handler was told why.</summary>
+    /// False unless the State is Ready, or when more than 4 MiB would wait for the process (`queue_full`, and nothing
+    /// of this was taken); the error handler was told why.</summary>
     public bool Feed(byte[] packed)
     {
         if (state != MossnanoState.Ready) return false;
         if (packed.Length % FrameBytes != 0)
             throw new ArgumentException(packed.Length + " bytes are no whole frames: feed a multiple of " + FrameBytes + " bytes");
         int most = Math.Max(1, PieceBytes / FrameBytes) * FrameBytes;
-        int pieces = Math.Max(1, (packed.Length + most - 1) / most); // an empty TOKENS opens a stream that END may close
+        int pieces = Math.Max(1, (packed.Length + most - 1) / most); // an empty TOKENS too opens a stream, for its END
         long wanted = packed.Length + (long)pieces * HeadBytes, waiting;
         lock (gate)
         {
@@ -238,7 +241,7 @@ public sealed class Mossnano : IDisposable
             queue.Clear();
             streamIsOpen = false;
             cancelled = opened;
-            // The puller is silent and the reader drops, until the END of this CANCEL, or of a later one, has come back.
+            // The puller is silent and the reader drops, until the END of this CANCEL, or of a later one, is back.
             int number = Interlocked.Increment(ref cancels);
             byte[] echo = Encoding.ASCII.GetBytes(FormattableString.Invariant($"{opened} {number}"));
             bool isAnswered = state == MossnanoState.Ready;
@@ -261,7 +264,7 @@ public sealed class Mossnano : IDisposable
         }
     }
 
-    /// <summary>Fills pcm, Channels interleaved: with samples, then with a fade-out if they break off, then with silence.
+    /// <summary>Fills pcm, Channels interleaved: with samples, a fade-out where they break off, and silence.
     /// Returns how many samples of all channels are real.</summary>
     public int Pull(short[] pcm)
     {
@@ -290,7 +293,7 @@ public sealed class Mossnano : IDisposable
     }
 
     // --- the puller -------------------------------------------------------------------------------------------------
-    // Lock-free against the reader, and nobody else's. A pull is `real` samples from `pullAt`, then a fade-out, then silence.
+    // Without a lock against the reader. A pull is `real` samples from `pullAt`, then a fade-out, then silence.
 
     long pullAt;
     int real, audible;               // samples of this pull; audible: the real ones and the fade-out
@@ -310,11 +313,11 @@ public sealed class Mossnano : IDisposable
         long cut = Volatile.Read(ref cutAt);
         long over = Volatile.Read(ref endOfStream);
         long end = Volatile.Read(ref written);
-        int cancelled = Volatile.Read(ref cancels); // asked after it: what lies before the end was fed before the CANCEL
-        bool isCancelled = cancelled != Volatile.Read(ref cancelsAnswered);
+        int number = Volatile.Read(ref cancels); // asked after it: what lies before the end was fed before that CANCEL
+        bool isCancelled = number != Volatile.Read(ref cancelsAnswered);
         long dropped = isCancelled ? end : Volatile.Read(ref dropBefore);
-        if (cancelled != noticedCancels && level > 0 && !isFadingOut) isFadingOut = wasCut = fadesDropped = true;
-        noticedCancels = cancelled;
+        if (number != noticedCancels && level > 0 && !isFadingOut) isFadingOut = wasCut = fadesDropped = true;
+        noticedCancels = number;
 
         real = 0;
         isComplete = false;
@@ -338,8 +341,9 @@ public sealed class Mossnano : IDisposable
             if (at == cut) cutHeard = cut;
             if (isCut) break;
             TakeMarks(at);
-            bool isEnough = end - at >= (long)(options.PrebufferMs * SampleRate / 1000) * Channels || over > at || cut > at;
-            bool isGathered = !isGathering || isEnough && end > at;
+            bool isEnough = end - at >= (long)(options.PrebufferMs * SampleRate / 1000) * Channels;
+            bool isWhole = over > at || cut > at; // more of this stream does not come
+            bool isGathered = !isGathering || (isEnough || isWhole) && end > at;
             long nextMark = marksTaken < Volatile.Read(ref marksWritten) ? markAt[marksTaken % MostMarks] : end;
             long until = Math.Min(Math.Min(end, nextMark), cut > at ? cut : end);
             int more = isGathered ? (int)Math.Min(wanted - real, (until - at) / Channels) : 0;
@@ -378,9 +382,8 @@ public sealed class Mossnano : IDisposable
             return loud >= fadeSamples ? value : (int)((long)value * loud / fadeSamples);
         }
         int left = Math.Min(fadeSamples, level + real) - (sample - real) - 1; // of the fade-out
-        int held = last[channel];
-        if (droppedLeft > 0) held = ring[(pullAt + (long)Math.Min(sample, droppedLeft - 1) * Channels + channel) % ring.Length];
-        else if (real > 0) held = ring[(pullAt + (long)(real - 1) * Channels + channel) % ring.Length];
+        int from = droppedLeft > 0 ? Math.Min(sample, droppedLeft - 1) : real - 1;
+        int held = from < 0 ? last[channel] : ring[(pullAt + (long)from * Channels + channel) % ring.Length];
         return (int)((long)held * left / fadeSamples);
     }
 
@@ -392,7 +395,8 @@ public sealed class Mossnano : IDisposable
         level = isComplete ? 0 : Math.Min(fadeSamples, level + real) - (audible - real);
         isFadingOut &= level > 0;
         Volatile.Write(ref played, stream << SampleBits | heard);
-        Volatile.Write(ref taken, pullAt + (long)given * Channels); // only now: until here the reader must not write over it
+        // Only now: from here on the reader may write over what was given.
+        Volatile.Write(ref taken, pullAt + (long)given * Channels);
         return real;
     }
 
@@ -403,7 +407,8 @@ public sealed class Mossnano : IDisposable
     {
         get
         {
-            bool moreComes = !isGone && Interlocked.Read(ref ended) < Interlocked.Read(ref opened); // first: what came is in the ring
+            // Asked first: what came is in the ring.
+            bool moreComes = !isGone && Interlocked.Read(ref ended) < Interlocked.Read(ref opened);
             long end = Volatile.Read(ref written);
             return moreComes || (Volatile.Read(ref taken) < end && Volatile.Read(ref dropBefore) < end && !IsCancelled);
         }
@@ -454,7 +459,6 @@ public sealed class Mossnano : IDisposable
         if (whyNot != null) return Bury("not_started", whyNot);
         Thread log = StartLog();
         int launch = launches;
-        TimeSpan patience = TimeSpan.FromSeconds(options.StartSeconds);
         using (new Timer(_ => EndIfLate(launch), null, patience, Timeout.InfiniteTimeSpan)) ReadMessages();
         process.WaitForExit();
         if (log != null) log.Join(StopMs); // its last lines say why
@@ -472,8 +476,9 @@ public sealed class Mossnano : IDisposable
         var how = new ProcessStartInfo(command[0], words.ToString())
         {
             UseShellExecute = false, CreateNoWindow = true, RedirectStandardInput = true, RedirectStandardOutput = true,
-            RedirectStandardError = options.Log != null, StandardErrorEncoding = options.Log != null ? Encoding.UTF8 : null,
+            RedirectStandardError = options.Log != null,
         };
+        if (options.Log != null) how.StandardErrorEncoding = Encoding.UTF8;
         try { process = StartWithoutPreamble(how); }
         catch (Win32Exception error)
         {
@@ -493,7 +498,7 @@ public sealed class Mossnano : IDisposable
         if (isStopping) Kill(); // Dispose came too early to do it
         if (process.StandardInput.Encoding.GetPreamble().Length == 0) return null;
         Kill();
-        return "a byte order mark went before our first message: set Console.InputEncoding = new UTF8Encoding(false) before";
+        return "a byte order mark went before our first message: set Console.InputEncoding = new UTF8Encoding(false)";
     }
 
     Thread StartLog()
@@ -607,8 +612,16 @@ public sealed class Mossnano : IDisposable
 
     bool ShakeHands(Dictionary<string, string> said)
     {
-        Func<string, int> number = name => { string text; int value; return said.TryGetValue(name, out text) && int.TryParse(text, out value) ? value : 0; };
-        var numbers = new[] { "sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes" };
+        Func<string, int> number = name =>
+        {
+            string text;
+            int value;
+            return said.TryGetValue(name, out text) && int.TryParse(text, out value) ? value : 0;
+        };
+        var numbers = new[]
+        {
+            "sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes",
+        };
         string direction;
         bool isOurs = number("protocol") == 1 && said.TryGetValue("direction", out direction) && direction == "decode";
         foreach (string name in numbers) isOurs &= number(name) >= 1;
@@ -620,7 +633,8 @@ public sealed class Mossnano : IDisposable
         foreach (string name in numbers)
             if (hasRing && said[name] != Format[name])
             {
-                Say("handshake", name + " was " + Format[name] + " before the restart and is " + said[name] + ": start anew", true);
+                string change = name + " was " + Format[name] + " and is now " + said[name];
+                Say("handshake", change + ": start a new voice for other weights", true);
                 return false;
             }
         Format = said;
@@ -664,8 +678,11 @@ public sealed class Mossnano : IDisposable
 
     void Mark() // a stream begins here
     {
-        while (marksWritten - Volatile.Read(ref marksTaken) == MostMarks && !IsCancelled && !isStopping) Thread.Sleep(2);
-        if (IsCancelled || isStopping) return; // nothing of it will be pulled
+        while (marksWritten - Volatile.Read(ref marksTaken) == MostMarks)
+        {
+            if (IsCancelled || isStopping) return; // nothing of it will be pulled
+            Thread.Sleep(2);
+        }
         markedStream = Interlocked.Read(ref ended);
         markAt[marksWritten % MostMarks] = written;
         markStream[marksWritten % MostMarks] = markedStream;
@@ -683,7 +700,8 @@ public sealed class Mossnano : IDisposable
             return;
         }
         string[] echo = said["echo"].Split(' ');
-        AnswerCancel(long.Parse(echo[0], CultureInfo.InvariantCulture), int.Parse(echo[1], CultureInfo.InvariantCulture));
+        CultureInfo plain = CultureInfo.InvariantCulture;
+        AnswerCancel(long.Parse(echo[0], plain), int.Parse(echo[1], plain));
     }
 
     void AnswerCancel(long streams, int number) // all that were open at it are over
@@ -775,10 +793,10 @@ public sealed class Mossnano : IDisposable
         return text.ToString();
     }
 
-    // .NET Framework and Mono open stdin with a StreamWriter, and write its encoding's byte order mark at once, into our
-    // first message. It is Console.InputEncoding, unless there is a StandardInputEncoding (Mono 6, .NET Core 2.1 and
-    // later); where there is none, the host's own encoding is put aside for the moment, in its field: the public
-    // setter would reopen the host's console streams.
+    // .NET Framework and Mono open stdin with a StreamWriter, and write its encoding's byte order mark at once, before
+    // our first message. The encoding is Console.InputEncoding, unless there is a StandardInputEncoding (Mono 6, .NET
+    // Core 2.1 and later). Where there is none, the host's own encoding is put aside for the moment, in its field: the
+    // public setter would reopen the host's console streams.
     static readonly object oneAtATime = new object();
 
     static Process StartWithoutPreamble(ProcessStartInfo how)
@@ -788,7 +806,8 @@ public sealed class Mossnano : IDisposable
         FieldInfo field = typeof(Console).GetField("_inputEncoding", BindingFlags.Static | BindingFlags.NonPublic)
             ?? typeof(Console).GetField("inputEncoding", BindingFlags.Static | BindingFlags.NonPublic);
         if (encoding != null) encoding.SetValue(how, plain, null);
-        if (encoding != null || field == null || Console.InputEncoding.GetPreamble().Length == 0) return Process.Start(how);
+        bool hasPreamble = encoding == null && Console.InputEncoding.GetPreamble().Length > 0;
+        if (!hasPreamble || field == null) return Process.Start(how);
         lock (oneAtATime)
         {
             object hosts = field.GetValue(null);
