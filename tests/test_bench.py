@@ -24,7 +24,7 @@ from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools import bench as bench_tool
 from mossnano_stdio.tools.bench.estimate import Estimate, Pace
-from mossnano_stdio.tools.bench.graphs import GraphBench, Side, sides_of
+from mossnano_stdio.tools.bench.sides import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
 from mossnano_stdio.tools.bench.worker import Worker as RealWorker
 from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
@@ -314,6 +314,6 @@ def test_a_step_reads_every_matrix_and_all_caches_once(tiny_reference: Path, tin
 
 
 def test_the_fill_is_longer_than_every_context(tiny_bundle: Path) -> None:
-    from mossnano_stdio.tools.bench.graphs import _frames_to_fill
+    from mossnano_stdio.tools.bench.sides import _frames_to_fill
 
     assert _frames_to_fill(load_bundle(tiny_bundle)) >= 10

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,7 @@ class Imported(NamedTuple):
     module: str
     line: int
     is_late: bool  # inside a function, or for the type checker only
+    is_typing: bool
 
 
 class Source(NamedTuple):
@@ -97,24 +99,33 @@ def sources() -> tuple[Source, ...]:
 
 
 def imports_of(source: Source) -> Iterator[Imported]:
-    def visit(node: ast.AST, is_late: bool) -> Iterator[Imported]:
-        is_late = is_late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_typing(node)
+    def visit(node: ast.AST, is_late: bool, is_typing: bool) -> Iterator[Imported]:
+        is_typing = is_typing or (
+            isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        )
+        is_late = is_late or is_typing or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         match node:
             case ast.Import():
-                yield from (Imported(alias.name, node.lineno, is_late) for alias in node.names)
-            case ast.ImportFrom(module="mossnano_stdio"):
-                yield from (Imported(f"mossnano_stdio.{alias.name}", node.lineno, is_late) for alias in node.names)
+                yield from (Imported(alias.name, node.lineno, is_late, is_typing) for alias in node.names)
             case ast.ImportFrom():
                 assert not node.level, f"{source.name}:{node.lineno}: imports are absolute here"
-                yield Imported(str(node.module), node.lineno, is_late)
+                for alias in node.names:
+                    is_module = f"{node.module}.{alias.name}" in module_names()
+                    module = f"{node.module}.{alias.name}" if is_module else str(node.module)
+                    yield Imported(module, node.lineno, is_late, is_typing)
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, is_late)
+            yield from visit(child, is_late, is_typing)
 
-    return visit(source.tree, is_late=False)
+    return visit(source.tree, is_late=False, is_typing=False)
 
 
-def _is_typing(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+def module_of(source: Source) -> str:
+    return ".".join(source.path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def module_names() -> frozenset[str]:
+    return frozenset(map(module_of, sources()))
 
 
 def floor_of(room: str) -> int:
@@ -162,6 +173,38 @@ def test_a_room_that_one_room_needs_lies_in_it() -> None:
     for source, room, _ in our_imports():
         importers[room].add(verb_of(source) or source.room)
     assert [room for room, by in importers.items() if len(by) < 2 and room not in ENTRANCES] == []
+
+
+def test_no_circles_inside_a_room() -> None:
+    """Nor anywhere else, as imports between rooms go down."""
+    below: dict[str, set[str]] = {module_of(source): set() for source in sources()}
+    for source, imported in all_imports():
+        if not imported.is_typing:
+            below[module_of(source)] |= {name for name in below if name == imported.module} - {module_of(source)}
+    while leaves := [name for name, needed in below.items() if not needed]:
+        for name in leaves:
+            del below[name]
+        for needed in below.values():
+            needed.difference_update(leaves)
+    assert not below
+
+
+def test_no_name_means_two_things() -> None:
+    """But for verbs, which are called what a user types, the cases, which are called after sections of protocol.md, and
+    the names of the Python client, which are public."""
+    modules = Counter(
+        source.path.parent.name if source.path.name == "__init__.py" else source.path.stem
+        for source in sources()
+        if not is_tool(source) and "cases" not in source.path.parts
+    )
+    classes = Counter(
+        node.name
+        for source in sources()
+        if source.room != "client"
+        for node in source.tree.body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for counts in (modules, classes) for name, count in counts.items() if count > 1] == []
 
 
 def test_tools_do_not_import_each_other() -> None:

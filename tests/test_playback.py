@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from mossnano_stdio.errors import DeviceError, ExitStatus, UsageError
 from mossnano_stdio.playback import Player, devices, output_devices
 from mossnano_stdio.playback.convert import Converter
-from mossnano_stdio.playback.feed import Feed, Verdict
+from mossnano_stdio.playback.feed import Feed, Outlook
 from mossnano_stdio.playback.ring import PcmRing, Samples
 from tests.sound import (
     FileDevice,
@@ -114,7 +114,7 @@ def make_feed(prebuffer: float = 0, capacity: int = 64, longest: float = 48, lat
 
 def next_block(feed: Feed, size: int, now: float = 0.0, lead: float = 0.0) -> list[int]:
     out: Samples = np.full((size, 1), -1, np.int16)
-    assert feed.fill(out, now, lead) is Verdict.GO_ON
+    assert feed.fill(out, now, lead) is Outlook.GO_ON
     values: list[int] = out[:, 0].tolist()
     return values
 
@@ -262,15 +262,15 @@ def test_played_out_means_heard() -> None:
     feed.end_stream()
     feed.stopping = True
     out: Samples = np.zeros((2, 1), np.int16)
-    verdicts = [feed.fill(out, now, 0.004) for now in (0.0, 0.001, 0.002, 0.004, 0.0051)]
-    assert verdicts == [Verdict.GO_ON] * 4 + [Verdict.PLAYED_OUT]
+    outlooks = [feed.fill(out, now, 0.004) for now in (0.0, 0.001, 0.002, 0.004, 0.0051)]
+    assert outlooks == [Outlook.GO_ON] * 4 + [Outlook.PLAYED_OUT]
 
     feed = make_feed(latency=4)
     push(feed, 1)
     feed.end_stream()
     feed.stopping = True
-    verdicts = [feed.fill(out, now, 0.004) for now in (0.0, 1.0, 2.0)]
-    assert verdicts == [Verdict.GO_ON, Verdict.GO_ON, Verdict.PLAYED_OUT]
+    outlooks = [feed.fill(out, now, 0.004) for now in (0.0, 1.0, 2.0)]
+    assert outlooks == [Outlook.GO_ON, Outlook.GO_ON, Outlook.PLAYED_OUT]
 
 
 def test_the_way_of_marked_samples_is_timed() -> None:

@@ -19,7 +19,7 @@ from mossnano_stdio.errors import ArtifactError, InputError, MossnanoError, Usag
 from mossnano_stdio.pcm.samples import wav_header
 from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message
 from mossnano_stdio.tokens.artifact import Artifact, build_artifact
-from mossnano_stdio.tools.play.sources import Decoding, Pcm, Source, StreamEnd, open_raw, open_source
+from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
 from tests.sound import loud_noise
 
 GREETING = {"protocol": 1, "direction": "decode", "sample_rate": 48000, "channels": 2, "sample_format": "s16le"}
@@ -80,7 +80,7 @@ def test_an_answer_is_played_whatever_the_pieces_it_comes_in(step_bytes: int) ->
     assert (source.sample_rate, source.channels) == (48000, 2)
     kept = [event.pcm if isinstance(event, Pcm) else event for event in source.events]
     assert kept == [
-        NOISE[:400], NOISE[400:], StreamEnd(is_cancelled=False), NOISE, StreamEnd(is_cancelled=True), NOISE,
+        NOISE[:400], NOISE[400:], EndOfStream(is_cancelled=False), NOISE, EndOfStream(is_cancelled=True), NOISE,
     ]  # fmt: skip
 
 

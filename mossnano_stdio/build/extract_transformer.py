@@ -24,7 +24,7 @@ from mossnano_stdio.build.tracing import Site, TracedGraph
 COMPARISONS = {"Less": 0, "GreaterOrEqual": 0, "LessOrEqual": 1, "Greater": 1}
 
 
-class _Attention(NamedTuple):
+class _AttentionSite(NamedTuple):
     heads: int
     context: int
     max_period: float
@@ -40,7 +40,7 @@ def extract_transformer(graph: TracedGraph, output_proj: Linear) -> tuple[Transf
     input_proj = linear(graph, output_proj.site, start)
     changes.sort(key=lambda change: len(_sum_before(graph, change)))
     layers: list[LayerWeights] = []
-    attentions: set[_Attention] = set()
+    attentions: set[_AttentionSite] = set()
     so_far = start
     for first, second in zip(changes[::2], changes[1::2], strict=True):
         out_proj = linear(graph, first, graph.sources_of(first))
@@ -93,7 +93,7 @@ def _layer(graph: TracedGraph, out_proj: Linear, first: Site, second: Site, so_f
     )
 
 
-def _attention(graph: TracedGraph, out_proj: Linear, model: int) -> _Attention:
+def _attention(graph: TracedGraph, out_proj: Linear, model: int) -> _AttentionSite:
     way = list(graph.way_into(out_proj.site.node.input[0]))
     heads, head_dim = _heads(graph, out_proj.site, model, way)
     contexts = {
@@ -106,7 +106,7 @@ def _attention(graph: TracedGraph, out_proj: Linear, model: int) -> _Attention:
     if len(contexts) != 1:
         found = sorted(contexts) or "none"
         raise graph.wrong(out_proj.site, f"one context that ages are compared with is needed, found {found}")
-    return _Attention(heads, contexts.pop(), _max_period(graph, out_proj.site, head_dim, way))
+    return _AttentionSite(heads, contexts.pop(), _max_period(graph, out_proj.site, head_dim, way))
 
 
 def _heads(graph: TracedGraph, site: Site, model: int, way: Sequence[onnx.NodeProto]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ _MAX_LEAD_SECONDS = 5.0  # a driver that claims to be further ahead than this is
 _TIMED_MARKS = 4096
 
 
-class Verdict(Enum):
+class Outlook(Enum):
     """What the callback tells the device after a block."""
 
     GO_ON = auto()
@@ -86,12 +86,12 @@ class Feed:
         wanted = self._longer_prebuffer() if self._dry_inside else self.prebuffer_samples
         return ring.filled > 0 and (ring.filled >= wanted or ring.free == 0)
 
-    def fill(self, out: Samples, now: float, lead_seconds: float) -> Verdict:
+    def fill(self, out: Samples, now: float, lead_seconds: float) -> Outlook:
         """Fill one block whose first sample is heard `lead_seconds` seconds from `now`."""
         self.last_call_at = now
         if self.aborting:
             out[:] = 0
-            return Verdict.ABORTED
+            return Outlook.ABORTED
         if not 0.0 <= lead_seconds <= _MAX_LEAD_SECONDS:
             lead_seconds = self.latency_samples / self.sample_rate
         self.drop_what_is_not_wanted()
@@ -102,8 +102,8 @@ class Feed:
         self._silence_run = len(out) - count + (0 if count else self._silence_run)
         if self.stopping and self.ring.filled == 0 and self._was_heard(now):
             self.maybe_played_out_at = now
-            return Verdict.PLAYED_OUT
-        return Verdict.GO_ON
+            return Outlook.PLAYED_OUT
+        return Outlook.GO_ON
 
     def drop_what_is_not_wanted(self) -> None:
         """The callback's; the pushing side's while there is none."""

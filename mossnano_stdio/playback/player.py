@@ -26,7 +26,7 @@ from mossnano_stdio.errors import DeviceError, UsageError
 from mossnano_stdio.playback.convert import Converter
 from mossnano_stdio.playback.defaults import LATENCY_MS, MAX_VOLUME, PREBUFFER_MS
 from mossnano_stdio.playback.devices import CHOOSE_ANOTHER, find_device, import_sounddevice, nearest_format
-from mossnano_stdio.playback.feed import Feed, Verdict
+from mossnano_stdio.playback.feed import Feed, Outlook
 from mossnano_stdio.playback.ring import PcmRing, Samples
 
 Latency = Literal["low", "high"] | float  # one of PortAudio's two proposals for the device, or milliseconds
@@ -341,10 +341,10 @@ class Player:
             verdict = self._feed.fill(out, time.monotonic(), times.outputBufferDacTime - times.currentTime)
         except Exception as bug:  # noqa: BLE001 - it is raised where somebody can see it
             self._maybe_bug = bug
-            verdict = Verdict.ABORTED
-        if verdict is Verdict.PLAYED_OUT:
+            verdict = Outlook.ABORTED
+        if verdict is Outlook.PLAYED_OUT:
             raise self._sounddevice.CallbackStop
-        if verdict is Verdict.ABORTED:
+        if verdict is Outlook.ABORTED:
             raise self._sounddevice.CallbackAbort
 
     def _close(self) -> None:

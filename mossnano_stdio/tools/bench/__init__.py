@@ -31,7 +31,7 @@ from mossnano_stdio.files import STANDARD_STREAM, open_output
 from mossnano_stdio.process.flags import whole_number
 
 if TYPE_CHECKING:
-    from mossnano_stdio.tools.bench.graphs import GraphBench, Side
+    from mossnano_stdio.tools.bench.sides import GraphBench, Side
     from mossnano_stdio.weights.folder import Bundle
 
 DEFAULT_CHUNKS = "1,2,4,8,17,23"
@@ -125,7 +125,7 @@ def _lasting(seconds: float) -> str:
 def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Puts figures into the dict as they come, so that something is there when it is interrupted."""
     if args.bits:
-        from mossnano_stdio.tools.bench.packing import bits_figures
+        from mossnano_stdio.tools.bench.bits import bits_figures
 
         _say("packing an hour of codes some times takes a few seconds")
         figures["bits"] = bits_figures()
@@ -142,7 +142,7 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
 
 
 def _measure_process(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    from mossnano_stdio.tools.bench.process import PARTS, estimated_seconds, measure_process
+    from mossnano_stdio.tools.bench.overhead import PARTS, estimated_seconds, measure_process
 
     seconds = sum(estimated_seconds(bundle.folder, threads, args.turns) for threads in args.threads)
     progress = _Progress(PARTS * len(args.threads), seconds)
@@ -155,7 +155,7 @@ def _measure_process(bundle: Bundle, args: argparse.Namespace, figures: dict[str
 def _measure_graphs(
     bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace, figures: dict[str, Any]
 ) -> None:
-    from mossnano_stdio.tools.bench.graphs import sides_of
+    from mossnano_stdio.tools.bench.sides import sides_of
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
         bench.steps(threads, args.chunks, found)
@@ -167,7 +167,7 @@ def _measure_graphs(
 
 
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    from mossnano_stdio.tools.bench.graphs import Side
+    from mossnano_stdio.tools.bench.sides import Side
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
@@ -191,7 +191,7 @@ def _measure_sides(
 ) -> None:
     """Goes through all measurements twice: first to estimate how long they take, then to take them."""
     from mossnano_stdio.tools.bench.estimate import Estimate, try_pace
-    from mossnano_stdio.tools.bench.graphs import GraphBench, WorkerProcesses
+    from mossnano_stdio.tools.bench.sides import GraphBench, WorkerProcesses
 
     fps = bundle.format.frames_per_second
     processes = WorkerProcesses(bundle)

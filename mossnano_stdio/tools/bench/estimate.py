@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mossnano_stdio.tools.bench.graphs import START_PARTS, Side, StartWorker
+from mossnano_stdio.tools.bench.sides import START_PARTS, Side, StartWorker
 
 TRIAL_FRAMES: Final = 8  # of a trial, in steps of one frame and in one step
 FILL_CHUNK: Final = 8  # what worker.py fills caches with

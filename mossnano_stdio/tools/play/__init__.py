@@ -28,7 +28,7 @@ from mossnano_stdio.playback import OutputDevice, Player, output_devices
 from mossnano_stdio.process.flags import add_decoder_arguments, add_player_arguments
 from mossnano_stdio.process.logs import log, start_logging, write_stderr
 from mossnano_stdio.tools.facts import as_json
-from mossnano_stdio.tools.play.sources import Decoding, Pcm, Source, StreamEnd, open_raw, open_source
+from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
 
 PROGRESS_SECONDS: Final = 0.1
 
@@ -99,9 +99,9 @@ def _play(source: Source, args: argparse.Namespace) -> int:
                 match event:
                     case Pcm(pcm, since):
                         player.push(pcm, since=since)
-                    case StreamEnd(is_cancelled=True):
+                    case EndOfStream(is_cancelled=True):
                         player.flush()
-                    case StreamEnd():
+                    case EndOfStream():
                         player.end_stream()
                     case MossnanoError():
                         log.error("%s", event)

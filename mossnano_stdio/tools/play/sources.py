@@ -55,7 +55,7 @@ class Pcm:
 
 
 @dataclass(frozen=True)
-class StreamEnd:
+class EndOfStream:
     """What came before is a whole stream, or one that nobody wants to hear any more."""
 
     is_cancelled: bool
@@ -67,7 +67,7 @@ class Source:
 
     sample_rate: int
     channels: int
-    events: Iterator[Pcm | StreamEnd | MossnanoError]
+    events: Iterator[Pcm | EndOfStream | MossnanoError]
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _greeted(first: Message | MossnanoError | None) -> tuple[int, int]:
 
 def _events(
     messages: Iterator[Message | MossnanoError], sample_bytes: int
-) -> Iterator[Pcm | StreamEnd | MossnanoError]:
+) -> Iterator[Pcm | EndOfStream | MossnanoError]:
     for message in messages:
         try:
             if maybe_event := _maybe_event(message, sample_bytes):
@@ -234,7 +234,7 @@ def _events(
             yield error
 
 
-def _maybe_event(message: Message | MossnanoError, sample_bytes: int) -> Pcm | StreamEnd | MossnanoError | None:
+def _maybe_event(message: Message | MossnanoError, sample_bytes: int) -> Pcm | EndOfStream | MossnanoError | None:
     if isinstance(message, MossnanoError):
         return message
     match message.kind:
@@ -243,7 +243,7 @@ def _maybe_event(message: Message | MossnanoError, sample_bytes: int) -> Pcm | S
         case Kind.AUDIO:
             return Pcm(message.payload, time.monotonic())
         case Kind.END:
-            return StreamEnd(is_cancelled=parse_json(message).get("cancelled") is True)
+            return EndOfStream(is_cancelled=parse_json(message).get("cancelled") is True)
         case Kind.ERROR:
             return _said_error(message)
         case _:

@@ -40,7 +40,7 @@ import_onnxruntime()
 imported = time.perf_counter()
 from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.codecs import load_runtime
-from mossnano_stdio.tools.bench.process import some_codes
+from mossnano_stdio.tools.bench.overhead import some_codes
 began = time.perf_counter()
 decoder = load_runtime(load_bundle(Path(sys.argv[1])), threads=int(sys.argv[2])).new_decoder()
 loaded = time.perf_counter()

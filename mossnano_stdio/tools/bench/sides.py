@@ -68,7 +68,7 @@ def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
     return sides
 
 
-class Worker(Protocol):
+class SideProcess(Protocol):
     """One side, loaded; or one that only reckons how long that would take."""
 
     facts: Mapping[str, float]
@@ -80,7 +80,7 @@ class Worker(Protocol):
         """Let its threads come to rest."""
 
 
-StartWorker = Callable[[Side, int], AbstractContextManager[Worker]]  # (side, threads)
+StartWorker = Callable[[Side, int], AbstractContextManager[SideProcess]]  # (side, threads)
 
 
 class GraphBench:
@@ -98,7 +98,7 @@ class GraphBench:
     def steps(self, threads: int, chunks: Sequence[int], found: dict[str, Any]) -> None:
         """Milliseconds per step with full caches."""
 
-        def of_chunk(worker: Worker, chunk_frames: int) -> float:
+        def of_chunk(worker: SideProcess, chunk_frames: int) -> float:
             steps = max(LEAST_STEPS_PER_TURN, FRAMES_PER_TURN // chunk_frames)
             return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps)))
 
@@ -112,7 +112,7 @@ class GraphBench:
     def utterances(self, threads: int, found: dict[str, Any]) -> None:
         """Milliseconds for whole utterances from a reset, in 1-frame steps."""
 
-        def of_seconds(worker: Worker, seconds: float) -> float:
+        def of_seconds(worker: SideProcess, seconds: float) -> float:
             return float(worker.ask("utterance", frames=max(1, round(seconds * self._fps)), chunk_frames=1))
 
         cells = found.setdefault("utterances_ms", {})
@@ -138,7 +138,7 @@ class GraphBench:
     def streams(self, threads: int, found: dict[str, Any]) -> None:
         """How many streams in real time a core carries, and what four of them take: sessions of their own, or one."""
 
-        def of_count(worker: Worker, count: int) -> float:
+        def of_count(worker: SideProcess, count: int) -> float:
             return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
 
         cells = found.setdefault("real_time_streams_per_core", {})
@@ -153,7 +153,7 @@ class GraphBench:
                 found["resident_mb_of_four_streams"] = summary
 
     def _in_turn(
-        self, workers: Mapping[str, Worker], measure: Callable[[Worker], float], more_is_better: bool = False
+        self, workers: Mapping[str, SideProcess], measure: Callable[[SideProcess], float], more_is_better: bool = False
     ) -> Iterator[dict[str, Any]]:
         """What is known after each turn."""
         figures: dict[str, list[float]] = {name: [] for name in workers}
@@ -166,7 +166,7 @@ class GraphBench:
             yield _summary(figures, more_is_better)
 
     @contextmanager
-    def _workers(self, threads: int) -> Iterator[dict[str, Worker]]:
+    def _workers(self, threads: int) -> Iterator[dict[str, SideProcess]]:
         with ExitStack() as stack:
             yield {side.name: stack.enter_context(self._start(side, threads)) for side in self._sides}
 
@@ -179,7 +179,7 @@ class WorkerProcesses:
         self._codebook_size = bundle.format.codebook_size
 
     @contextmanager
-    def start(self, side: Side, threads: int) -> Iterator[Worker]:
+    def start(self, side: Side, threads: int) -> Iterator[SideProcess]:
         numbers = map(str, (threads, self.frames_to_fill, self._codebook_size))
         command = [sys.executable, str(WORKER), side.kind, str(side.folder), *numbers]
         with measured(command, side.folder) as process:
@@ -205,7 +205,7 @@ def _frames_to_fill(bundle: Bundle) -> int:
     return max(load_runtime(bundle, graph="official").layer_context_frames, default=1) + 8
 
 
-def _call(measure: Callable[[Worker, Any], float], number: float, worker: Worker) -> float:
+def _call(measure: Callable[[SideProcess, Any], float], number: float, worker: SideProcess) -> float:
     return measure(worker, number)
 
 
