@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import DeviceError
-from mossnano_stdio.process.outputs import NoOutput, RawOutput, SeveralOutputs, SpeakerOutput
+from mossnano_stdio.process.outputs import RawOutput, SeveralOutputs, SpeakerOutput
 from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from tests.child import DEMO, ROOT, decoded, fields, pcm_of
 from tests.doubles import SMALL
@@ -96,7 +96,7 @@ def test_a_lost_speaker_that_was_all_there_was_is_the_end() -> None:
 
 
 def test_no_output_takes_everything() -> None:
-    outputs = SeveralOutputs([NoOutput()])
+    outputs = SeveralOutputs([])
     outputs.start(SMALL)
     outputs.put(AUDIO)
     outputs.finish()

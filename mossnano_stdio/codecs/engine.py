@@ -182,29 +182,25 @@ def _native_session(graph: Graph, engine: Engine, optimise: bool) -> Any:
     wanted = PROVIDERS[engine.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise BundleError(f"provider {engine.provider!r} is not in this onnxruntime; {_available_providers()}")
-    native = _created(onnxruntime, graph, engine, optimise)
-    if wanted not in native.get_providers():
-        raise BundleError(f"provider {engine.provider!r} was asked for, but did not start; {_available_providers()}")
-    return native
-
-
-def _created(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool) -> Any:
-    """By its path; where that fails and there are symlinks, with the data handed over in memory.
-
-    onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
-    even within the hub's cache. Handing it over takes a copy of the data for as long as the loading lasts.
-    """
+    # onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
+    # even within the hub's cache. Then the data is handed over in memory, which takes a copy of it while it loads.
     linked = any(file.path.is_symlink() for file in graph.data)
-    failure = None
+    maybe_failure = None
     for data_in_memory in (False, True) if linked else (False,):
         try:
-            return _create(onnxruntime, graph, engine, optimise, data_in_memory)
+            native = _create(onnxruntime, graph, engine, optimise, data_in_memory)
         except Exception as error:  # noqa: BLE001 - its exceptions have no common root but this
-            failure = failure or error
-    assert failure is not None
-    _raise_if_memory(failure)
+            maybe_failure = maybe_failure or error
+            continue
+        if wanted not in native.get_providers():
+            raise BundleError(
+                f"provider {engine.provider!r} was asked for, but did not start; {_available_providers()}"
+            )
+        return native
+    assert maybe_failure is not None
+    _raise_if_memory(maybe_failure)
     files = " with ".join(["it", *(file.path.name for file in graph.data)])
-    raise BundleError(f"{graph.path}: onnxruntime cannot load {files}: {_first_line(failure)}") from failure
+    raise BundleError(f"{graph.path}: onnxruntime cannot load {files}: {_first_line(maybe_failure)}") from maybe_failure
 
 
 def _create(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool, data_in_memory: bool) -> Any:
@@ -215,7 +211,10 @@ def _create(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool, data
     providers = list(dict.fromkeys([PROVIDERS[engine.provider], PROVIDERS["cpu"]]))
     with contextlib.ExitStack() as open_files:
         if data_in_memory:
-            _add_mapped(options, graph.data, open_files)
+            files = [open_files.enter_context(file.path.open("rb")) for file in graph.data]
+            mapped = [open_files.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
+            names = [file.path.name for file in graph.data]
+            options.add_external_initializers_from_files_in_memory(names, mapped, [len(data) for data in mapped])
         return onnxruntime.InferenceSession(str(graph.path), options, providers=providers, enable_fallback=0)
 
 
@@ -249,15 +248,6 @@ def _spinning(engine: Engine, version: str) -> dict[str, str]:
         "intra_op.spin_duration_us": str(SPIN_US),
         "force_spinning_stop": "1",  # and not at all between two runs
     }
-
-
-def _add_mapped(options: Any, files: Sequence[WeightFile], open_files: contextlib.ExitStack) -> None:
-    mapped = []
-    for file in files:
-        handle = open_files.enter_context(file.path.open("rb"))
-        mapped.append(open_files.enter_context(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)))
-    names = [file.path.name for file in files]
-    options.add_external_initializers_from_files_in_memory(names, mapped, [len(content) for content in mapped])
 
 
 class _ContentCheck(threading.Thread):

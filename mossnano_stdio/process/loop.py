@@ -35,7 +35,7 @@ from mossnano_stdio.process.flags import (
 )
 from mossnano_stdio.process.inbox import Arrival, Ending, Inbox
 from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
-from mossnano_stdio.process.outputs import STDOUT_FORMS, NoOutput, Output, SeveralOutputs, SpeakerOutput
+from mossnano_stdio.process.outputs import STDOUT_FORMS, Output, SeveralOutputs, SpeakerOutput
 from mossnano_stdio.process.stats import Durations, StepTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
 from mossnano_stdio.protocol.connection import Connection, Direction, error_message
@@ -201,7 +201,7 @@ class _Process:
         outputs = [] if options.output == "none" else [STDOUT_FORMS[options.output](self._fd)]
         if options.play:
             outputs.append(SpeakerOutput(self._open_player, self._should_stop_playing))
-        return SeveralOutputs(outputs or [NoOutput()])
+        return SeveralOutputs(outputs)
 
     def _open_player(self, codec_format: CodecFormat) -> Player:
         from mossnano_stdio.playback import Player

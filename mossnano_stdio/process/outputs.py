@@ -32,12 +32,16 @@ class ByteSink(Protocol):
         """Replace the first bytes, where that is possible."""
 
 
-class Output(Protocol):
-    carries_errors: bool  # does the peer learn of errors from what it reads?
+class Output:
+    """Takes every message and does nothing with it. Each of those below does one thing more."""
 
-    def start(self, codec_format: CodecFormat) -> None: ...
+    carries_errors = False  # does the peer learn of errors from what it reads?
 
-    def put(self, message: Message) -> None: ...
+    def start(self, codec_format: CodecFormat) -> None:
+        """Begin, before the first message."""
+
+    def put(self, message: Message) -> None:
+        """Take a message."""
 
     def finish(self) -> None:
         """All messages were put: bring to an end what was begun."""
@@ -46,25 +50,7 @@ class Output(Protocol):
         """The process ends now, whatever is still under way."""
 
 
-class NoOutput:
-    """Nothing. The other outputs do one thing more."""
-
-    carries_errors = False
-
-    def start(self, codec_format: CodecFormat) -> None:
-        pass
-
-    def put(self, message: Message) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        pass
-
-
-class FramedOutput(NoOutput):
+class FramedOutput(Output):
     """Every message, as protocol.md has it."""
 
     carries_errors = True
@@ -76,7 +62,7 @@ class FramedOutput(NoOutput):
         self._sink.write(encode_message(*message))
 
 
-class RawOutput(NoOutput):
+class RawOutput(Output):
     """The PCM of all streams, one after the other, and nothing else."""
 
     def __init__(self, sink: ByteSink) -> None:
@@ -110,7 +96,7 @@ class WavOutput(RawOutput):
             self._sink.rewrite_start(header)
 
 
-class SpeakerOutput(NoOutput):
+class SpeakerOutput(Output):
     """PCM to the sound card, as fast as it plays. `should_stop` is asked while we wait for it."""
 
     def __init__(self, open_player: Callable[[CodecFormat], Player], should_stop: Callable[[], bool]) -> None:
@@ -141,7 +127,7 @@ class SpeakerOutput(NoOutput):
             self._maybe_player = None
 
 
-class SeveralOutputs:
+class SeveralOutputs(Output):
     """One output after the other is given each message; the first is what the peer reads.
 
     A device that is lost takes no other output with it.
@@ -150,7 +136,7 @@ class SeveralOutputs:
     def __init__(self, outputs: Sequence[Output]) -> None:
         self._outputs = list(outputs)
         self._maybe_lost: DeviceError | None = None
-        self.carries_errors = outputs[0].carries_errors
+        self.carries_errors = bool(outputs) and outputs[0].carries_errors
 
     def start(self, codec_format: CodecFormat) -> None:
         for output in self._outputs:
