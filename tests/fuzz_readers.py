@@ -1,9 +1,9 @@
 """A fuzzer for what reads bytes of strangers: artifacts, messages, and the session behind them.
 
-    python -m tests.fuzz_readers container --executions 10000000
+    python -m tests.fuzz_readers artifact --executions 10000000
     python -m tests.fuzz_readers protocol --executions 10000000
     python -m tests.fuzz_readers session --executions 1000000
-    python -m tests.fuzz_readers container --engine atheris --executions 10000000
+    python -m tests.fuzz_readers artifact --engine atheris --executions 10000000
 
 `mutate` needs nothing but this file: it changes what it has by bits, bytes, numbers and lengths, and keeps what gives
 an answer of a kind not seen before. `atheris` (pip install atheris) is led by coverage and writes what it finds worth
@@ -72,7 +72,7 @@ FAMILIAR = (b"MOSSNANO", b"MOSS", bytes(4), b"\xff\xff\xff\xff", b"\x01\0\0\0\x0
 # --- targets: each says in a few words what became of its input -------------------------------------------------------
 
 
-def read_container(data: bytes) -> str:
+def read_artifact(data: bytes) -> str:
     whole = _artifact_in(data, len(data) or 1)
     assert _artifact_in(data, 1 + data[0] % 40 if data else 1) == whole, "another split, another answer"
     return whole
@@ -176,7 +176,7 @@ def _is_cancelled(answer: Message) -> bool:
 
 
 TARGETS: dict[str, Callable[[bytes], str]] = {
-    "container": read_container,
+    "artifact": read_artifact,
     "protocol": read_protocol,
     "session": read_session,
 }

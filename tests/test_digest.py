@@ -1,4 +1,4 @@
-"""digest.py: right every time, computed once, silent where it cannot remember."""
+"""weights/digest.py: right every time, computed once, silent where it cannot remember."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The room pcm: exact samples, and WAVs that others read."""
+"""pcm/samples.py: exact samples, and WAVs that others read."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import load_bundle
-from tests.test_graph_extract import assert_same
+from tests.test_build_extract import assert_same
 
 pytestmark = [
     pytest.mark.slow,

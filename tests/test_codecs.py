@@ -1,4 +1,4 @@
-"""codec/: the right sound from every chunking, a state that cannot be spoilt unnoticed, no session from bad files."""
+"""codecs/: the right sound from every chunking, a state that cannot be spoilt unnoticed, no session from bad files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""graph/official.py and graph/contract.py: our graphs in the official contract, against goldens, torch's and numpy."""
+"""build/official.py and build/contract.py: our graphs in the official contract, against goldens, torch's and numpy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CodecWeights]:
 
 
 class Graphs:
-    """The graphs of a bundle, run bare: nothing of codec/ between them and the test."""
+    """The graphs of a bundle, run bare: nothing of codecs/ between them and the test."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

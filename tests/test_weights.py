@@ -1,4 +1,4 @@
-"""bundle.py: metadata in, trustworthy specifications out, or one BundleError that begins with the file's path."""
+"""weights/folder.py: metadata become trustworthy specifications, or one BundleError that begins with the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""graph/extract.py: the same weights out of any official graph; one of another make is refused where it departs."""
+"""build/extract.py: the same weights out of any official graph; one of another make is refused where it departs."""
 
 from __future__ import annotations
 

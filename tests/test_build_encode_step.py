@@ -1,4 +1,4 @@
-"""graph/encode_step.py: the codes of a whole recording, whatever the steps, by the contract as it is written down."""
+"""build/encode_step.py: the codes of a whole recording, whatever the steps, by the contract as it is written down."""
 
 from __future__ import annotations
 
