@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -11,8 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from mossnano_stdio.tokens.format import Codes
 from tests.sound import FileDevice, SoundServer
 
 # How long an example takes says what else the machine does, not whether the code is right.
@@ -84,6 +88,26 @@ def tiny_reference() -> Path:
 def tiny_bundle() -> Path:
     """The same weights in the official contract, as torch exports them."""
     return REFERENCE / "bundle"
+
+
+@pytest.fixture
+def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of them that may be spoilt."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle", copy_function=shutil.copyfile))
+
+
+@pytest.fixture(scope="session")
+def codes() -> Codes:
+    """[24 frames, 16 quantizers]"""
+    loaded: Codes = np.load(REFERENCE / "codes.npy")
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def audio() -> NDArray[np.float32]:
+    """[samples, channels]: what torch makes of the codes"""
+    loaded: NDArray[np.float32] = np.load(REFERENCE / "audio.npy").T
+    return loaded
 
 
 @pytest.fixture(scope="session")

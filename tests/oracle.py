@@ -20,10 +20,25 @@ from mossnano_stdio.build.model import (
     PatchStep,
     TransformerWeights,
 )
+from mossnano_stdio.codecs import StreamDecoder
+from mossnano_stdio.tokens.format import Codes
 
 Array = NDArray[np.float64]
+Sound = NDArray[np.float32]
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def furthest(here: Sound, there: NDArray[Any]) -> float:
+    """How far two sounds are apart where they are furthest."""
+    assert here.shape == there.shape
+    assert here.dtype == np.float32
+    return float(np.abs(here - there).max())
+
+
+def in_chunks(decoder: StreamDecoder, codes: Codes, chunk_frames: int) -> Sound:
+    starts = range(0, len(codes), chunk_frames)
+    return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
 
 def decode(weights: DecoderWeights, codes: NDArray[Any], quantizers: int | None = None) -> Array:
