@@ -17,6 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mossnano_stdio.tokens.format import Codes
+from tests.child import DEMO, LONG, LONG_FRAMES, run
+from tests.doubles import NANO
 from tests.sound import FileDevice, SoundServer
 
 # How long an example takes says what else the machine does, not whether the code is right.
@@ -66,6 +68,11 @@ def skip_if_nothing_can_be_built() -> None:
     major, minor, *_ = version("onnxruntime").split(".")
     if (int(major), int(minor)) < (1, 24):
         pytest.skip("building needs onnxruntime 1.24 or later")
+
+
+def repeated(few: int, many: int) -> pytest.MarkDecorator:
+    """A test that is run `few` times in the gate and `many` times when there is time for it."""
+    return pytest.mark.parametrize("times", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -130,6 +137,14 @@ def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
     build_standin(folder, "nano", seed=0, trial=False)  # which takes seconds, and which tests do themselves
     return folder
+
+
+@pytest.fixture(scope="session")
+def in_peace() -> bytes:
+    """What the demo makes of LONG when nobody disturbs it. Its sound does not depend on how it is cut into chunks."""
+    done = run([*DEMO, "--output", "raw"], LONG)
+    assert len(done.stdout) == LONG_FRAMES * NANO.frame_pcm_bytes
+    return done.stdout
 
 
 @pytest.fixture
