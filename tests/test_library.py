@@ -6,9 +6,9 @@ import itertools
 import math
 import subprocess
 import sys
-import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,10 @@ def test_what_it_says_of_itself(either: Codec) -> None:
     assert either.warm_up_seconds == pytest.approx(2 * 0.8 + 0.64 + 0.48 + 2 * 0.32)
 
 
-def test_nano_looks_back_as_far_as_it_should(nano_bundle: Path) -> None:
-    graphs: list[GraphName] = ["official", "fast"]
-    for graph in graphs:
-        with Codec.load(nano_bundle, graph=graph) as codec:
-            assert codec.context_seconds == 10
-            assert codec.warm_up_seconds == 84
+@pytest.mark.parametrize("graph", ["official", "fast"])
+def test_nano_looks_back_as_far_as_it_should(nano_bundle: Path, graph: GraphName) -> None:
+    with Codec.load(nano_bundle, graph=graph) as codec:
+        assert (codec.context_seconds, codec.warm_up_seconds) == (10, 84)
 
 
 def test_a_closed_codec_says_so(built_bundle: Path, codes: Codes) -> None:
@@ -210,18 +208,9 @@ def test_threads_share_a_codec(either: Codec) -> None:
     random = np.random.default_rng(3)
     streams = [random.integers(0, 1024, (12, 16)) for _ in range(6)]
     expected = [either.decode(stream) for stream in streams]
-    found: dict[int, Sound] = {}
-
-    def decode(number: int) -> None:
-        found[number] = either.decode(streams[number])
-
-    threads = [threading.Thread(target=decode, args=(number,)) for number in range(len(streams))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, audio in enumerate(expected):
-        assert np.array_equal(found[number], audio)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        found = list(pool.map(either.decode, streams))
+    assert all(map(np.array_equal, found, expected))
 
 
 # --- streams ------------------------------------------------------------------------------------------------------
@@ -275,15 +264,13 @@ def test_a_stream_can_be_closed_half_way(ours: Codec, codes: Codes) -> None:
 
 
 def test_streams_do_not_touch_each_other(ours: Codec, codes: Codes) -> None:
-    here, there = ours.streaming_decode(codes, 3), ours.streaming_decode(codes[::-1], 3)
-    pieces = list(zip(here, there, strict=True))
-    assert np.array_equal(
-        np.concatenate([a for a, _ in pieces], axis=1), np.concatenate(list(ours.streaming_decode(codes, 3)), axis=1)
-    )
-    assert np.array_equal(
-        np.concatenate([b for _, b in pieces], axis=1),
-        np.concatenate(list(ours.streaming_decode(codes[::-1], 3)), axis=1),
-    )
+    def whole(pieces: Iterable[Sound]) -> Sound:
+        return np.concatenate(list(pieces), axis=1)
+
+    in_turn = zip(ours.streaming_decode(codes, 3), ours.streaming_decode(codes[::-1], 3), strict=True)
+    here, there = zip(*in_turn, strict=True)
+    assert np.array_equal(whole(here), whole(ours.streaming_decode(codes, 3)))
+    assert np.array_equal(whole(there), whole(ours.streaming_decode(codes[::-1], 3)))
 
 
 @pytest.mark.parametrize(

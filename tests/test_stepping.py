@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -315,19 +315,9 @@ def test_streams_over_one_runtime_do_not_touch_each_other(tiny: OfficialRuntime)
     random = np.random.default_rng(0)
     streams = [random.integers(0, 1024, (20, 16)).astype(np.uint16) for _ in range(4)]
     expected = [in_chunks(tiny.new_decoder(), stream, 3) for stream in streams]
-    found: list[Sound | None] = [None] * len(streams)
-
-    def decode(number: int) -> None:
-        found[number] = in_chunks(tiny.new_decoder(), streams[number], 3)
-
-    threads = [threading.Thread(target=decode, args=(number,)) for number in range(len(streams))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for here, there in zip(found, expected, strict=True):
-        assert here is not None
-        assert np.array_equal(here, there)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        found = list(pool.map(lambda stream: in_chunks(tiny.new_decoder(), stream, 3), streams))
+    assert all(map(np.array_equal, found, expected))
 
 
 # --- what goes in and out -----------------------------------------------------------------------------------------
