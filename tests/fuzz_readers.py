@@ -44,28 +44,8 @@ LONGEST_MESSAGE_BYTES = 300
 LONGEST_INPUT_BYTES = 1200
 LONGEST_SESSION_BYTES = 400  # each byte may be a frame, and frames are decoded here
 EDGES = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    15,
-    16,
-    17,
-    255,
-    256,
-    1023,
-    1024,
-    1025,
-    3840,
-    65535,
-    65536,
-    65537,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-)
+    0, 1, 2, 3, 7, 8, 15, 16, 17, 255, 256, 1023, 1024, 1025, 3840, 65535, 65536, 65537, 2**31 - 1, 2**31, 2**32 - 1,
+)  # fmt: skip
 FAMILIAR = (b"MOSSNANO", b"MOSS", bytes(4), b"\xff\xff\xff\xff", b"\x01\0\0\0\x07", b'{"quantizers":2}', b"RIFF")
 
 

@@ -20,11 +20,17 @@ from mossnano_stdio.build.model import (
     PatchStep,
     TransformerWeights,
 )
+from mossnano_stdio.build.random_weights import Size
 from mossnano_stdio.codecs import StreamDecoder
 from mossnano_stdio.tokens.format import Codes
 
 Array = NDArray[np.float64]
 Sound = NDArray[np.float32]
+
+ODD = Size(
+    features=30, model=18, hidden=22, heads=3, rvq=11, layers=(1, 2), context_seconds=(0.5, 0.3), patches=(5, 2, 7),
+    sample_rate=700, channels=1, frame_samples=70, quantizers=3, codebook_size=13, codebook_dim=5,
+)  # fmt: skip
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
 

@@ -16,9 +16,10 @@ from mossnano_stdio.build import contract
 from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.model import CodecWeights
-from mossnano_stdio.build.random_weights import Size, save_standin
+from mossnano_stdio.build.random_weights import save_standin
 from mossnano_stdio.weights.folder import METADATA_NAME
 from tests import oracle
+from tests.oracle import ODD
 
 Array = NDArray[Any]
 State = dict[str, Array]
@@ -26,22 +27,6 @@ State = dict[str, Array]
 PUBLISHED_METADATA = Path(__file__).parents[2] / "shared" / "reference" / "official" / METADATA_NAME
 
 # No dimension twice, nothing that divides another by chance, one channel, a last frame shorter than a context.
-ODD = Size(
-    features=30,
-    model=18,
-    hidden=22,
-    heads=3,
-    rvq=11,
-    layers=(1, 2),
-    context_seconds=(0.5, 0.3),
-    patches=(5, 2, 7),
-    sample_rate=700,
-    channels=1,
-    frame_samples=70,
-    quantizers=3,
-    codebook_size=13,
-    codebook_dim=5,
-)
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,7 @@ from mossnano_stdio.codecs.stepping import OfficialRuntime
 from mossnano_stdio.errors import BundleError, DecodeError, UsageError
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import (
-    DEMO_FOLDER,
-    METADATA_NAME,
-    Sidecar,
-    load_bundle,
-    record_files,
-    save_sidecar,
-)
+from mossnano_stdio.weights.folder import DEMO_FOLDER, METADATA_NAME, Sidecar, load_bundle, record_files, save_sidecar
 from tests.oracle import Sound, furthest
 
 STEP = "moss_audio_tokenizer_decode_step.onnx"

@@ -42,17 +42,8 @@ SOUNDS = [audio_file(*form) for form in AUDIO_FORMS]
 CODE_FILES = {form: [save_codes(CODES, form), save_codes(CODES[:0], form)] for form in FORMS}
 
 COMPARE = (
-    "compare",
-    "reference.wav",
-    "-",
-    "--chunk-frames",
-    "1",
-    "--frame-samples",
-    "16",
-    "--json",
-    "--max-error",
-    "0",
-)
+    "compare", "reference.wav", "-", "--chunk-frames", "1", "--frame-samples", "16", "--json", "--max-error", "0",
+)  # fmt: skip
 CASES = {
     "info": (("info", "-"), [*ARTIFACTS, *STREAMS], {0, 65, 76}),
     "info --json": (("info", "-", "--json"), [*ARTIFACTS, *STREAMS], {0, 65, 76}),

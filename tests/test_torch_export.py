@@ -16,10 +16,7 @@ from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import load_bundle
 from tests.test_build_extract import assert_same
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("torch") is None, reason="needs torch: pip install torch"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("torch") is None, reason="needs torch: pip install torch")]
 
 
 @pytest.fixture(scope="module")
