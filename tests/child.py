@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
+from mossnano_stdio.tokens.packing import pack_frames
 
 ROOT = Path(__file__).parent.parent
 PROCESS = [sys.executable, "-m", "mossnano_stdio"]
@@ -51,6 +54,26 @@ def fields(message: Message) -> dict[str, Any]:
     return parsed
 
 
+def random_tokens(frames: int, seed: int = 0) -> Message:
+    """As the demo and the published weights take them."""
+    codes = np.random.default_rng(seed).integers(0, 1024, (frames, 16))
+    return Message(Kind.TOKENS, pack_frames(codes, 1024))
+
+
+LONG_FRAMES = 60
+LONG = encoded(random_tokens(LONG_FRAMES), Message(Kind.END))
+
+
+def outline(messages: Sequence[Message]) -> list[str]:
+    """Kinds, with runs of AUDIO as one word, and ERRORs by their code."""
+    words: list[str] = []
+    for message in messages:
+        word = fields(message)["code"] if message.kind == Kind.ERROR else Kind(message.kind).name
+        if word != "AUDIO" or words[-1:] != ["AUDIO"]:
+            words.append(word)
+    return words
+
+
 class Child:
     """A process that is talked to, message by message."""
 
@@ -76,6 +99,11 @@ class Child:
     def stdout_fd(self) -> int:
         assert self.process.stdout is not None
         return self.process.stdout.fileno()
+
+    @property
+    def stderr(self) -> IO[bytes]:
+        assert self.process.stderr is not None
+        return self.process.stderr
 
     @property
     def torn_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -11,8 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from mossnano_stdio.tokens.format import Codes
+from tests.child import DEMO, LONG, LONG_FRAMES, run
+from tests.doubles import NANO
 from tests.sound import FileDevice, SoundServer
 
 # How long an example takes says what else the machine does, not whether the code is right.
@@ -64,6 +70,11 @@ def skip_if_nothing_can_be_built() -> None:
         pytest.skip("building needs onnxruntime 1.24 or later")
 
 
+def repeated(few: int, many: int) -> pytest.MarkDecorator:
+    """A test that is run `few` times in the gate and `many` times when there is time for it."""
+    return pytest.mark.parametrize("times", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests look for weights, and remember hashes, in a folder of their own."""
@@ -86,6 +97,26 @@ def tiny_bundle() -> Path:
     return REFERENCE / "bundle"
 
 
+@pytest.fixture
+def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of them that may be spoilt."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle", copy_function=shutil.copyfile))
+
+
+@pytest.fixture(scope="session")
+def codes() -> Codes:
+    """[24 frames, 16 quantizers]"""
+    loaded: Codes = np.load(REFERENCE / "codes.npy")
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def audio() -> NDArray[np.float32]:
+    """[samples, channels]: what torch makes of the codes"""
+    loaded: NDArray[np.float32] = np.load(REFERENCE / "audio.npy").T
+    return loaded
+
+
 @pytest.fixture(scope="session")
 def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights once more, as we build them."""
@@ -106,6 +137,14 @@ def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
     build_standin(folder, "nano", seed=0, trial=False)  # which takes seconds, and which tests do themselves
     return folder
+
+
+@pytest.fixture(scope="session")
+def in_peace() -> bytes:
+    """What the demo makes of LONG when nobody disturbs it. Its sound does not depend on how it is cut into chunks."""
+    done = run([*DEMO, "--output", "raw"], LONG)
+    assert len(done.stdout) == LONG_FRAMES * NANO.frame_pcm_bytes
+    return done.stdout
 
 
 @pytest.fixture

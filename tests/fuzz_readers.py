@@ -1,9 +1,9 @@
 """A fuzzer for what reads bytes of strangers: artifacts, messages, and the session behind them.
 
-    python -m tests.fuzz_readers container --executions 10000000
+    python -m tests.fuzz_readers artifact --executions 10000000
     python -m tests.fuzz_readers protocol --executions 10000000
     python -m tests.fuzz_readers session --executions 1000000
-    python -m tests.fuzz_readers container --engine atheris --executions 10000000
+    python -m tests.fuzz_readers artifact --engine atheris --executions 10000000
 
 `mutate` needs nothing but this file: it changes what it has by bits, bytes, numbers and lengths, and keeps what gives
 an answer of a kind not seen before. `atheris` (pip install atheris) is led by coverage and writes what it finds worth
@@ -44,35 +44,15 @@ LONGEST_MESSAGE_BYTES = 300
 LONGEST_INPUT_BYTES = 1200
 LONGEST_SESSION_BYTES = 400  # each byte may be a frame, and frames are decoded here
 EDGES = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    15,
-    16,
-    17,
-    255,
-    256,
-    1023,
-    1024,
-    1025,
-    3840,
-    65535,
-    65536,
-    65537,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-)
+    0, 1, 2, 3, 7, 8, 15, 16, 17, 255, 256, 1023, 1024, 1025, 3840, 65535, 65536, 65537, 2**31 - 1, 2**31, 2**32 - 1,
+)  # fmt: skip
 FAMILIAR = (b"MOSSNANO", b"MOSS", bytes(4), b"\xff\xff\xff\xff", b"\x01\0\0\0\x07", b'{"quantizers":2}', b"RIFF")
 
 
 # --- targets: each says in a few words what became of its input -------------------------------------------------------
 
 
-def read_container(data: bytes) -> str:
+def read_artifact(data: bytes) -> str:
     whole = _artifact_in(data, len(data) or 1)
     assert _artifact_in(data, 1 + data[0] % 40 if data else 1) == whole, "another split, another answer"
     return whole
@@ -176,7 +156,7 @@ def _is_cancelled(answer: Message) -> bool:
 
 
 TARGETS: dict[str, Callable[[bytes], str]] = {
-    "container": read_container,
+    "artifact": read_artifact,
     "protocol": read_protocol,
     "session": read_session,
 }

@@ -20,10 +20,31 @@ from mossnano_stdio.build.model import (
     PatchStep,
     TransformerWeights,
 )
+from mossnano_stdio.build.random_weights import Size
+from mossnano_stdio.codecs import SeekingDecoder
+from mossnano_stdio.tokens.format import Codes
 
 Array = NDArray[np.float64]
+Sound = NDArray[np.float32]
+
+ODD = Size(
+    features=30, model=18, hidden=22, heads=3, rvq=11, layers=(1, 2), context_seconds=(0.5, 0.3), patches=(5, 2, 7),
+    sample_rate=700, channels=1, frame_samples=70, quantizers=3, codebook_size=13, codebook_dim=5,
+)  # fmt: skip
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def furthest(here: Sound, there: NDArray[Any]) -> float:
+    """How far two sounds are apart where they are furthest."""
+    assert here.shape == there.shape
+    assert here.dtype == np.float32
+    return float(np.abs(here - there).max())
+
+
+def in_chunks(decoder: SeekingDecoder, codes: Codes, chunk_frames: int) -> Sound:
+    starts = range(0, len(codes), chunk_frames)
+    return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
 
 def decode(weights: DecoderWeights, codes: NDArray[Any], quantizers: int | None = None) -> Array:

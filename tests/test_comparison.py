@@ -1,4 +1,4 @@
-"""The room comparison and the tool compare: against plain loops, and against sounds with and without clicks."""
+"""pcm/comparison.py and the tool compare: against plain loops, and against sounds with and without clicks."""
 
 from __future__ import annotations
 

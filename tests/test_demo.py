@@ -57,13 +57,10 @@ class Stepper:
         assert lengths.tolist() == [len(codes) * FRAME_SAMPLES]
         return audio[0], {spec.input_name: value for spec, value in zip(self.states, after, strict=True)}
 
-    def decode(self, codes: Codes, sizes: Iterable[int]) -> NDArray[np.float32]:
-        """Step through codes in chunks of these sizes, the last of them until the end."""
-        return self.decode_with(codes, sizes, lambda chunk, state: state)
-
-    def decode_with(
-        self, codes: Codes, sizes: Iterable[int], spoil: Callable[[int, State], State]
+    def decode(
+        self, codes: Codes, sizes: Iterable[int], spoil: Callable[[int, State], State] = lambda chunk, state: state
     ) -> NDArray[np.float32]:
+        """Step through codes in chunks of these sizes, the last of them until the end."""
         chunks, state = [], self.fresh()
         for index, chunk in enumerate(split(codes, sizes)):
             audio, state = self.step(chunk, spoil(index, state))
@@ -242,7 +239,7 @@ def test_no_state_can_be_lost_swapped_or_fed_twice_unheard(stepper: Stepper) -> 
     codes = random_codes(12, seed=4)
     right = stepper.decode(codes, [3])
     for name, spoil in spoilings(stepper).items():
-        wrong = stepper.decode_with(codes, [3], spoil)
+        wrong = stepper.decode(codes, [3], spoil)
         assert np.abs(wrong - right).max() > 0.02, name
 
 

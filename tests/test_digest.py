@@ -1,10 +1,11 @@
-"""digest.py: right every time, computed once, silent where it cannot remember."""
+"""weights/digest.py: right every time, computed once, silent where it cannot remember."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,26 +74,25 @@ def test_small_files_are_hashed_each_time(tmp_path: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
-def test_a_changed_file_is_hashed_again(tmp_path: Path) -> None:
-    path = large_file(tmp_path, b"a")
-    before = sha256_of(path)
-    large_file(tmp_path, b"b")
-    assert sha256_of(path) == sha256(path) != before
+def write(path: Path) -> None:
+    large_file(path.parent, b"b")
 
 
-def test_a_file_that_hides_its_change_in_its_mtime_is_hashed_again(tmp_path: Path) -> None:
+def write_and_hide_it_in_the_mtime(path: Path) -> None:
+    write(path)
+    os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
+
+
+def swap(path: Path) -> None:
+    large_file(path.parent, b"b", name="other").replace(path)
+
+
+@pytest.mark.parametrize("change", [write, write_and_hide_it_in_the_mtime, swap])
+def test_a_changed_file_is_hashed_again(tmp_path: Path, change: Callable[[Path], None]) -> None:
     path = large_file(tmp_path, b"a")
     os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
     before = sha256_of(path)
-    large_file(tmp_path, b"b")
-    os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
-    assert sha256_of(path) == sha256(path) != before
-
-
-def test_a_file_that_was_swapped_is_hashed_again(tmp_path: Path) -> None:
-    path = large_file(tmp_path, b"a")
-    before = sha256_of(path)
-    large_file(tmp_path, b"b", name="other").replace(path)
+    change(path)
     assert sha256_of(path) == sha256(path) != before
 
 

@@ -1,4 +1,4 @@
-"""The room facts: the same facts for people and for programs."""
+"""tools/facts.py: the same facts for people and for programs."""
 
 from __future__ import annotations
 

@@ -1,40 +1,33 @@
-"""The fast graph: the sound of the official one from every chunking and every prefix, in memory that only slides."""
+"""codecs/fast.py: the sound of the official graph from every chunking and prefix, in memory that only slides."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mossnano_stdio import codecs
-from mossnano_stdio.build.attention import PROBE_PATH, attention_probe
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.decode_step import FAST_FILE, fast_decode_step
 from mossnano_stdio.build.model import DecoderWeights, transformers
-from mossnano_stdio.codecs import Engine, in_place, moss, probe, rings
+from mossnano_stdio.codecs import Engine, in_place, moss
 from mossnano_stdio.codecs.moss import FastDecoder, FastRuntime
-from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Rings, RingSpec
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights.folder import Bundle, load_bundle
 from tests import oracle
+from tests.oracle import Sound, furthest, in_chunks
 
 TOLERANCE = 1e-5
 PCM16_STEP = 1 / 32767
 FRAMES = 24  # of the goldens
 LONG_FRAMES = 72  # seven times the longest context: the end of every memory is reached several times
-
-Audio = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +51,6 @@ def weights(tiny_reference: Path) -> DecoderWeights:
 
 
 @pytest.fixture(scope="module")
-def codes(tiny_reference: Path) -> Codes:
-    loaded: Codes = np.load(tiny_reference / "codes.npy").astype(np.uint16)
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def audio(tiny_reference: Path) -> Audio:
-    loaded: Audio = np.load(tiny_reference / "audio.npy").T
-    return loaded
-
-
-@pytest.fixture(scope="module")
 def long_codes() -> Codes:
     return np.random.default_rng(4).integers(0, 1024, (LONG_FRAMES, 16)).astype(np.uint16)
 
@@ -79,21 +60,11 @@ def long_audio(weights: DecoderWeights, long_codes: Codes) -> NDArray[np.float64
     return oracle.decode(weights, long_codes)
 
 
-def in_chunks(decoder: codecs.SeekingDecoder, codes: Codes, chunk_frames: int) -> Audio:
-    starts = range(0, len(codes), chunk_frames)
-    return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
-
-
-def furthest(here: NDArray[Any], there: NDArray[Any]) -> float:
-    assert here.shape == there.shape
-    return float(np.abs(here - there).max())
-
-
 # --- the sound ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2, 3, 7, 8, 9, 17, 24])
-def test_goldens(decoder: FastDecoder, codes: Codes, audio: Audio, chunk_frames: int) -> None:
+def test_goldens(decoder: FastDecoder, codes: Codes, audio: Sound, chunk_frames: int) -> None:
     assert furthest(in_chunks(decoder, codes, chunk_frames), audio) < TOLERANCE
     assert decoder.next_frame == FRAMES
 
@@ -135,7 +106,7 @@ def test_chunks_of_mixed_sizes_and_many_streams_in_turn(
     for _ in range(6):
         decoder.reset()
         start, until = 0, int(random.integers(1, LONG_FRAMES))
-        pieces: list[Audio] = []
+        pieces: list[Sound] = []
         while start < until:
             frames = int(random.integers(0, 12))
             pieces.append(decoder.step(long_codes[start : min(start + frames, until)]))
@@ -144,7 +115,7 @@ def test_chunks_of_mixed_sizes_and_many_streams_in_turn(
         assert furthest(found, long_audio[: len(found)]) < TOLERANCE
 
 
-def from_the_middle(runtime: codecs.Runtime, codes: Codes, start_frame: int) -> Audio:
+def from_the_middle(runtime: codecs.Runtime, codes: Codes, start_frame: int) -> Sound:
     decoder = runtime.new_decoder()
     decoder.reset(start_frame)
     audio = in_chunks(decoder, codes, 8)
@@ -174,18 +145,6 @@ def test_later_it_is_right_where_the_official_graph_is_not(
         found, rounded = (from_the_middle(either, long_codes[:40], start_frame) for either in (runtime, official))
         assert furthest(found, truth) < TOLERANCE
         assert furthest(rounded, truth) > 4 * TOLERANCE
-
-
-def test_angles_are_rounded_first_and_exact_later() -> None:
-    angles = tuple(map(float, np.exp(-np.arange(8)).astype(np.float32)))
-    spec = a_spec(angles=angles, tokens_per_frame=2)
-    for position in (1997, 1_440_000, 100_000_007):
-        for token, row in enumerate(spec.angles_at(position, 3), start=position):
-            for angle, found in zip(angles, row, strict=True):
-                if token < 2000:
-                    assert found == np.float32(token) * np.float32(angle)
-                else:
-                    assert abs(math.remainder(token * angle - float(found), math.tau)) < 5e-7
 
 
 @pytest.mark.slow
@@ -226,7 +185,7 @@ def test_reset_is_a_fresh_decoder(runtime: FastRuntime, long_codes: Codes) -> No
     assert np.array_equal(in_chunks(decoder, long_codes, 3), in_chunks(runtime.new_decoder(), long_codes, 3))
 
 
-def test_nan_does_not_outlive_a_reset(runtime: FastRuntime, codes: Codes, audio: Audio) -> None:
+def test_nan_does_not_outlive_a_reset(runtime: FastRuntime, codes: Codes, audio: Sound) -> None:
     decoder = runtime.new_decoder()
     decoder.step(codes)
     for layer in memories(decoder):
@@ -309,7 +268,7 @@ def test_every_ring_is_heard(runtime: FastRuntime, codes: Codes) -> None:
                 assert furthest(decoder.step(codes[12:16]), expected) > 4 * PCM16_STEP, (transformer, ring)
 
 
-def test_a_lost_frame_is_heard(runtime: FastRuntime, codes: Codes, audio: Audio) -> None:
+def test_a_lost_frame_is_heard(runtime: FastRuntime, codes: Codes, audio: Sound) -> None:
     decoder = runtime.new_decoder()
     decoder.step(codes[:10])
     found = decoder.step(codes[11:])
@@ -382,161 +341,6 @@ def test_a_runtime_that_does_not_attend_runs_the_official_graph(
 def test_other_providers_run_the_official_graph(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="runs on provider 'cpu' only"):
         FastRuntime(bundle, Engine.of("cuda"))
-
-
-def test_this_runtime_writes_in_place() -> None:
-    assert probe.attention_support() == "in place"
-
-
-def test_a_runtime_that_spoils_what_it_shares_works_by_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers_right = probe._answers_right
-
-    def only_apart(session: Any, rings: Any, rings_out: Any) -> bool:
-        if rings[0] is rings_out[0]:
-            rings[0][...] = 0
-        return answers_right(session, rings, rings_out)
-
-    monkeypatch.setattr(probe, "_answers_right", only_apart)
-    assert probe.judge(probe._probe_session()) == "by copies"
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value"),
-    [("local_window_size", 4), ("local_window_size", -1), ("rotary_interleaved", 1), ("scale", 1.0)],
-)
-def test_another_attention_is_found_out(
-    attribute: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = onnx.load_from_string(attention_probe())
-    (node,) = (node for node in model.graph.node if node.op_type == "GroupQueryAttention")
-    kept = [one for one in node.attribute if one.name != attribute]
-    del node.attribute[:]
-    node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
-    onnx.save(model, tmp_path / "probe.onnx")
-    monkeypatch.setattr(probe, "PROBE_PATH", tmp_path / "probe.onnx")
-    assert probe.judge(probe._probe_session()) == "none"
-
-
-def test_a_node_that_the_runtime_does_not_know_is_a_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "probe.onnx").write_bytes(attention_probe().replace(b"GroupQueryAttention", b"GroupQueryAttentiom"))
-    monkeypatch.setattr(probe, "PROBE_PATH", tmp_path / "probe.onnx")
-    assert probe.attention_support.__wrapped__() == "none"
-
-
-def test_the_probe_is_what_the_builder_makes() -> None:
-    assert PROBE_PATH.read_bytes() == attention_probe()
-
-
-# --- rings --------------------------------------------------------------------------------------------------------
-
-
-def a_spec(**changes: Any) -> RingSpec:
-    spec = {
-        "number": 0,
-        "first_layer": 0,
-        "layers": 2,
-        "heads": 3,
-        "ring_dim": 2 * len(changes.get("angles", (0.5, 0.25))),
-        "context_tokens": 5,
-        "tokens_per_frame": 2,
-        "angles": (0.5, 0.25),
-    }
-    return RingSpec(**{**spec, **changes})
-
-
-class Memory:
-    """A binding that keeps the arrays themselves, and writes tokens into them as the graph would."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, NDArray[Any]] = {}
-        self.outputs: dict[str, NDArray[Any]] = {}
-
-    def bind_ortvalue_input(self, name: str, array: NDArray[Any]) -> None:
-        self.inputs[name] = array
-
-    def bind_ortvalue_output(self, name: str, array: NDArray[Any]) -> None:
-        self.outputs[name] = array
-
-    def ring_names(self) -> Iterator[tuple[str, str]]:
-        for name in self.inputs:
-            kind, _, layer = name.partition("_")
-            if kind in ("keys", "values"):
-                yield name, f"{kind}_out_{layer}"
-
-    def run(self, tokens: NDArray[Any]) -> None:
-        """Each token is marked with its number, its head, and the number of its ring."""
-        end = int(self.inputs["total_0"][0])
-        start = end - len(tokens)
-        assert self.inputs["last_0"][0] == end - 1
-        for ring, (name, out_name) in enumerate(self.ring_names()):
-            source, target = self.inputs[name][0], self.outputs[out_name][0]
-            past = source[:, :start].copy()
-            if target.ctypes.data != source.ctypes.data:
-                target[...] = np.nan
-            target[:, :start] = past
-            for head in range(len(target)):
-                target[head, start:end] = (tokens + head / 10 + ring / 100)[:, np.newaxis]
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize(("context_tokens", "tokens_per_frame"), [(1, 1), (5, 2), (64, 1), (70, 3)])
-@settings(max_examples=40)
-@given(
-    steps=st.lists(
-        st.tuples(
-            st.sampled_from(["run", "run", "run", "fail", "abandon", "reset", "restore"]),
-            st.integers(1, MAX_RUN_FRAMES),
-        ),
-        max_size=60,
-    )
-)
-def test_the_window_is_always_what_the_next_token_can_see(
-    in_place: bool, context_tokens: int, tokens_per_frame: int, steps: list[tuple[str, int]]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rings, "native_value", lambda array: array)
-        memory = Memory()
-        spec = a_spec(context_tokens=context_tokens, tokens_per_frame=tokens_per_frame)
-        ring = Rings(spec, memory, in_place=in_place)
-        frames, snapshot = 0, (0, ring.window(0))
-
-        def run(start: int, count: int, mark: float = 0.0) -> None:
-            ring.prepare(start, count, start)
-            memory.run(np.arange(start * tokens_per_frame, (start + count) * tokens_per_frame) + mark)
-
-        for what, count in steps:
-            match what:
-                case "run":
-                    run(frames, count)
-                    ring.commit()
-                    frames += count
-                case "fail":
-                    run(frames, count, mark=0.5)
-                case "abandon":
-                    passing = ring.passing(frames, 4 * count)
-                    for number in range(3):
-                        run(frames + number * count, count, mark=0.5)
-                        ring.commit()
-                    run(frames + 3 * count, count, mark=0.5)
-                    ring.go_back(frames, passing)
-                case "reset":
-                    ring.reset()
-                    frames = 0
-                case "restore":
-                    frames = snapshot[0]
-                    ring.restore(*snapshot)
-            window = ring.window(frames)
-            if count % 3 == 0:
-                snapshot = (frames, window)
-            assert_window(window, frames * tokens_per_frame, spec)
-
-
-def assert_window(window: NDArray[np.float32], seen: int, spec: RingSpec) -> None:
-    tokens = np.arange(max(0, seen - spec.needed_tokens), seen)
-    assert window.shape == (2 * spec.layers, spec.heads, len(tokens), spec.ring_dim)
-    marks = tokens + np.arange(spec.heads)[:, np.newaxis] / 10
-    for number, ring in enumerate(window):
-        np.testing.assert_allclose(ring, (marks + number / 100)[..., np.newaxis].repeat(spec.ring_dim, -1), rtol=1e-6)
 
 
 # --- the graph and its facts --------------------------------------------------------------------------------------

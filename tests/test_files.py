@@ -1,4 +1,4 @@
-"""The room files: whole files or none."""
+"""files.py: whole files or none."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 from tests import fuzz_readers
 from tests.fuzz_readers import TARGETS, corpus_of, fuzz, mutated
 
-EXECUTIONS = {"container": 10_000, "protocol": 10_000, "session": 500}
+EXECUTIONS = {"artifact": 10_000, "protocol": 10_000, "session": 500}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -36,15 +36,15 @@ def test_the_fuzzer_finds_what_is_planted(monkeypatch: pytest.MonkeyPatch) -> No
         return "read"
 
     kept: list[bytes] = []
-    monkeypatch.setitem(TARGETS, "container", read)
+    monkeypatch.setitem(TARGETS, "artifact", read)
     monkeypatch.setattr(fuzz_readers, "keep", lambda target, data, prefix: kept.append(data))
     with pytest.raises(AssertionError, match="planted"):
-        fuzz("container", 100_000, seed=0)
+        fuzz("artifact", 100_000, seed=0)
     assert [data[8:12] for data in kept] == [b"\0\0\0\x80"]
 
 
 def test_a_run_can_be_repeated() -> None:
-    pool = corpus_of("container")
+    pool = corpus_of("artifact")
     assert [mutated(pool[0], pool, random.Random(seed)) for seed in range(200)] == [
         mutated(pool[0], pool, random.Random(seed)) for seed in range(200)
     ]

@@ -6,15 +6,14 @@ import itertools
 import math
 import subprocess
 import sys
-import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import mossnano_stdio
 from mossnano_stdio import Codec, EncodedAudio
@@ -23,12 +22,11 @@ from mossnano_stdio.errors import ArtifactError, BundleError
 from mossnano_stdio.tokens.artifact import parse_artifact
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights.folder import load_bundle
+from tests.oracle import Sound, furthest
 
 TOLERANCE = 2e-5  # of the goldens
 PCM16_STEP = 1 / 32767
 FRAME = 3840
-
-Audio = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +50,9 @@ def either(request: pytest.FixtureRequest) -> Codec:
 
 
 @pytest.fixture(scope="module")
-def codes(tiny_reference: Path) -> Codes:
-    """[24 frames, 16 quantizers]"""
-    loaded: Codes = np.load(tiny_reference / "codes.npy")
+def wave(tiny_reference: Path) -> Sound:
+    loaded: Sound = np.load(tiny_reference / "wave.npy")
     return loaded
-
-
-@pytest.fixture(scope="module")
-def audio(tiny_reference: Path) -> Audio:
-    """[channels, samples]"""
-    loaded: Audio = np.load(tiny_reference / "audio.npy")
-    return loaded
-
-
-@pytest.fixture(scope="module")
-def wave(tiny_reference: Path) -> Audio:
-    loaded: Audio = np.load(tiny_reference / "wave.npy")
-    return loaded
-
-
-def furthest(here: Audio, there: Audio) -> float:
-    assert here.shape == there.shape
-    assert here.dtype == np.float32
-    return float(np.abs(here - there).max())
 
 
 # --- what it is ---------------------------------------------------------------------------------------------------
@@ -87,12 +65,10 @@ def test_what_it_says_of_itself(either: Codec) -> None:
     assert either.warm_up_seconds == pytest.approx(2 * 0.8 + 0.64 + 0.48 + 2 * 0.32)
 
 
-def test_nano_looks_back_as_far_as_it_should(nano_bundle: Path) -> None:
-    graphs: list[GraphName] = ["official", "fast"]
-    for graph in graphs:
-        with Codec.load(nano_bundle, graph=graph) as codec:
-            assert codec.context_seconds == 10
-            assert codec.warm_up_seconds == 84
+@pytest.mark.parametrize("graph", ["official", "fast"])
+def test_nano_looks_back_as_far_as_it_should(nano_bundle: Path, graph: GraphName) -> None:
+    with Codec.load(nano_bundle, graph=graph) as codec:
+        assert (codec.context_seconds, codec.warm_up_seconds) == (10, 84)
 
 
 def test_a_closed_codec_says_so(built_bundle: Path, codes: Codes) -> None:
@@ -133,9 +109,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
-def test_goldens_in_every_order(either: Codec, codes: Codes, audio: Audio) -> None:
+def test_goldens_in_every_order(either: Codec, codes: Codes, audio: Sound) -> None:
     for given in (codes, codes.T, codes.T[:, None], codes[None], codes.astype(np.int64), codes.tolist()):
-        assert furthest(either.decode(given), audio) < TOLERANCE
+        assert furthest(either.decode(given), audio.T) < TOLERANCE
 
 
 @pytest.mark.parametrize("quantizers", [1, 8])
@@ -154,19 +130,19 @@ def test_a_prefix_that_the_graph_cannot_decode(official: Codec, codes: Codes) ->
         official.decode(codes, num_quantizers=8)
 
 
-def test_batches(ours: Codec, codes: Codes, audio: Audio) -> None:
+def test_batches(ours: Codec, codes: Codes, audio: Sound) -> None:
     other = codes[::-1]
     batch = np.stack([codes, other])  # (batch, frames, quantizers)
     found = ours.decode(batch)
     assert found.shape == (2, 2, 24 * FRAME)
-    assert furthest(found[0], audio) < TOLERANCE
+    assert furthest(found[0], audio.T) < TOLERANCE
     assert np.array_equal(found[1], ours.decode(other))
     assert np.array_equal(ours.decode(np.moveaxis(batch, 2, 0)), found)
 
 
 @pytest.mark.parametrize("chunk_duration", [0.08, 0.16, 0.24, 0.56, 0.8])
-def test_chunks_change_nothing(either: Codec, codes: Codes, audio: Audio, chunk_duration: float) -> None:
-    assert furthest(either.decode(codes, chunk_duration=chunk_duration), audio) < TOLERANCE
+def test_chunks_change_nothing(either: Codec, codes: Codes, audio: Sound, chunk_duration: float) -> None:
+    assert furthest(either.decode(codes, chunk_duration=chunk_duration), audio.T) < TOLERANCE
 
 
 def test_chunks_are_decoded_in_steps_of_that_size(ours: Codec, codes: Codes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +151,7 @@ def test_chunks_are_decoded_in_steps_of_that_size(ours: Codec, codes: Codes, mon
     steps: list[int] = []
     genuine = FastDecoder.step
 
-    def counting(self: FastDecoder, codes: Codes) -> Audio:
+    def counting(self: FastDecoder, codes: Codes) -> Sound:
         steps.append(len(codes))
         return genuine(self, codes)
 
@@ -195,7 +171,7 @@ def test_chunks_are_decoded_in_steps_of_that_size(ours: Codec, codes: Codes, mon
         (0.0800001, "allowed are multiples of a frame"),
     ],
 )
-def test_chunks_that_are_none(ours: Codec, codes: Codes, wave: Audio, chunk_duration: float, says: str) -> None:
+def test_chunks_that_are_none(ours: Codec, codes: Codes, wave: Sound, chunk_duration: float, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         ours.decode(codes, chunk_duration=chunk_duration)
     with pytest.raises(ValueError, match=says):
@@ -232,29 +208,20 @@ def test_threads_share_a_codec(either: Codec) -> None:
     random = np.random.default_rng(3)
     streams = [random.integers(0, 1024, (12, 16)) for _ in range(6)]
     expected = [either.decode(stream) for stream in streams]
-    found: dict[int, Audio] = {}
-
-    def decode(number: int) -> None:
-        found[number] = either.decode(streams[number])
-
-    threads = [threading.Thread(target=decode, args=(number,)) for number in range(len(streams))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, audio in enumerate(expected):
-        assert np.array_equal(found[number], audio)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        found = list(pool.map(either.decode, streams))
+    assert all(map(np.array_equal, found, expected))
 
 
 # --- streams ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 5, 24, 100])
-def test_streaming(either: Codec, codes: Codes, audio: Audio, chunk_frames: int) -> None:
+def test_streaming(either: Codec, codes: Codes, audio: Sound, chunk_frames: int) -> None:
     for given in (codes, codes.T, iter(codes), (frame.tolist() for frame in codes)):
         pieces = list(either.streaming_decode(given, chunk_frames))
         assert [piece.shape[1] for piece in pieces[:-1]] == [chunk_frames * FRAME] * (len(pieces) - 1)
-        assert furthest(np.concatenate(pieces, axis=1), audio) < TOLERANCE
+        assert furthest(np.concatenate(pieces, axis=1), audio.T) < TOLERANCE
 
 
 def test_a_stream_gives_what_it_can_at_once(ours: Codec, codes: Codes) -> None:
@@ -297,15 +264,13 @@ def test_a_stream_can_be_closed_half_way(ours: Codec, codes: Codes) -> None:
 
 
 def test_streams_do_not_touch_each_other(ours: Codec, codes: Codes) -> None:
-    here, there = ours.streaming_decode(codes, 3), ours.streaming_decode(codes[::-1], 3)
-    pieces = list(zip(here, there, strict=True))
-    assert np.array_equal(
-        np.concatenate([a for a, _ in pieces], axis=1), np.concatenate(list(ours.streaming_decode(codes, 3)), axis=1)
-    )
-    assert np.array_equal(
-        np.concatenate([b for _, b in pieces], axis=1),
-        np.concatenate(list(ours.streaming_decode(codes[::-1], 3)), axis=1),
-    )
+    def whole(pieces: Iterable[Sound]) -> Sound:
+        return np.concatenate(list(pieces), axis=1)
+
+    in_turn = zip(ours.streaming_decode(codes, 3), ours.streaming_decode(codes[::-1], 3), strict=True)
+    here, there = zip(*in_turn, strict=True)
+    assert np.array_equal(whole(here), whole(ours.streaming_decode(codes, 3)))
+    assert np.array_equal(whole(there), whole(ours.streaming_decode(codes[::-1], 3)))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +348,7 @@ def test_ranges_that_are_none(ours: Codec, codes: Codes) -> None:
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
-def test_encoder_goldens(either: Codec, wave: Audio, tiny_reference: Path) -> None:
+def test_encoder_goldens(either: Codec, wave: Sound, tiny_reference: Path) -> None:
     encoded = either.encode(wave)
     golden = np.load(tiny_reference / "encoded.npy")
     assert encoded.codes.shape == (16, 13)
@@ -395,7 +360,7 @@ def test_encoder_goldens(either: Codec, wave: Audio, tiny_reference: Path) -> No
 
 
 @pytest.mark.parametrize("samples", [1, FRAME - 1, FRAME, FRAME + 1, 47080])
-def test_what_comes_back_is_as_long_as_what_came(either: Codec, wave: Audio, samples: int) -> None:
+def test_what_comes_back_is_as_long_as_what_came(either: Codec, wave: Sound, samples: int) -> None:
     encoded = either.encode(wave[:, :samples])
     assert encoded.frames == -(-samples // FRAME)
     assert either.decode(encoded).shape == (2, samples)
@@ -404,16 +369,16 @@ def test_what_comes_back_is_as_long_as_what_came(either: Codec, wave: Audio, sam
 
 
 @pytest.mark.parametrize("chunk_duration", [0.08, 0.24, 0.8])
-def test_chunks_change_no_code(ours: Codec, wave: Audio, chunk_duration: float) -> None:
+def test_chunks_change_no_code(ours: Codec, wave: Sound, chunk_duration: float) -> None:
     assert np.array_equal(ours.encode(wave, chunk_duration=chunk_duration).codes, ours.encode(wave).codes)
 
 
-def test_the_whole_file_encoder_has_no_chunks(official: Codec, wave: Audio) -> None:
+def test_the_whole_file_encoder_has_no_chunks(official: Codec, wave: Sound) -> None:
     with pytest.raises(BundleError, match=r"encodes recordings as a whole; `mossnano build .* DIR`"):
         official.encode(wave, chunk_duration=0.08)
 
 
-def test_mono_goes_to_all_channels(ours: Codec, wave: Audio) -> None:
+def test_mono_goes_to_all_channels(ours: Codec, wave: Sound) -> None:
     expected = ours.encode(np.stack([wave[0], wave[0]])).codes
     assert np.array_equal(ours.encode(wave[0]).codes, expected)
     assert np.array_equal(ours.encode(wave[:1]).codes, expected)
@@ -431,7 +396,7 @@ def test_other_rates_are_resampled(ours: Codec, rate: int) -> None:
 
 
 @pytest.mark.parametrize("quantizers", [1, 8])
-def test_fewer_quantizers_are_a_prefix(ours: Codec, wave: Audio, quantizers: int) -> None:
+def test_fewer_quantizers_are_a_prefix(ours: Codec, wave: Sound, quantizers: int) -> None:
     encoded = ours.encode(wave, num_quantizers=quantizers)
     assert encoded.quantizers == quantizers
     assert np.array_equal(encoded.codes, ours.encode(wave).codes[:quantizers])
@@ -439,7 +404,7 @@ def test_fewer_quantizers_are_a_prefix(ours: Codec, wave: Audio, quantizers: int
     assert furthest(ours.decode(encoded), ours.decode(ours.encode(wave), num_quantizers=quantizers)) == 0
 
 
-def test_a_prefix_of_as_many_frames_is_not_turned_around(ours: Codec, wave: Audio) -> None:
+def test_a_prefix_of_as_many_frames_is_not_turned_around(ours: Codec, wave: Sound) -> None:
     """8 quantizers and 16 frames: of an array, the frames would be taken for the quantizers."""
     encoded = ours.encode(np.tile(wave, 2)[:, : 16 * FRAME], num_quantizers=8)
     assert encoded.codes.shape == (8, 16)
@@ -452,7 +417,7 @@ def test_a_wave_that_float32_cannot_hold(ours: Codec) -> None:
         ours.encode(np.full(100, 1e300))
 
 
-def test_batch_encode(either: Codec, wave: Audio) -> None:
+def test_batch_encode(either: Codec, wave: Sound) -> None:
     waves = [wave, wave[0, :5000], wave[:, :1]]
     found = either.batch_encode(waves)
     assert [encoded.original_samples for encoded in found] == [47080, 5000, 1]
@@ -487,7 +452,7 @@ def test_a_bundle_without_encoder() -> None:
 # --- artifacts ----------------------------------------------------------------------------------------------------
 
 
-def test_there_and_back_through_a_file(ours: Codec, wave: Audio, tmp_path: Path) -> None:
+def test_there_and_back_through_a_file(ours: Codec, wave: Sound, tmp_path: Path) -> None:
     encoded = ours.encode(wave)
     encoded.save(tmp_path / "x.mossnano")
     loaded = EncodedAudio.load(tmp_path / "x.mossnano")

@@ -1,4 +1,4 @@
-"""Where the process's messages go: stdout in its forms, the speaker, and what happens when the speaker is lost."""
+"""process/outputs.py: stdout in its forms, the speaker, and what happens when the speaker is lost."""
 
 from __future__ import annotations
 

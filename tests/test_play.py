@@ -23,14 +23,7 @@ import pytest
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message
 from tests.child import DEMO, ROOT
-from tests.sound import (
-    FileDevice,
-    SoundServer,
-    loud_noise,
-    missing_portaudio,
-    missing_sound_server,
-    without_silence,
-)
+from tests.sound import FileDevice, SoundServer, loud_noise, missing_portaudio, missing_sound_server, without_silence
 from tests.tool import COMMAND
 
 needs_portaudio = pytest.mark.skipif(missing_portaudio() is not None, reason=str(missing_portaudio()))

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
@@ -257,20 +258,14 @@ def test_a_device_that_is_full_or_tells_nonsense_is_given_sound_at_once(lead: fl
 
 def test_played_out_means_heard() -> None:
     """By the clock, and by as much silence behind the last sample as the device could throw away."""
-    feed = make_feed(latency=4)
-    push(feed, 1)
-    feed.end_stream()
-    feed.stopping = True
     out: Samples = np.zeros((2, 1), np.int16)
-    outlooks = [feed.fill(out, now, 0.004) for now in (0.0, 0.001, 0.002, 0.004, 0.0051)]
-    assert outlooks == [Outlook.GO_ON] * 4 + [Outlook.PLAYED_OUT]
-
-    feed = make_feed(latency=4)
-    push(feed, 1)
-    feed.end_stream()
-    feed.stopping = True
-    outlooks = [feed.fill(out, now, 0.004) for now in (0.0, 1.0, 2.0)]
-    assert outlooks == [Outlook.GO_ON, Outlook.GO_ON, Outlook.PLAYED_OUT]
+    for times in ((0.0, 0.001, 0.002, 0.004, 0.0051), (0.0, 1.0, 2.0)):
+        feed = make_feed(latency=4)
+        push(feed, 1)
+        feed.end_stream()
+        feed.stopping = True
+        outlooks = [feed.fill(out, now, 0.004) for now in times]
+        assert outlooks == [Outlook.GO_ON] * (len(times) - 1) + [Outlook.PLAYED_OUT]
 
 
 def test_the_way_of_marked_samples_is_timed() -> None:
@@ -365,20 +360,21 @@ def test_what_makes_no_sense_is_refused_before_any_device_is_touched(asked: dict
         Player(48000, 2, **asked)  # type: ignore[arg-type]
 
 
+def error_of(environment: dict[str, str], code: str, before: str = "") -> str:
+    """What a few lines that play raise: its kind and what it says."""
+    told = 'print(json.dumps(f"{type(error).__name__}: {error}"))'
+    lines = f"{before}\ntry:\n{indent(code.strip(), '    ')}\nexcept Exception as error:\n    {told}"
+    message: str = run_player(environment, lines)
+    return message
+
+
 @needs_portaudio
 def test_without_a_device_the_error_says_so(tmp_path: Path) -> None:
     if (cards := Path("/proc/asound/cards")).exists() and "no soundcards" not in cards.read_text():
         pytest.skip("this machine has a sound card")
-    message = run_player(
-        {"HOME": str(tmp_path), "JACK_NO_START_SERVER": "1"},
-        """
-try:
-    Player(48000, 2)
-except DeviceError as error:
-    print(json.dumps(str(error)))
-""",
-    )
-    assert message.startswith("there is no sound device to play on")
+    environment = {"HOME": str(tmp_path), "JACK_NO_START_SERVER": "1"}
+    message = error_of(environment, "Player(48000, 2)")
+    assert message.startswith("DeviceError: there is no sound device to play on")
 
 
 # --- a file that keeps what was played ---------------------------------------------------------------------------
@@ -395,7 +391,7 @@ print(json.dumps({"position": player.position_samples, "underruns": player.under
 
 
 @needs_portaudio
-@pytest.mark.parametrize("samples", [1, 417, 3840, 250_001])
+@pytest.mark.parametrize("samples", [0, 1, 417, 3840, 250_001])
 def test_the_first_and_the_last_sample_are_played_and_all_between(file_device: FileDevice, samples: int) -> None:
     told = run_player(file_device.environment, PLAY_NOISE, samples, "{}")
     played = file_device.played()
@@ -404,19 +400,15 @@ def test_the_first_and_the_last_sample_are_played_and_all_between(file_device: F
     assert (told["position"], told["underruns"], told["log"]) == (samples, 0, [])
 
 
-@needs_portaudio
-def test_nothing_at_all_is_played_out_too(file_device: FileDevice) -> None:
-    told = run_player(file_device.environment, PLAY_NOISE, 0, "{}")
-    assert told["position"] == 0
+def from_the_first_sound(played: Samples) -> Samples:
+    return played[np.flatnonzero(played.any(axis=1))[0] :]
 
 
 @needs_portaudio
 def test_volume_reaches_the_device(file_device: FileDevice) -> None:
     run_player(file_device.environment, PLAY_NOISE, 5000, '{"volume": 0.5}')
     expected = np.rint(loud_noise(5000) * 0.5).astype(np.int16)
-    played = file_device.played()
-    start = int(np.flatnonzero(played.any(axis=1))[0])
-    assert np.array_equal(played[start : start + 5000], expected)
+    assert np.array_equal(from_the_first_sound(file_device.played())[:5000], expected)
 
 
 REFUSE = """
@@ -435,9 +427,7 @@ def test_a_mono_device_gets_the_mean(file_device: FileDevice) -> None:
     told = run_player(file_device.environment, REFUSE.format(taken="[(48000, 1)]") + PLAY_NOISE, 5000, "{}")
     assert told["log"] == ["tofile does not play 2 channels: mixed to 1"]
     expected = np.rint(loud_noise(5000).mean(axis=1, keepdims=True)).astype(np.int16)
-    played = file_device.played(channels=1)
-    start = int(np.flatnonzero(played)[0])
-    assert np.array_equal(played[start : start + 5000], expected)
+    assert np.array_equal(from_the_first_sound(file_device.played(channels=1))[:5000], expected)
 
 
 @needs_portaudio
@@ -446,42 +436,25 @@ def test_a_device_of_another_rate_gets_it_resampled_tail_included(file_device: F
     told = run_player(file_device.environment, REFUSE.format(taken="[(44100, 2)]") + PLAY_NOISE, 48_000, "{}")
     assert told["log"] == ["tofile does not play 48000 Hz: resampled to 44100 Hz"]
     assert (told["position"], told["played_seconds"], told["device_sample_rate"]) == (48_000, 1.0, 44_100)
-    played = file_device.played()
-    start = int(np.flatnonzero(played.any(axis=1))[0])
-    resampled = soxr.resample(loud_noise(48_000), 48_000, 44_100)
-    difference = played[start : start + 44_100].astype(int) - resampled
+    played = from_the_first_sound(file_device.played())
+    difference = played[:44_100].astype(int) - soxr.resample(loud_noise(48_000), 48_000, 44_100)
     assert np.abs(difference).max() <= 2, "soxr dithers, and differently for other pieces"
-    assert not played[start + 44_100 :].any()
+    assert not played[44_100:].any()
 
 
 @needs_portaudio
 def test_a_device_that_takes_nothing_is_refused(file_device: FileDevice) -> None:
-    message = run_player(
-        file_device.environment,
-        REFUSE.format(taken="[]")
-        + """
-try:
-    Player(48000, 2, device="tofile")
-except DeviceError as error:
-    print(json.dumps(str(error)))
-""",
-    )
-    assert message.startswith("tofile takes no 16-bit PCM, neither at 48000 Hz nor at 44100 Hz")
+    refuse = REFUSE.format(taken="[]")
+    message = error_of(file_device.environment, "Player(48000, 2, device='tofile')", before=refuse)
+    assert message.startswith("DeviceError: tofile takes no 16-bit PCM, neither at 48000 Hz nor at 44100 Hz")
     assert "--list-devices" in message
 
 
 @needs_portaudio
 @pytest.mark.parametrize("asked", ["'nosuch'", "77"])
 def test_an_unknown_device_is_answered_with_those_there_are(file_device: FileDevice, asked: str) -> None:
-    message = run_player(
-        file_device.environment,
-        f"""
-try:
-    Player(48000, 2, device={asked})
-except DeviceError as error:
-    print(json.dumps(str(error)))
-""",
-    )
+    message = error_of(file_device.environment, f"Player(48000, 2, device={asked})")
+    assert message.startswith("DeviceError: ")
     assert asked in message
     assert "0 tofile" in message
 
@@ -503,71 +476,47 @@ print(json.dumps([player.position_samples, player.stats()["dropped_seconds"]]))
     assert np.array_equal(without_silence(file_device.played()), loud_noise(700, seed=2))
 
 
-@needs_portaudio
-def test_a_bug_in_the_callback_is_raised_where_it_can_be_seen(file_device: FileDevice) -> None:
-    told = run_player(
-        file_device.environment,
-        """
+BUG_IN_THE_CALLBACK = """
 with Player(48000, 2) as player:
     player._feed.fill = lambda out, now, lead: 1 / 0
-    try:
-        player.push(loud_noise(50_000).tobytes())
-        player.finish()
-    except ZeroDivisionError as error:
-        print(json.dumps(str(error)))
-""",
-    )
-    assert told == "division by zero"
-
-
-@needs_portaudio
-def test_a_player_that_has_finished_says_so(file_device: FileDevice) -> None:
-    told = run_player(
-        file_device.environment,
-        """
-from mossnano_stdio.errors import UsageError
+    player.push(loud_noise(50_000).tobytes())
+    player.finish()
+"""
+PUSH_AFTER_THE_END = """
 with Player(48000, 2) as player:
     player.push(bytes(4))
     player.finish()
-    try:
-        player.push(bytes(4))
-    except UsageError as error:
-        print(json.dumps(str(error)))
-""",
-    )
-    assert told == "this player has finished: make a new one"
-
-
-@needs_portaudio
-def test_a_device_that_cannot_be_opened_or_started_is_a_device_error(file_device: FileDevice) -> None:
-    told = run_player(
-        file_device.environment,
-        """
-import sounddevice
+    player.push(bytes(4))
+"""
+NO_START = """
 class Stubborn(sounddevice.OutputStream):
     def start(self):
         raise sounddevice.PortAudioError("no start")
-told = []
 sounddevice.OutputStream = Stubborn
 with Player(48000, 2, device="tofile") as player:
-    try:
-        player.push(loud_noise(50_000).tobytes())
-    except DeviceError as error:
-        told.append(str(error))
+    player.push(loud_noise(50_000).tobytes())
+"""
+NO_OPENING = """
 def fail(**options):
     raise sounddevice.PortAudioError("no opening")
 sounddevice.OutputStream = fail
-try:
-    Player(48000, 2, device="tofile")
-except DeviceError as error:
-    told.append(str(error))
-print(json.dumps(told))
-""",
-    )
-    assert [line.split(";")[0] for line in told] == [
-        "tofile does not start: no start",
-        "tofile cannot be opened: no opening",
-    ]
+Player(48000, 2, device="tofile")
+"""
+
+
+@needs_portaudio
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (BUG_IN_THE_CALLBACK, "ZeroDivisionError: division by zero"),
+        (PUSH_AFTER_THE_END, "UsageError: this player has finished: make a new one"),
+        (NO_START, "DeviceError: tofile does not start: no start"),
+        (NO_OPENING, "DeviceError: tofile cannot be opened: no opening"),
+    ],
+    ids=["bug in the callback", "push after the end", "no start", "no opening"],
+)
+def test_what_goes_wrong_is_raised_where_it_can_be_seen(file_device: FileDevice, code: str, message: str) -> None:
+    assert error_of(file_device.environment, code, before="import sounddevice").split(";")[0] == message
 
 
 # --- real time ---------------------------------------------------------------------------------------------------

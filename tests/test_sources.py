@@ -1,4 +1,4 @@
-"""Whatever can be played, by its first bytes: each kind whole, byte by byte, cut, and wrong."""
+"""tools/play/sources.py: whatever can be played, by its first bytes: each kind whole, byte by byte, cut, and wrong."""
 
 from __future__ import annotations
 

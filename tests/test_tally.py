@@ -1,4 +1,4 @@
-"""The room tally: what a framed stream comes to, against counts made by hand."""
+"""tools/info/tally.py: what a framed stream comes to, against counts made by hand."""
 
 from __future__ import annotations
 

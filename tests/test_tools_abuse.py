@@ -36,23 +36,14 @@ AUDIO_FORMS = (
     ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "PCM_U8"),
     ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("AIFF", "PCM_16"),
 )  # fmt: skip
-ARTIFACTS = corpus_of("container")
+ARTIFACTS = corpus_of("artifact")
 STREAMS = [*corpus_of("protocol"), *corpus_of("session"), ANSWERS]
 SOUNDS = [audio_file(*form) for form in AUDIO_FORMS]
 CODE_FILES = {form: [save_codes(CODES, form), save_codes(CODES[:0], form)] for form in FORMS}
 
 COMPARE = (
-    "compare",
-    "reference.wav",
-    "-",
-    "--chunk-frames",
-    "1",
-    "--frame-samples",
-    "16",
-    "--json",
-    "--max-error",
-    "0",
-)
+    "compare", "reference.wav", "-", "--chunk-frames", "1", "--frame-samples", "16", "--json", "--max-error", "0",
+)  # fmt: skip
 CASES = {
     "info": (("info", "-"), [*ARTIFACTS, *STREAMS], {0, 65, 76}),
     "info --json": (("info", "-", "--json"), [*ARTIFACTS, *STREAMS], {0, 65, 76}),

@@ -14,12 +14,9 @@ from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.weights.metadata import DECODE_DATA, ENCODE_DATA
-from tests.test_graph_extract import assert_same
+from tests.test_build_extract import assert_same
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("torch") is None, reason="needs torch: pip install torch"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("torch") is None, reason="needs torch: pip install torch")]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ torch is large, and no test of the usual run needs it.
 Rules of this room:
 
 - Modules are written the way models of this family are, shapes asked for at every turn: that is what makes such graphs
-  what they are. Weights come from the checkpoint, through graph/checkpoint.py.
+  what they are. Weights come from the checkpoint, through build/checkpoint.py.
 - Large tensors of decode_step and decode_full lie in one data file, each content once.
 """
 

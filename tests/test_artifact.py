@@ -1,4 +1,4 @@
-"""The room container: right answers, or one error that names what is wrong, and no memory for what is not there."""
+"""tokens/artifact.py: right answers, or one error that names what is wrong, and no memory for what is not there."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_every_header_field_at_every_edge(name: str, edge: int | str) -> None:
 
 
 def expected_outcome(facts: dict[str, int]) -> str:
-    """The oracle: what must be said of HAND_ARTIFACT with these fields, written without a look at the room."""
+    """The oracle: what must be said of HAND_ARTIFACT with these fields, written without a look at the module."""
     limits = {"codebook_size": (2, 65536), "original_samples": (0, 2**32 - 1), "frames": (0, 2**32 - 1)}
     for name, value in facts.items():
         least, most = limits.get(name, (1, 2**32 - 1))

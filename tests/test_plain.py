@@ -1,4 +1,4 @@
-"""The room codefiles: three forms there and back, and nothing believed that a file only claims."""
+"""tokens/plain.py: three forms there and back, and nothing believed that a file only claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""initializers.py: what the onnx package reads, without it."""
+"""weights/onnx_shapes.py: the shapes that the onnx package reads, without it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.model import CodecWeights
-from mossnano_stdio.build.random_weights import Size, save_standin
+from mossnano_stdio.build.random_weights import save_standin
 from mossnano_stdio.weights.metadata import (
     DECODE_DATA,
     DECODE_FULL_FILE,
@@ -25,6 +25,7 @@ from mossnano_stdio.weights.metadata import (
     METADATA_NAME,
 )
 from tests import oracle
+from tests.oracle import ODD
 
 Array = NDArray[Any]
 State = dict[str, Array]
@@ -32,22 +33,6 @@ State = dict[str, Array]
 PUBLISHED_METADATA = Path(__file__).parents[2] / "shared" / "reference" / "official" / METADATA_NAME
 
 # No dimension twice, nothing that divides another by chance, one channel, a last frame shorter than a context.
-ODD = Size(
-    features=30,
-    model=18,
-    hidden=22,
-    heads=3,
-    rvq=11,
-    layers=(1, 2),
-    context_seconds=(0.5, 0.3),
-    patches=(5, 2, 7),
-    sample_rate=700,
-    channels=1,
-    frame_samples=70,
-    quantizers=3,
-    codebook_size=13,
-    codebook_dim=5,
-)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +54,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CodecWeights]:
 
 
 class Graphs:
-    """The graphs of a bundle, run bare: nothing of codec/ between them and the test."""
+    """The graphs of a bundle, run bare: nothing of codecs/ between them and the test."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""graph/assemble.py, tools/standin.py, tools/build.py: a build is whole or it is not there."""
+"""build/bundle.py and the tools standin and build: a build is whole or it is not there."""
 
 from __future__ import annotations
 

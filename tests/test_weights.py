@@ -1,4 +1,4 @@
-"""bundle.py: metadata in, trustworthy specifications out, or one BundleError that begins with the file's path."""
+"""weights/folder.py: metadata become trustworthy specifications, or one BundleError that begins with the path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,6 @@ needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="../shared/ref
 NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 STEP = "moss_audio_tokenizer_decode_step.onnx"
 SHARED = "moss_audio_tokenizer_decode_shared.data"
-
-
-@pytest.fixture
-def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle that may be spoilt."""
-    copied = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, copied, copy_function=shutil.copyfile)
-    return copied
 
 
 @pytest.fixture(scope="module")
@@ -229,16 +221,6 @@ def test_damaged_metadata(folder: Path, content: bytes, says: str) -> None:
     assert says in refusal(folder)
 
 
-def test_metadata_that_is_no_file(folder: Path) -> None:
-    (folder / METADATA_NAME).unlink()
-    assert "is not there" in refusal(folder)
-    (folder / METADATA_NAME).mkdir()
-    assert "is no regular file" in refusal(folder)
-    (folder / METADATA_NAME).rmdir()
-    os.mkfifo(folder / METADATA_NAME)
-    assert "is no regular file" in refusal(folder)
-
-
 def test_names_of_files_cannot_lead_out_of_the_folder(folder: Path, metadata: dict[str, Any]) -> None:
     for name in ("../decode.onnx", "/etc/passwd", "sub/decode.onnx", "..", "C:\\decode.onnx"):
         write_metadata(folder, changed(metadata, ("files", "decode_step"), name))
@@ -271,15 +253,23 @@ def test_a_graph_with_all_its_files(tiny_bundle: Path) -> None:
     assert [file.path.name for file in bundle.graph("decode_step").files] == [STEP, SHARED]
 
 
-@pytest.mark.parametrize("name", [STEP, SHARED])
-def test_a_file_that_is_missing_or_no_file(folder: Path, name: str) -> None:
-    bundle = load_bundle(folder)
+@pytest.mark.parametrize("name", [METADATA_NAME, STEP, SHARED])
+@pytest.mark.parametrize(
+    ("put", "says"),
+    [
+        (lambda path: None, "is not there"),
+        (lambda path: path.symlink_to("nowhere"), "is not there"),
+        (Path.mkdir, "is no regular file"),
+        (os.mkfifo, "is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+    ],
+    ids=["nothing", "dangling link", "folder", "named pipe", "device"],
+)
+def test_a_file_that_is_missing_or_no_file(folder: Path, name: str, put: Callable[[Path], object], says: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(BundleError, match=rf"{name}: is not there"):
-        bundle.graph("decode_step")
-    (folder / name).mkdir()
-    with pytest.raises(BundleError, match=rf"{name}: is no regular file"):
-        bundle.graph("decode_step")
+    put(folder / name)
+    with pytest.raises(BundleError, match=f"^{folder / name}: {says}"):
+        load_bundle(folder).graph("decode_step")
 
 
 def test_a_graph_that_no_metadata_knows(tiny_bundle: Path) -> None:

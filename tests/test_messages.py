@@ -1,4 +1,4 @@
-"""The reader of messages: the same for every split of its input, and only messages or ProtocolError come out."""
+"""protocol/messages.py: any split of the input gives the same messages, and nothing but ProtocolError is raised."""
 
 from __future__ import annotations
 

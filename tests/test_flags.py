@@ -1,4 +1,4 @@
-"""options.py: what the pages of help and the README advise is the same everywhere."""
+"""process/flags.py: what the pages of help and the README advise is the same everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""graph/standin.py: the true shape, the same every time, and nothing in it can be lost unheard."""
+"""build/random_weights.py: the true shape, the same every time, and nothing in it can be lost unheard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""graph/encode_step.py: the codes of a whole recording, whatever the steps, by the contract as it is written down."""
+"""build/encode_step.py: the codes of a whole recording, whatever the steps, by the contract as it is written down."""
 
 from __future__ import annotations
 
@@ -16,30 +16,15 @@ from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.encode_step import ENCODE_STEP_FILE
 from mossnano_stdio.build.model import CodecWeights, DecoderWeights, EncoderWeights, Module, PatchStep
-from mossnano_stdio.build.random_weights import Size, save_standin
+from mossnano_stdio.build.random_weights import save_standin
 from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_full_encoder
 from mossnano_stdio.weights.folder import load_bundle
 from tests import oracle
+from tests.oracle import ODD
 
 Array = NDArray[Any]
 
 # No dimension twice, one channel, heads smaller than what the runtime rotates at once.
-ODD = Size(
-    features=30,
-    model=18,
-    hidden=22,
-    heads=3,
-    rvq=11,
-    layers=(1, 2),
-    context_seconds=(0.5, 0.3),
-    patches=(5, 2, 7),
-    sample_rate=700,
-    channels=1,
-    frame_samples=70,
-    quantizers=3,
-    codebook_size=13,
-    codebook_dim=5,
-)
 
 
 class Runner:

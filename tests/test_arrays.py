@@ -1,4 +1,4 @@
-"""shapes.py: every array is read in one way, or refused with the reason."""
+"""tokens/arrays.py: every array is read in one way, or refused with the reason."""
 
 from __future__ import annotations
 

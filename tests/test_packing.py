@@ -1,4 +1,4 @@
-"""The room bits: against a bit loop too plain to be wrong, and against vectors written out by hand."""
+"""tokens/packing.py: against a bit loop too plain to be wrong, and against vectors written out by hand."""
 
 from __future__ import annotations
 
