@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.chunks.recorder import Recorder
-from mossnano_stdio.chunks.schedule import Fixed
+from mossnano_stdio.chunks import EncodingChunks, Fixed
 from mossnano_stdio.codecs import (
     EncoderRuntime,
     GraphName,
@@ -414,9 +413,9 @@ def encode_blocks(
 ) -> EncodedAudio:
     """A recording that comes block by block, [samples, channels] at the codec's rate: its codes, and its length."""
     if isinstance(encoder, EncoderRuntime):
-        recorder = Recorder(encoder.new_encoder(), Fixed(chunk_frames))
-        chunks = list(_recorded(recorder, blocks))
-        codes, samples = np.concatenate([_no_codes(encoder.format), *chunks]), recorder.original_samples
+        chunks = EncodingChunks(encoder.new_encoder(), Fixed(chunk_frames))
+        codes = np.concatenate([_no_codes(encoder.format), *_recorded(chunks, blocks)])
+        samples = chunks.original_samples
     else:
         audio = np.concatenate([np.zeros((0, encoder.format.channels), np.float32), *blocks])
         codes, samples = encoder.encode(audio), len(audio)
@@ -431,14 +430,14 @@ def encode_blocks(
     )
 
 
-def _recorded(recorder: Recorder, blocks: Iterable[Audio]) -> Iterator[Codes]:
+def _recorded(chunks: EncodingChunks, blocks: Iterable[Audio]) -> Iterator[Codes]:
     """Chunk after chunk, while the blocks come."""
     for block in blocks:
-        recorder.push(block)
-        while (codes := recorder.record()) is not None:
+        chunks.push(block)
+        while (codes := chunks.step()) is not None:
             yield codes
-    recorder.finish()
-    while (codes := recorder.record()) is not None:
+    chunks.finish()
+    while (codes := chunks.step()) is not None:
         yield codes
 
 

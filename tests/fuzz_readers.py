@@ -29,10 +29,10 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from mossnano_stdio.chunks.renderer import Renderer
-from mossnano_stdio.chunks.schedule import Ramp
+from mossnano_stdio.chunks import Ramp
 from mossnano_stdio.errors import ArtifactError, ProtocolError
-from mossnano_stdio.protocol.decoding import DecodeSession
+from mossnano_stdio.protocol.connection import Connection
+from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.tokens.artifact import ArtifactReader, build_artifact
 from mossnano_stdio.tokens.format import SAMPLE_BYTES
@@ -144,7 +144,7 @@ def read_session(data: bytes) -> str:
 
 def _answers_to(messages: list[Message], *, at_once: bool) -> list[Message]:
     cancels = sum(message.kind == Kind.CANCEL for message in messages) if at_once else 0
-    session = DecodeSession(Renderer(CountingDecoder(), Ramp()), {"protocol": 1}, cancel_waiting=lambda: cancels > 0)
+    session = Connection(DECODE, CountingDecoder(), Ramp(), {"protocol": 1}, cancel_waiting=lambda: cancels > 0)
     answers: list[Message] = []
     for message in messages:
         cancels -= at_once and message.kind == Kind.CANCEL
@@ -152,7 +152,7 @@ def _answers_to(messages: list[Message], *, at_once: bool) -> list[Message]:
         while session.is_due:
             answers += session.advance()
     answers += session.close()
-    assert session.stream is None, "a stream was left open"
+    assert session.open is None, "a stream was left open"
     audio_bytes = sum(len(answer.payload) for answer in answers if answer.kind == Kind.AUDIO)
     said_samples = sum(end["samples"] for end in _ends(answers))
     assert audio_bytes == said_samples * SMALL.channels * SAMPLE_BYTES, "the ENDs say what was sent"

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.chunks.recorder import Recorder
-from mossnano_stdio.chunks.renderer import Renderer
-from mossnano_stdio.chunks.schedule import Fixed, Ramp, Schedule
-from mossnano_stdio.protocol.connection import State
-from mossnano_stdio.protocol.decoding import DecodeSession
-from mossnano_stdio.protocol.encoding import ENCODING, EncodeSession
+from mossnano_stdio.chunks import Fixed, Ramp, Schedule
+from mossnano_stdio.protocol.connection import Connection
+from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.encoding import ENCODE, ENCODING
 from mossnano_stdio.protocol.messages import Kind, Message, json_message
+from mossnano_stdio.protocol.stream import State
 from tests.doubles import SMALL, CountingDecoder, CountingEncoder, expected_codes, tokens_payload
 
 END = Message(Kind.END)
@@ -32,12 +31,16 @@ def noise(samples: int, seed: int = 0) -> bytes:
 PCM = noise(18)  # four frames and a half
 
 
-class Conversation:
+class Talk:
     def __init__(self, encoder: CountingEncoder | None = None, schedule: Schedule | None = None) -> None:
         self.encoder = encoder or CountingEncoder()
         self.cancels_waiting = 0
-        self.session = EncodeSession(
-            Recorder(self.encoder, schedule or Ramp()), {"protocol": 1}, cancel_waiting=lambda: self.cancels_waiting > 0
+        self.session = Connection(
+            ENCODE,
+            self.encoder,
+            schedule or Ramp(),
+            {"protocol": 1},
+            cancel_waiting=lambda: self.cancels_waiting > 0,
         )
 
     def say(self, *messages: Message) -> list[Message]:
@@ -76,7 +79,7 @@ def test_any_cut_of_the_audio_gives_the_same_tokens(samples: int, cuts: list[int
     pcm = noise(samples)
     edges = [0, *sorted(cut % (len(pcm) + 1) for cut in cuts), len(pcm)]
     pieces = [Message(Kind.AUDIO, pcm[start:end]) for start, end in itertools.pairwise(edges)]
-    answers = Conversation(schedule=schedule).say(*pieces, END)
+    answers = Talk(schedule=schedule).say(*pieces, END)
     assert tokens_of(answers) == tokens_payload(expected_codes(pcm))
     frames = -(-samples // SMALL.frame_samples)
     assert fields(answers[-1]) == {
@@ -91,14 +94,14 @@ def test_any_cut_of_the_audio_gives_the_same_tokens(samples: int, cuts: list[int
 
 
 def test_a_frame_is_answered_as_soon_as_it_is_full() -> None:
-    talk = Conversation()
+    talk = Talk()
     assert talk.say(Message(Kind.AUDIO, PCM[: 4 * SAMPLE_BYTES - 1])) == []
     answers = talk.say(Message(Kind.AUDIO, PCM[4 * SAMPLE_BYTES - 1 : 4 * SAMPLE_BYTES]))
     assert tokens_of(answers) == tokens_payload(expected_codes(PCM[: 4 * SAMPLE_BYTES]))
 
 
 def test_streams_leave_nothing_behind() -> None:
-    talk = Conversation()
+    talk = Talk()
     first = talk.say(Message(Kind.AUDIO, PCM), END)
     again = talk.say(Message(Kind.AUDIO, PCM), END)
     assert tokens_of(first) == tokens_of(again)
@@ -106,7 +109,7 @@ def test_streams_leave_nothing_behind() -> None:
 
 
 def test_a_sample_that_is_cut_at_the_end_is_an_error() -> None:
-    talk = Conversation()
+    talk = Talk()
     answers = talk.say(Message(Kind.AUDIO, PCM + b"\1\2\3"), END)
     assert names(answers) == ["bad_audio", "END"]
     assert tokens_of(answers) == tokens_payload(expected_codes(PCM))
@@ -114,7 +117,7 @@ def test_a_sample_that_is_cut_at_the_end_is_an_error() -> None:
 
 
 def test_fewer_quantizers_are_the_first_codes_of_each_frame() -> None:
-    talk = Conversation()
+    talk = Talk()
     now = talk.say(json_message(Kind.SETTINGS, {"quantizers": 2, "chunk_frames": 2}))
     assert (fields(now[0])["quantizers"], fields(now[0])["direction"]) == (2, "encode")
     answers = talk.say(Message(Kind.AUDIO, PCM), END)
@@ -122,7 +125,7 @@ def test_fewer_quantizers_are_the_first_codes_of_each_frame() -> None:
 
 
 def test_a_cancel_drops_what_was_not_encoded() -> None:
-    talk = Conversation()
+    talk = Talk()
     talk.say(Message(Kind.AUDIO, PCM[:20]))
     talk.cancels_waiting = 1
     answers = talk.say(Message(Kind.AUDIO, PCM), Message(Kind.CANCEL, b"off"))
@@ -133,17 +136,17 @@ def test_a_cancel_drops_what_was_not_encoded() -> None:
 
 @pytest.mark.parametrize("kind", [Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT, 0x55])
 def test_what_only_a_decoder_takes_is_unknown(kind: int) -> None:
-    assert names(Conversation().say(Message(kind, bytes(20)))) == ["unknown_kind"]
+    assert names(Talk().say(Message(kind, bytes(20)))) == ["unknown_kind"]
 
 
 def test_a_step_that_fails_ends_its_stream_only() -> None:
-    talk = Conversation(CountingEncoder(failing_steps=[1]))
+    talk = Talk(CountingEncoder(failing_steps=[1]))
     assert names(talk.say(Message(Kind.AUDIO, PCM), Message(Kind.AUDIO, PCM), END)) == ["decode_failed", "END"]
     assert tokens_of(talk.say(Message(Kind.AUDIO, PCM), END)) == tokens_payload(expected_codes(PCM))
 
 
 def test_a_peer_whose_numbers_differ_is_not_encoded() -> None:
-    talk = Conversation()
+    talk = Talk()
     answers = talk.say(json_message(Kind.HANDSHAKE, {"sample_rate": 44100}), Message(Kind.AUDIO, PCM), END)
     assert names(answers) == ["handshake_mismatch", "bad_audio", "END"]
     assert tokens_of(answers) == b""
@@ -153,7 +156,7 @@ def test_a_peer_whose_numbers_differ_is_not_encoded() -> None:
     st.lists(st.tuples(st.sampled_from(["AUDIO", "END", "CANCEL", "CANCEL at once"]), st.integers(0, 9)), max_size=12)
 )
 def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: list[tuple[str, int]]) -> None:
-    conversation = Conversation()
+    conversation = Talk()
     answers = [conversation.session.handshake()]
     for what, samples in told:
         if what == "AUDIO":
@@ -166,7 +169,7 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
             answers += conversation.say(Message(Kind.CANCEL))
         elif conversation.session.state is not State.IDLE:
             answers += conversation.say(END)
-    decoder = DecodeSession(Renderer(CountingDecoder(), Ramp()), {})
+    decoder = Connection(DECODE, CountingDecoder(), Ramp(), {})
     heard = [answer for message in answers for answer in decoded(decoder, message)]
     assert [answer for answer in heard if answer.kind == Kind.ERROR] == []
     streams = [fields(answer)["stream"] for answer in answers if answer.kind == Kind.END]
@@ -174,7 +177,7 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
     assert ends == sum(stream is not None for stream in streams)
 
 
-def decoded(session: DecodeSession, message: Message) -> list[Message]:
+def decoded(session: Connection, message: Message) -> list[Message]:
     answers = list(session.handle(message))
     while session.is_due:
         answers += session.advance()
@@ -182,7 +185,7 @@ def decoded(session: DecodeSession, message: Message) -> list[Message]:
 
 
 def test_end_of_input_ends_the_stream() -> None:
-    talk = Conversation(schedule=Fixed(3))
+    talk = Talk(schedule=Fixed(3))
     answers = talk.say(Message(Kind.AUDIO, PCM)) + list(talk.session.close())
     assert tokens_of(answers) == tokens_payload(expected_codes(PCM))
     assert fields(answers[-1])["original_samples"] == 18
@@ -192,4 +195,4 @@ def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
     inbound = {kind for _, kind in ENCODING}
     assert inbound == set(Kind) - {Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT}
     assert set(ENCODING) == {(state, kind) for state in (State.IDLE, State.AUDIO, State.SKIP) for kind in inbound}
-    assert all(callable(getattr(EncodeSession, action.value)) for action in ENCODING.values())
+    assert all(callable(action) for action in ENCODING.values())

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mossnano_stdio.protocol.connection import Action, State
+from mossnano_stdio.protocol.connection import Action
 from mossnano_stdio.protocol.decoding import DECODING
 from mossnano_stdio.protocol.encoding import ENCODING
 from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message
+from mossnano_stdio.protocol.stream import State
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_codes, expected_pcm, some_frames, tokens_payload
 
@@ -407,7 +408,7 @@ def test_the_transition_tables_of_the_document_are_those_of_the_program(
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     states = [State(name) for name in rows[0][1:]]
     documented = {(state, Kind[row[0]]): cell for row in rows[2:] for state, cell in zip(states, row[1:], strict=True)}
-    assert documented == {cell: action.value.strip("_").replace("_", " ") for cell, action in table.items()}
+    assert documented == {cell: action.__name__.replace("_", " ") for cell, action in table.items()}
 
 
 def test_the_hex_dump_of_the_encoder_is_audio() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.chunks.schedule import Fixed, Ramp, Schedule, frames_for_seconds, plan
+from mossnano_stdio.chunks import Fixed, Ramp, Schedule, frames_for_seconds, plan
 from mossnano_stdio.errors import UsageError
 
 NANO_FRAMES_PER_SECOND = 12.5

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from mossnano_stdio.chunks.recorder import Recorder
-from mossnano_stdio.chunks.renderer import Renderer
-from mossnano_stdio.chunks.schedule import Fixed, Ramp
-from mossnano_stdio.protocol.decoding import DecodeSession
-from mossnano_stdio.protocol.encoding import EncodeSession
+from mossnano_stdio.chunks import Fixed, Ramp
+from mossnano_stdio.protocol.connection import Connection
+from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.protocol.messages import Kind, Message
 from tests.doubles import (
     SMALL,
@@ -23,7 +22,7 @@ TOKENS = Message(Kind.TOKENS, tokens_payload(some_frames(3)))
 
 
 def test_a_decoder_with_nothing_due_says_nothing() -> None:
-    session = DecodeSession(Renderer(CountingDecoder(), Fixed(4)), {})
+    session = Connection(DECODE, CountingDecoder(), Fixed(4), {})
     assert list(session.advance()) == []
     assert list(session.handle(TOKENS)) == []
     assert not session.is_due
@@ -33,7 +32,7 @@ def test_a_decoder_with_nothing_due_says_nothing() -> None:
 
 
 def test_an_encoder_with_nothing_due_says_nothing() -> None:
-    session = EncodeSession(Recorder(CountingEncoder(), Fixed(4)), {})
+    session = Connection(ENCODE, CountingEncoder(), Fixed(4), {})
     assert list(session.advance()) == []
     assert list(session.handle(AUDIO)) == []
     assert list(session.advance()) == []
@@ -41,7 +40,7 @@ def test_an_encoder_with_nothing_due_says_nothing() -> None:
 
 
 def test_an_artifact_that_does_not_fit_is_refused_by_its_header() -> None:
-    session = DecodeSession(Renderer(CountingDecoder(), Ramp()), {})
+    session = Connection(DECODE, CountingDecoder(), Ramp(), {})
     data = artifact_bytes(some_frames(3), SMALL)
     other_rate = data[:8] + (44100).to_bytes(4, "little") + data[12:]
     assert list(session.handle(Message(Kind.ARTIFACT, other_rate[:31]))) == []
@@ -55,7 +54,7 @@ def test_an_artifact_that_does_not_fit_is_refused_by_its_header() -> None:
 
 def test_what_is_due_is_dropped_when_a_cancel_waits_behind_it() -> None:
     waiting: list[bool] = []
-    session = EncodeSession(Recorder(CountingEncoder(), Ramp()), {}, cancel_waiting=lambda: bool(waiting))
+    session = Connection(ENCODE, CountingEncoder(), Ramp(), {}, cancel_waiting=lambda: bool(waiting))
     assert list(session.handle(AUDIO)) == []
     assert session.is_due
     waiting.append(True)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
-from mossnano_stdio.chunks.recorder import Encoder
-from mossnano_stdio.chunks.renderer import Decoder
+from mossnano_stdio.chunks import Decoder, Encoder
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tokens.arrays import warm_up_frames

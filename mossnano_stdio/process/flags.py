@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Final, Literal
 
-from mossnano_stdio.chunks.schedule import (
+from mossnano_stdio.chunks import (
     MAX_CHUNK_FRAMES,
     RAMP_MAX_FRAMES,
     Fixed,

@@ -2,11 +2,11 @@
 
 Rules of this room:
 
-- It puts the pieces together (weights, decoder, renderer, session, file descriptors) and decides how the process ends.
-  What a message means is session.py's, what a descriptor does is stdio.py's.
+- It puts the pieces together (weights, codec, connection, file descriptors) and decides how the process ends. What a
+  message means is protocol/'s business, what a descriptor does is stdio.py's.
 - Every end has one of the statuses in errors.py. Whatever is said to people goes to stderr, whatever is said to the
   peer is a message.
-- The loop renders only when no more input would change the next chunk, or none waits.
+- The loop computes only when no more input would change the next chunk, or none waits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mossnano_stdio import __version__
-from mossnano_stdio.chunks.recorder import Encoder, Recorder
-from mossnano_stdio.chunks.renderer import Decoder, Renderer
-from mossnano_stdio.chunks.schedule import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder
 from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
@@ -38,11 +36,11 @@ from mossnano_stdio.process.flags import (
 from mossnano_stdio.process.inbox import Arrival, Ending, Inbox
 from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
 from mossnano_stdio.process.outputs import STDOUT_FORMS, NoOutput, Output, SeveralOutputs, SpeakerOutput
-from mossnano_stdio.process.stats import Durations, StepTimes, TimedDecoder, TimedEncoder, peak_resident_bytes
+from mossnano_stdio.process.stats import Durations, StepTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
-from mossnano_stdio.protocol.connection import Conversation, State, error_message
-from mossnano_stdio.protocol.decoding import DecodeSession
-from mossnano_stdio.protocol.encoding import EncodeSession
+from mossnano_stdio.protocol.connection import Connection, Direction, error_message
+from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.protocol.messages import (
     MAX_MESSAGE_BYTES,
     VERSION,
@@ -59,17 +57,15 @@ if TYPE_CHECKING:
     from mossnano_stdio.weights.folder import Bundle
 
 PROGRAM: Final = "mossnano-stdio"
-_OPENING_KINDS: Final = (Kind.TOKENS, Kind.ARTIFACT, Kind.AUDIO)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A codec that has done its first step, the slowest of all, and how a conversation with it is opened."""
+    """A codec that has done its first step, the slowest of all."""
 
-    format: CodecFormat
+    direction: Direction
+    codec: Decoder | Encoder
     identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
-    times: StepTimes
-    open_session: Callable[..., Conversation]  # (schedule, identity, **what every Conversation takes)
 
 
 Loader = Callable[[argparse.Namespace], Loaded]
@@ -78,25 +74,13 @@ Loader = Callable[[argparse.Namespace], Loaded]
 def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
     decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
     decoder.reset()
-    timed = TimedDecoder(decoder)
-    return Loaded(
-        decoder.format,
-        identity,
-        timed.times,
-        lambda schedule, identity, **more: DecodeSession(Renderer(timed, schedule), identity, **more),
-    )
+    return Loaded(DECODE, decoder, identity)
 
 
 def ready_to_encode(encoder: Encoder, identity: Mapping[str, Any]) -> Loaded:
     encoder.step(np.zeros((encoder.format.frame_samples, encoder.format.channels), np.float32))
     encoder.reset()
-    timed = TimedEncoder(encoder)
-    return Loaded(
-        encoder.format,
-        identity,
-        timed.times,
-        lambda schedule, identity, **more: EncodeSession(Recorder(timed, schedule), identity, **more),
-    )
+    return Loaded(ENCODE, encoder, identity)
 
 
 def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
@@ -160,11 +144,10 @@ class _Process:
         self._inbox = Inbox()
         self._output = self._open_output()
         self._stops_on_error = options.on_error == "stop"
-        self._maybe_session: Conversation | None = None
+        self._maybe_connection: Connection | None = None
         self._maybe_times: StepTimes | None = None
         self._first_audio = Durations()
         self._ready_seconds = 0.0
-        self._maybe_opened_seconds: float | None = None  # when the stream that has no answer yet was opened
 
     def serve(self, load: Loader) -> int:
         """From start to end; the exit status."""
@@ -172,17 +155,16 @@ class _Process:
         with self._signals.ending():
             messages = MessageReader(self._options.max_message_bytes)
             InputThread(self._inbox, messages, None if self._options.output == "none" else self._fd.fd).start()
-            session = self._maybe_session = self._start_session(load(self._options))
-        self._output.start(session.format)
-        self._put(session.handshake())
+            connection = self._maybe_connection = self._connect(load(self._options))
+        self._output.start(connection.format)
+        self._put(connection.handshake())
         self._ready_seconds = time.monotonic()
         try:
-            while isinstance(event := self._next_event(session), Arrival):
-                self._note_opening(session, event)
-                self._put_all(session.handle(event.message))
+            while isinstance(event := self._next_event(connection), Arrival):
+                self._put_all(connection.handle(event.message, event.seconds))
         except _StopOnErrorError:
             return ExitStatus.BAD_INPUT
-        return self._close(session, event)
+        return self._close(connection, event)
 
     def stop_output(self) -> None:
         """Whatever still sounds is silent from now on."""
@@ -191,12 +173,12 @@ class _Process:
     def report(self) -> None:
         """One JSON line on stderr: what was done so far."""
         stats = {
-            "streams": self._maybe_session.streams_opened if self._maybe_session else 0,
+            "streams": self._maybe_connection.streams_opened if self._maybe_connection else 0,
             **(self._maybe_times.snapshot() if self._maybe_times else {}),
             "first_audio_p50_ms": self._first_audio.percentile_ms(50),
             "first_audio_p95_ms": self._first_audio.percentile_ms(95),
             "peak_resident_bytes": peak_resident_bytes(),
-            "errors": self._maybe_session.error_count if self._maybe_session else 0,
+            "errors": self._maybe_connection.error_count if self._maybe_connection else 0,
         }
         write_stderr(json.dumps(stats))
 
@@ -239,32 +221,33 @@ class _Process:
         self._signals.check()
         return self._inbox.cancel_waits()
 
-    def _start_session(self, loaded: Loaded) -> Conversation:
+    def _connect(self, loaded: Loaded) -> Connection:
+        options = self._options
+        frames_per_second = loaded.codec.format.frames_per_second
+        times = self._maybe_times = StepTimes(frames_per_second)
         identity = {
             "protocol": VERSION,
             "name": PROGRAM,
             "version": __version__,
             **loaded.identity,
-            "max_message_bytes": self._options.max_message_bytes,
+            "max_message_bytes": options.max_message_bytes,
         }
-        self._maybe_times = loaded.times
-        return loaded.open_session(
-            chosen_schedule(self._options, loaded.format.frames_per_second, self._options.max_chunk_frames),
+        return Connection(
+            loaded.direction,
+            loaded.codec,
+            chosen_schedule(options, frames_per_second, options.max_chunk_frames),
             identity,
-            ramp_max_frames=self._options.max_chunk_frames,
+            ramp_max_frames=options.max_chunk_frames,
             cancel_waiting=self._inbox.cancel_waits,
+            on_step=times.add,
         )
 
-    def _next_event(self, session: Conversation) -> Arrival | Ending:
+    def _next_event(self, connection: Connection) -> Arrival | Ending:
         """The next message, once every chunk is out that no waiting message could make larger."""
-        while session.is_due and (session.is_sated or self._inbox.is_empty):
-            self._put_all(session.advance())
+        while connection.is_due and (connection.is_sated or self._inbox.is_empty):
+            self._put_all(connection.advance())
         with self._signals.raising():
             return self._inbox.get()
-
-    def _note_opening(self, session: Conversation, arrival: Arrival) -> None:
-        if session.state in (State.IDLE, State.SKIP) and arrival.message.kind in _OPENING_KINDS:
-            self._maybe_opened_seconds = max(arrival.seconds, self._ready_seconds)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
         for answer in answers:
@@ -272,16 +255,17 @@ class _Process:
 
     def _put(self, answer: Message) -> None:
         self._output.put(answer)
-        if answer.kind in (Kind.AUDIO, Kind.TOKENS) and self._maybe_opened_seconds is not None:
-            self._first_audio.add(time.monotonic() - self._maybe_opened_seconds)
-            self._maybe_opened_seconds = None
+        stream = self._maybe_connection.open if self._maybe_connection else None
+        if answer.kind in (Kind.AUDIO, Kind.TOKENS) and stream is not None and not stream.has_answered:
+            stream.has_answered = True
+            self._first_audio.add(time.monotonic() - max(stream.opened_seconds, self._ready_seconds))
         if answer.kind == Kind.ERROR:
             log.error("%s", parse_json(answer)["message"])
             if self._stops_on_error:
                 raise _StopOnErrorError
         self._signals.check()
 
-    def _close(self, session: Conversation, ending: Ending) -> int:
+    def _close(self, connection: Connection, ending: Ending) -> int:
         """Drain, and judge what came in."""
         if ending.is_reader_gone:
             raise BrokenPipeError
@@ -289,12 +273,12 @@ class _Process:
         if fault is not None and not isinstance(fault, MossnanoError):
             raise fault
         self._stops_on_error = False
-        is_cut = session.state is State.ARTIFACT
-        self._put_all(session.close(fault))
+        is_cut = connection.open is not None and connection.open.maybe_cut() is not None
+        self._put_all(connection.close(fault))
         self._output.finish()
         if fault is not None:
             return fault.exit_status
-        is_bad = is_cut or (session.error_count > 0 and not self._output.carries_errors)
+        is_bad = is_cut or (connection.error_count > 0 and not self._output.carries_errors)
         return ExitStatus.BAD_INPUT if is_bad else ExitStatus.DONE
 
 

@@ -4,21 +4,15 @@ Rules of this room:
 
 - Durations go into buckets two per cent wide, so a percentile is right to one per cent, and nothing is kept per chunk.
 - `snapshot` is a plain dict of JSON values with units in its names. It may be taken at any time.
-- A codec is timed from outside, by one that wraps it: the loops know no clock.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
-
-from mossnano_stdio.chunks.recorder import Audio, Encoder
-from mossnano_stdio.chunks.renderer import Decoder
-from mossnano_stdio.tokens.format import Codes
 
 _BUCKET_RATIO: Final = math.log(1.02)
 _STATUS_FILE: Final = Path("/proc/self/status")
@@ -76,43 +70,6 @@ class StepTimes:
             "step_p50_ms": self.durations.percentile_ms(50),
             "step_p95_ms": self.durations.percentile_ms(95),
         }
-
-
-class TimedDecoder:
-    """A decoder whose steps are timed. It is a Decoder as renderer.py wants one."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self.format = decoder.format
-        self.decodes_prefix = decoder.decodes_prefix
-        self.times = StepTimes(decoder.format.frames_per_second)
-
-    def step(self, codes: Codes) -> Audio:
-        started = time.perf_counter()
-        audio = self._decoder.step(codes)
-        self.times.add(len(codes), time.perf_counter() - started)
-        return audio
-
-    def reset(self) -> None:
-        self._decoder.reset()
-
-
-class TimedEncoder:
-    """An encoder whose steps are timed. It is an Encoder as recorder.py wants one."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self.format = encoder.format
-        self.times = StepTimes(encoder.format.frames_per_second)
-
-    def step(self, audio: Audio) -> Codes:
-        started = time.perf_counter()
-        codes = self._encoder.step(audio)
-        self.times.add(len(codes), time.perf_counter() - started)
-        return codes
-
-    def reset(self) -> None:
-        self._encoder.reset()
 
 
 def peak_resident_bytes() -> int | None:

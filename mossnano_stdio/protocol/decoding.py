@@ -9,171 +9,154 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-from mossnano_stdio.chunks.renderer import Chunk, Renderer
-from mossnano_stdio.chunks.schedule import RAMP_MAX_FRAMES
+from mossnano_stdio.chunks import Chunks, Decoder, DecodingChunks
 from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, TokenError
-from mossnano_stdio.protocol.connection import Action, Answers, Conversation, State
+from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
-from mossnano_stdio.tokens.artifact import MAGIC, Artifact, ArtifactReader
+from mossnano_stdio.protocol.stream import Answers, State, Stream
+from mossnano_stdio.tokens.artifact import MAGIC, ArtifactReader
 from mossnano_stdio.tokens.packing import unpack_frames
 
+
+class DecodingStream(Stream):
+    """Tokens, or an artifact, on their way to sound."""
+
+    chunks: DecodingChunks
+
+    def __init__(self, number: int, state: State, chunks: Chunks[Any], opened_seconds: float) -> None:
+        super().__init__(number, state, chunks, opened_seconds)
+        self.artifact = ArtifactReader()
+
+    def step(self, connection: Connection) -> Answers:
+        chunk = self.chunks.step()
+        if chunk is None:
+            return
+        self.frames += chunk.frames
+        self.samples += len(chunk.pcm) // connection.format.sample_bytes
+        if chunk.error is not None:
+            yield connection.error(chunk.error)
+        most_bytes = connection.max_audio_bytes
+        for start in range(0, len(chunk.pcm), most_bytes):
+            yield Message(Kind.AUDIO, chunk.pcm[start : start + most_bytes])
+
+    def finish_input(self) -> None:
+        if self.state is State.TOKENS:  # an artifact's chunks were finished when its last byte came
+            self.chunks.finish()
+
+    def forget_input(self) -> None:
+        self.artifact = ArtifactReader()
+
+    def maybe_cut(self) -> MossnanoError | None:
+        return self.artifact_cut() if self.state is State.ARTIFACT else None
+
+    def artifact_cut(self) -> ArtifactError:
+        return ArtifactError(
+            f"the artifact ended {self.artifact.missing_bytes} bytes before its end: send all of it, then no END"
+        )
+
+
+def open_tokens(connection: Connection, stream: None, message: Message) -> Answers:
+    opened = connection.open_stream(State.TOKENS)
+    if connection.maybe_misfit is not None:
+        yield from connection.fail(
+            opened, TokenError(f"{connection.maybe_misfit}; send one that fits, then the tokens")
+        )
+        return
+    yield from push_tokens(connection, opened, message)
+
+
+def push_tokens(connection: Connection, stream: Stream, message: Message) -> Answers:
+    if connection.is_dropping:
+        return
+    try:
+        codes = unpack_frames(message.payload, connection.quantizers, connection.format.codebook_size)
+    except TokenError as error:
+        yield from connection.compute_due()  # what came before it is whole
+        yield from connection.fail(stream, error)
+    else:
+        stream.chunks.push(codes)
+
+
+def open_artifact(connection: Connection, stream: None, message: Message) -> Answers:
+    yield from grow_artifact(connection, connection.open_stream(State.ARTIFACT), message)
+
+
+def grow_artifact(connection: Connection, stream: Any, message: Message) -> Answers:
+    try:
+        missing_bytes = stream.artifact.push(message.payload)
+        if stream.artifact.maybe_header is not None:  # what does not fit is refused before its body takes memory
+            stream.artifact.maybe_header.check_fits(connection.format, connection.codec.decodes_prefix)
+        if missing_bytes:
+            return
+        artifact = stream.artifact.artifact()
+    except ArtifactError as error:
+        yield from connection.fail(stream, error)
+        return
+    if not connection.is_dropping:
+        stream.chunks.push(artifact.codes)
+        stream.chunks.finish(artifact.original_samples)
+        yield from connection.compute_due()
+    yield from connection.finish(stream, Message(Kind.END))
+
+
+def cut_artifact(connection: Connection, stream: DecodingStream, message: Message) -> Answers:
+    stream.state = State.SKIP
+    yield connection.error(stream.artifact_cut())
+    yield from connection.finish(stream, message)
+
+
+def skip_artifact(connection: Connection, stream: DecodingStream, message: Message) -> Answers:
+    """The rest of a bad stream, unless it begins like a new artifact."""
+    if message.payload.startswith(MAGIC):
+        yield from connection.finish(stream, Message(Kind.END))
+        yield from open_artifact(connection, None, message)
+
+
+def check_quantizers(decoder: Decoder, quantizers: int) -> None:
+    most = decoder.format.quantizers
+    if quantizers < most and not decoder.decodes_prefix:
+        raise SettingsError(
+            f"quantizers is {quantizers}, but this graph decodes all {most} only: "
+            "`mossnano build --from-bundle` makes one that decodes any number of them"
+        )
+
+
 DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
-    (State.IDLE, Kind.HANDSHAKE): Action.COMPARE_FORMATS,
-    (State.IDLE, Kind.ARTIFACT): Action.OPEN_ARTIFACT,
-    (State.IDLE, Kind.TOKENS): Action.OPEN_TOKENS,
-    (State.IDLE, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.IDLE, Kind.PING): Action.ECHO,
-    (State.IDLE, Kind.END): Action.REFUSE_NO_STREAM,
-    (State.IDLE, Kind.CANCEL): Action.CANCEL,
-    (State.IDLE, Kind.SETTINGS): Action.SETTLE,
-    (State.TOKENS, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.TOKENS, Kind.ARTIFACT): Action.REFUSE_OUT_OF_PLACE,
-    (State.TOKENS, Kind.TOKENS): Action.PUSH_TOKENS,
-    (State.TOKENS, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.TOKENS, Kind.PING): Action.ECHO,
-    (State.TOKENS, Kind.END): Action.FINISH,
-    (State.TOKENS, Kind.CANCEL): Action.CANCEL,
-    (State.TOKENS, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
-    (State.ARTIFACT, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.ARTIFACT, Kind.ARTIFACT): Action.GROW_ARTIFACT,
-    (State.ARTIFACT, Kind.TOKENS): Action.REFUSE_OUT_OF_PLACE,
-    (State.ARTIFACT, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.ARTIFACT, Kind.PING): Action.ECHO,
-    (State.ARTIFACT, Kind.END): Action.CUT_ARTIFACT,
-    (State.ARTIFACT, Kind.CANCEL): Action.CANCEL,
-    (State.ARTIFACT, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
-    (State.SKIP, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.SKIP, Kind.ARTIFACT): Action.SKIP_ARTIFACT,
-    (State.SKIP, Kind.TOKENS): Action.IGNORE,
-    (State.SKIP, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.SKIP, Kind.PING): Action.ECHO,
-    (State.SKIP, Kind.END): Action.FINISH,
-    (State.SKIP, Kind.CANCEL): Action.CANCEL,
-    (State.SKIP, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
+    (State.IDLE, Kind.HANDSHAKE): Connection.compare_formats,
+    (State.IDLE, Kind.ARTIFACT): open_artifact,
+    (State.IDLE, Kind.TOKENS): open_tokens,
+    (State.IDLE, Kind.ERROR): Connection.report_peer_error,
+    (State.IDLE, Kind.PING): Connection.echo,
+    (State.IDLE, Kind.END): Connection.refuse_no_stream,
+    (State.IDLE, Kind.CANCEL): Connection.cancel,
+    (State.IDLE, Kind.SETTINGS): Connection.settle,
+    (State.TOKENS, Kind.HANDSHAKE): Connection.refuse_out_of_place,
+    (State.TOKENS, Kind.ARTIFACT): Connection.refuse_out_of_place,
+    (State.TOKENS, Kind.TOKENS): push_tokens,
+    (State.TOKENS, Kind.ERROR): Connection.report_peer_error,
+    (State.TOKENS, Kind.PING): Connection.echo,
+    (State.TOKENS, Kind.END): Connection.finish,
+    (State.TOKENS, Kind.CANCEL): Connection.cancel,
+    (State.TOKENS, Kind.SETTINGS): Connection.refuse_out_of_place,
+    (State.ARTIFACT, Kind.HANDSHAKE): Connection.refuse_out_of_place,
+    (State.ARTIFACT, Kind.ARTIFACT): grow_artifact,
+    (State.ARTIFACT, Kind.TOKENS): Connection.refuse_out_of_place,
+    (State.ARTIFACT, Kind.ERROR): Connection.report_peer_error,
+    (State.ARTIFACT, Kind.PING): Connection.echo,
+    (State.ARTIFACT, Kind.END): cut_artifact,
+    (State.ARTIFACT, Kind.CANCEL): Connection.cancel,
+    (State.ARTIFACT, Kind.SETTINGS): Connection.refuse_out_of_place,
+    (State.SKIP, Kind.HANDSHAKE): Connection.refuse_out_of_place,
+    (State.SKIP, Kind.ARTIFACT): skip_artifact,
+    (State.SKIP, Kind.TOKENS): Connection.ignore,
+    (State.SKIP, Kind.ERROR): Connection.report_peer_error,
+    (State.SKIP, Kind.PING): Connection.echo,
+    (State.SKIP, Kind.END): Connection.finish,
+    (State.SKIP, Kind.CANCEL): Connection.cancel,
+    (State.SKIP, Kind.SETTINGS): Connection.refuse_out_of_place,
 }
 
-
-class DecodeSession(Conversation):
-    """A peer who sends tokens and hears audio."""
-
-    DIRECTION = "decode"
-    OPENED_BY = "TOKENS or ARTIFACT"
-    TRANSITIONS = DECODING
-
-    def __init__(
-        self,
-        renderer: Renderer,
-        identity: Mapping[str, Any],
-        *,
-        ramp_max_frames: int = RAMP_MAX_FRAMES,
-        cancel_waiting: Callable[[], bool] = lambda: False,
-    ) -> None:
-        super().__init__(
-            renderer,
-            renderer.decoder.format,
-            identity,
-            ramp_max_frames=ramp_max_frames,
-            cancel_waiting=cancel_waiting,
-        )
-        self._renderer = renderer
-        self._artifact = ArtifactReader()
-
-    def advance(self) -> Answers:
-        """Compute the one chunk that is due."""
-        if self._drops():
-            self._renderer.reset()
-            return
-        try:
-            chunk = self._renderer.render()
-        except MossnanoError as error:
-            yield from self._fail_stream(error)
-            return
-        if chunk is not None:
-            yield from self._audio(chunk)
-
-    def _open_tokens(self, message: Message) -> Answers:
-        self._open(State.TOKENS)
-        if self._maybe_misfit is not None:
-            yield from self._fail_stream(TokenError(f"{self._maybe_misfit}; send one that fits, then the tokens"))
-            return
-        yield from self._push_tokens(message)
-
-    def _push_tokens(self, message: Message) -> Answers:
-        if self._drops():
-            return
-        try:
-            self._renderer.push(unpack_frames(message.payload, self._quantizers, self._weights.codebook_size))
-        except TokenError as error:
-            yield from self._compute_due()  # what came before it is whole
-            yield from self._fail_stream(error)
-
-    def _open_artifact(self, message: Message) -> Answers:
-        self._open(State.ARTIFACT)
-        self._artifact = ArtifactReader()
-        yield from self._grow_artifact(message)
-
-    def _grow_artifact(self, message: Message) -> Answers:
-        try:
-            missing_bytes = self._artifact.push(message.payload)
-            if self._artifact.maybe_header is not None:  # what does not fit is refused before its body takes memory
-                prefix_allowed = self._renderer.decoder.decodes_prefix
-                self._artifact.maybe_header.check_fits(self._weights, prefix_allowed)
-            if missing_bytes:
-                return
-            artifact = self._artifact.artifact()
-        except ArtifactError as error:
-            yield from self._fail_stream(error)
-            return
-        yield from self._play_artifact(artifact)
-
-    def _play_artifact(self, artifact: Artifact) -> Answers:
-        if not self._drops():
-            self._renderer.push(artifact.codes)
-            self._renderer.finish(artifact.original_samples)
-            yield from self._compute_due()
-        yield from self._finish(Message(Kind.END))
-
-    def _cut_artifact(self, message: Message) -> Answers:
-        self.state = State.SKIP
-        yield self._error(self._artifact_cut())
-        yield from self._finish(message)
-
-    def _skip_artifact(self, message: Message) -> Answers:
-        """The rest of a bad stream, unless it begins like a new artifact."""
-        if message.payload.startswith(MAGIC):
-            yield from self._finish(Message(Kind.END))
-            yield from self._open_artifact(message)
-
-    def _audio(self, chunk: Chunk) -> Answers:
-        self._count(chunk.frames, len(chunk.pcm) // self._sample_bytes)
-        if chunk.error is not None:
-            yield self._error(chunk.error)
-        step = self._max_audio_bytes
-        for start in range(0, len(chunk.pcm), step):
-            yield Message(Kind.AUDIO, chunk.pcm[start : start + step])
-
-    def _finish_loop(self) -> None:
-        if self.state is State.TOKENS:  # an artifact's loop was finished when its last byte came
-            self._renderer.finish()
-
-    def _forget_input(self) -> None:
-        self._artifact = ArtifactReader()
-
-    def _maybe_cut(self) -> MossnanoError | None:
-        return self._artifact_cut() if self.state is State.ARTIFACT else None
-
-    def _artifact_cut(self) -> ArtifactError:
-        return ArtifactError(
-            f"the artifact ended {self._artifact.missing_bytes} bytes before its end: send all of it, then no END"
-        )
-
-    def _check_quantizers(self, quantizers: int) -> None:
-        most = self._weights.quantizers
-        if quantizers < most and not self._renderer.decoder.decodes_prefix:
-            raise SettingsError(
-                f"quantizers is {quantizers}, but this graph decodes all {most} only: "
-                "`mossnano build --from-bundle` makes one that decodes any number of them"
-            )
+DECODE: Final = Direction("decode", "TOKENS or ARTIFACT", DECODING, DecodingStream, DecodingChunks, check_quantizers)

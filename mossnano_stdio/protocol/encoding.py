@@ -11,121 +11,101 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-from mossnano_stdio.chunks.recorder import Recorder
-from mossnano_stdio.chunks.schedule import RAMP_MAX_FRAMES
+from mossnano_stdio.chunks import Chunks, Encoder, EncodingChunks
 from mossnano_stdio.errors import AudioError, MossnanoError
 from mossnano_stdio.pcm.samples import from_pcm16
-from mossnano_stdio.protocol.connection import Action, Answers, Conversation, State, StreamTally
+from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
+from mossnano_stdio.protocol.stream import Answers, State, Stream
 from mossnano_stdio.tokens.packing import pack_frames
 
+
+class EncodingStream(Stream):
+    """Sound on its way to tokens."""
+
+    chunks: EncodingChunks
+
+    def __init__(self, number: int, state: State, chunks: Chunks[Any], opened_seconds: float) -> None:
+        super().__init__(number, state, chunks, opened_seconds)
+        self.partial_sample = b""
+
+    def step(self, connection: Connection) -> Answers:
+        codes = self.chunks.step()
+        if codes is not None:
+            self.frames += len(codes)
+            self.samples += len(codes) * connection.format.frame_samples
+            packed = pack_frames(codes[:, : connection.quantizers], connection.format.codebook_size)
+            yield Message(Kind.TOKENS, packed)
+
+    def finish_input(self) -> None:
+        self.chunks.finish()
+
+    def forget_input(self) -> None:
+        self.partial_sample = b""
+
+    def maybe_rest(self) -> MossnanoError | None:
+        if not self.partial_sample:
+            return None
+        sample_bytes = self.chunks.encoder.format.sample_bytes
+        return AudioError(
+            f"the audio ended {len(self.partial_sample)} bytes into a sample of {sample_bytes}: "
+            "send whole samples; the part is dropped"
+        )
+
+    def before_end(self) -> Answers:
+        if not self.frames:
+            yield Message(Kind.TOKENS, b"")
+
+    def end_extras(self) -> dict[str, Any]:
+        return {"original_samples": self.chunks.original_samples}
+
+
+def open_audio(connection: Connection, stream: None, message: Message) -> Answers:
+    opened = connection.open_stream(State.AUDIO)
+    if connection.maybe_misfit is not None:
+        yield from connection.fail(opened, AudioError(f"{connection.maybe_misfit}; send one that fits, then the audio"))
+        return
+    yield from push_audio(connection, opened, message)
+
+
+def push_audio(connection: Connection, stream: Any, message: Message) -> Answers:
+    if not connection.is_dropping:
+        pcm = stream.partial_sample + message.payload
+        whole_bytes = len(pcm) // connection.format.sample_bytes * connection.format.sample_bytes
+        stream.partial_sample = pcm[whole_bytes:]
+        stream.chunks.push(from_pcm16(pcm[:whole_bytes], connection.format.channels))
+    yield from ()
+
+
+def check_quantizers(encoder: Encoder, quantizers: int) -> None:
+    """Any number can be had: the first codes of a frame do not depend on the later ones."""
+
+
 ENCODING: Final[Mapping[tuple[State, Kind], Action]] = {
-    (State.IDLE, Kind.HANDSHAKE): Action.COMPARE_FORMATS,
-    (State.IDLE, Kind.AUDIO): Action.OPEN_AUDIO,
-    (State.IDLE, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.IDLE, Kind.PING): Action.ECHO,
-    (State.IDLE, Kind.END): Action.REFUSE_NO_STREAM,
-    (State.IDLE, Kind.CANCEL): Action.CANCEL,
-    (State.IDLE, Kind.SETTINGS): Action.SETTLE,
-    (State.AUDIO, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.AUDIO, Kind.AUDIO): Action.PUSH_AUDIO,
-    (State.AUDIO, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.AUDIO, Kind.PING): Action.ECHO,
-    (State.AUDIO, Kind.END): Action.FINISH,
-    (State.AUDIO, Kind.CANCEL): Action.CANCEL,
-    (State.AUDIO, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
-    (State.SKIP, Kind.HANDSHAKE): Action.REFUSE_OUT_OF_PLACE,
-    (State.SKIP, Kind.AUDIO): Action.IGNORE,
-    (State.SKIP, Kind.ERROR): Action.REPORT_PEER_ERROR,
-    (State.SKIP, Kind.PING): Action.ECHO,
-    (State.SKIP, Kind.END): Action.FINISH,
-    (State.SKIP, Kind.CANCEL): Action.CANCEL,
-    (State.SKIP, Kind.SETTINGS): Action.REFUSE_OUT_OF_PLACE,
+    (State.IDLE, Kind.HANDSHAKE): Connection.compare_formats,
+    (State.IDLE, Kind.AUDIO): open_audio,
+    (State.IDLE, Kind.ERROR): Connection.report_peer_error,
+    (State.IDLE, Kind.PING): Connection.echo,
+    (State.IDLE, Kind.END): Connection.refuse_no_stream,
+    (State.IDLE, Kind.CANCEL): Connection.cancel,
+    (State.IDLE, Kind.SETTINGS): Connection.settle,
+    (State.AUDIO, Kind.HANDSHAKE): Connection.refuse_out_of_place,
+    (State.AUDIO, Kind.AUDIO): push_audio,
+    (State.AUDIO, Kind.ERROR): Connection.report_peer_error,
+    (State.AUDIO, Kind.PING): Connection.echo,
+    (State.AUDIO, Kind.END): Connection.finish,
+    (State.AUDIO, Kind.CANCEL): Connection.cancel,
+    (State.AUDIO, Kind.SETTINGS): Connection.refuse_out_of_place,
+    (State.SKIP, Kind.HANDSHAKE): Connection.refuse_out_of_place,
+    (State.SKIP, Kind.AUDIO): Connection.ignore,
+    (State.SKIP, Kind.ERROR): Connection.report_peer_error,
+    (State.SKIP, Kind.PING): Connection.echo,
+    (State.SKIP, Kind.END): Connection.finish,
+    (State.SKIP, Kind.CANCEL): Connection.cancel,
+    (State.SKIP, Kind.SETTINGS): Connection.refuse_out_of_place,
 }
 
-
-class EncodeSession(Conversation):
-    """A peer who sends audio and gets tokens."""
-
-    DIRECTION = "encode"
-    OPENED_BY = "AUDIO"
-    TRANSITIONS = ENCODING
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        identity: Mapping[str, Any],
-        *,
-        ramp_max_frames: int = RAMP_MAX_FRAMES,
-        cancel_waiting: Callable[[], bool] = lambda: False,
-    ) -> None:
-        super().__init__(
-            recorder,
-            recorder.encoder.format,
-            identity,
-            ramp_max_frames=ramp_max_frames,
-            cancel_waiting=cancel_waiting,
-        )
-        self._recorder = recorder
-        self._partial_sample = b""
-
-    def advance(self) -> Answers:
-        """Compute the one chunk that is due."""
-        if self._drops():
-            self._recorder.reset()
-            return
-        try:
-            maybe_codes = self._recorder.record()
-        except MossnanoError as error:
-            yield from self._fail_stream(error)
-            return
-        if maybe_codes is not None:
-            frames = len(maybe_codes)
-            self._count(frames, frames * self._weights.frame_samples)
-            yield Message(Kind.TOKENS, pack_frames(maybe_codes[:, : self._quantizers], self._weights.codebook_size))
-
-    def _open_audio(self, message: Message) -> Answers:
-        self._open(State.AUDIO)
-        if self._maybe_misfit is not None:
-            yield from self._fail_stream(AudioError(f"{self._maybe_misfit}; send one that fits, then the audio"))
-            return
-        yield from self._push_audio(message)
-
-    def _push_audio(self, message: Message) -> Answers:
-        if self._drops():
-            return
-        pcm = self._partial_sample + message.payload
-        whole_bytes = len(pcm) // self._sample_bytes * self._sample_bytes
-        self._partial_sample = pcm[whole_bytes:]
-        self._recorder.push(from_pcm16(pcm[:whole_bytes], self._weights.channels))
-        yield from ()
-
-    def _finish(self, message: Message) -> Answers:
-        if self._partial_sample and not self._drops():
-            yield self._error(
-                AudioError(
-                    f"the audio ended {len(self._partial_sample)} bytes into a sample of {self._sample_bytes}: "
-                    "send whole samples; the part is dropped"
-                )
-            )
-        yield from super()._finish(message)
-
-    def _end(self, maybe_tally: StreamTally | None, *, cancelled: bool, **extra: Any) -> Answers:
-        if maybe_tally is not None and not maybe_tally.frames:
-            yield Message(Kind.TOKENS, b"")
-        yield from super()._end(maybe_tally, cancelled=cancelled, **extra)
-
-    def _finish_loop(self) -> None:
-        self._recorder.finish()
-
-    def _end_extras(self) -> dict[str, Any]:
-        return {"original_samples": self._recorder.original_samples}
-
-    def _forget_input(self) -> None:
-        self._partial_sample = b""
-
-    def _check_quantizers(self, quantizers: int) -> None:
-        """Any number can be had: the first codes of a frame do not depend on the later ones."""
+ENCODE: Final = Direction("encode", "AUDIO", ENCODING, EncodingStream, EncodingChunks, check_quantizers)

@@ -6,7 +6,7 @@ Rules of this room:
 - `MessageReader` answers with messages or with ProtocolError and nothing else, the same for every split of its input.
   What stands before a bad length is still answered.
 - A length is judged as soon as its four bytes are there, before anything is allocated for it.
-- What a payload means is not known here: that is the session's business.
+- What a payload means is not known here: that is the connection's business.
 """
 
 from __future__ import annotations

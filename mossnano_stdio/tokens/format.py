@@ -45,8 +45,13 @@ class CodecFormat:
         return frame_bytes(self.quantizers, self.codebook_size)
 
     @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample as PCM16, all channels."""
+        return self.channels * SAMPLE_BYTES
+
+    @property
     def frame_pcm_bytes(self) -> int:
-        return self.frame_samples * self.channels * SAMPLE_BYTES
+        return self.frame_samples * self.sample_bytes
 
     @property
     def frames_per_second(self) -> float:

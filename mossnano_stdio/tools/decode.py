@@ -23,8 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mossnano_stdio.chunks.renderer import Decoder, Renderer
-from mossnano_stdio.chunks.schedule import Fixed, Schedule
+from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm.samples import WavWriter
@@ -60,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     loaded = _load(args)
     artifact.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
     part = _seek(args, artifact, loaded)
-    renderer = Renderer(loaded.decoder, _schedule(args, part, loaded.decoder.format))
+    chunks = DecodingChunks(loaded.decoder, _schedule(args, part, loaded.decoder.format))
     with open_output(args.sound) as output, _progress(len(part.codes)) as advance:
         write, finish = _sink(output, args.sound, artifact, part)
-        facts = _render(renderer, part, write, advance)
+        facts = _render(chunks, part, write, advance)
         finish()
     if args.json:
         print(as_json(facts | loaded.identity))
@@ -173,15 +172,15 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
 
 
 def _render(
-    renderer: Renderer, part: _Part, write: Callable[[bytes], object], advance: Callable[[int], object]
+    decoding: DecodingChunks, part: _Part, write: Callable[[bytes], object], advance: Callable[[int], object]
 ) -> dict[str, Any]:
     """Decode all of the part; the facts of the summary."""
     started = time.perf_counter()
     maybe_first_audio_ms = None
     chunks = 0
-    renderer.push(part.codes)
-    renderer.finish(part.skipped_samples + part.samples)
-    while chunk := renderer.render():
+    decoding.push(part.codes)
+    decoding.finish(part.skipped_samples + part.samples)
+    while chunk := decoding.step():
         if chunk.error:
             raise chunk.error
         write(chunk.pcm)
@@ -190,7 +189,7 @@ def _render(
         advance(chunk.frames)
         chunks += 1
     took_seconds = time.perf_counter() - started
-    codec_format = renderer.decoder.format
+    codec_format = decoding.decoder.format
     audio_seconds = len(part.codes) / codec_format.frames_per_second
     return {
         "frames": len(part.codes),

@@ -149,8 +149,7 @@ def _whole_samples(pieces: Iterator[bytes], sample_bytes: int) -> Iterator[Pcm |
 
 
 def _artifact(data: _Input, decoding: Decoding) -> Source:
-    from mossnano_stdio.chunks.renderer import Renderer
-    from mossnano_stdio.chunks.schedule import Ramp
+    from mossnano_stdio.chunks import DecodingChunks, Ramp
     from mossnano_stdio.codecs import load_runtime
     from mossnano_stdio.weights.folder import find_weights, load_bundle
 
@@ -162,11 +161,11 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
     artifact.check_fits(runtime.format, runtime.decodes_prefix)
 
     def events() -> Iterator[Pcm | MossnanoError]:
-        renderer = Renderer(runtime.new_decoder(), Ramp())
-        renderer.push(artifact.codes)
-        renderer.finish(artifact.original_samples)
+        chunks = DecodingChunks(runtime.new_decoder(), Ramp())
+        chunks.push(artifact.codes)
+        chunks.finish(artifact.original_samples)
         since = time.monotonic()
-        while chunk := renderer.render():
+        while chunk := chunks.step():
             if chunk.error is not None:
                 yield chunk.error
             yield Pcm(chunk.pcm, since)

@@ -1,0 +1,380 @@
+"""Frames wait, and go through a codec in chunks.
+
+Rules of this room:
+
+- Everything that turns codes into sound, or sound into codes, does it here, the process as well as the tools: a WAV
+  equals the PCM on stdout by construction.
+- One call of `step` computes the one chunk that is due. Nothing is computed ahead: who has to stop, stops calling.
+- A schedule knows counts, not frames. It never asks for more than wait, and at a stream's end it leaves none behind.
+  Its position in the stream is its only state: `advance` moves it, `reset` takes it back, asking changes nothing.
+- The codec is handed in. This room knows neither onnxruntime nor weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.errors import NonFiniteError, UsageError
+from mossnano_stdio.pcm.samples import to_pcm16
+from mossnano_stdio.tokens.format import CodecFormat, Codes
+
+MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
+RAMP_MAX_FRAMES = 8  # larger chunks cost more per frame, and nobody hears that they came at once
+
+Audio = NDArray[np.float32]  # [samples, channels]
+Row = TypeVar("Row", bound=np.generic)
+Rows = TypeVar("Rows", contravariant=True)
+
+
+# --- how large a chunk is ----------------------------------------------------------------------------------------
+
+
+class Schedule(Protocol):
+    @property
+    def wanted_frames(self) -> int:
+        """How large the next chunk would like to be. More waiting frames than that change nothing."""
+
+    @property
+    def max_frames(self) -> int:
+        """How large a chunk can be at most."""
+
+    @property
+    def maybe_chunk_frames(self) -> int | None:
+        """The fixed size, where there is one."""
+
+    def next_frames(self, waiting: int, final: bool) -> int:
+        """How many of the `waiting` frames the next chunk takes; 0 = wait for more. `final`: no more will come."""
+
+    def advance(self) -> None:
+        """The chunk that was asked for was taken."""
+
+    def reset(self) -> None:
+        """Back to the start of a stream."""
+
+
+class Ramp:
+    """Small chunks first, for audio at once, then larger ones, for less work per frame: 1, 2, 4, 8, 8, ...
+
+    It never waits: what is there is taken, at most as much as its next step allows.
+
+    >>> plan(20, Ramp())
+    [(0, 1), (1, 2), (3, 4), (7, 8), (15, 5)]
+    """
+
+    maybe_chunk_frames = None
+
+    def __init__(self, max_frames: int = RAMP_MAX_FRAMES) -> None:
+        self.max_frames = _checked_chunk_frames(max_frames)
+        self.wanted_frames = 1
+
+    def next_frames(self, waiting: int, final: bool) -> int:
+        return min(waiting, self.wanted_frames)
+
+    def advance(self) -> None:
+        self.wanted_frames = min(2 * self.wanted_frames, self.max_frames)
+
+    def reset(self) -> None:
+        self.wanted_frames = 1
+
+
+class Fixed:
+    """Chunks of one size; only the last may be smaller.
+
+    >>> plan(20, Fixed(8))
+    [(0, 8), (8, 8), (16, 4)]
+    """
+
+    def __init__(self, chunk_frames: int) -> None:
+        self.maybe_chunk_frames = self.max_frames = self.wanted_frames = _checked_chunk_frames(chunk_frames)
+
+    def next_frames(self, waiting: int, final: bool) -> int:
+        if waiting < self.wanted_frames and not final:
+            return 0
+        return min(waiting, self.wanted_frames)
+
+    def advance(self) -> None:
+        """Every chunk is like the first."""
+
+    def reset(self) -> None:
+        """Every stream is like the first."""
+
+
+def _checked_chunk_frames(frames: int) -> int:
+    if frames < 1:
+        raise UsageError(f"a chunk of {frames} frames, allowed is 1 or more")
+    return frames
+
+
+def plan(frames: int, schedule: Schedule) -> list[tuple[int, int]]:
+    """The chunks, (start_frame, frames), of a stream that is there as a whole. `schedule` stays where it is."""
+    schedule = copy.copy(schedule)
+    schedule.reset()
+    chunks = []
+    start_frame = 0
+    while start_frame < frames:
+        chunk_frames = schedule.next_frames(frames - start_frame, final=True)
+        chunks.append((start_frame, chunk_frames))
+        start_frame += chunk_frames
+        schedule.advance()
+    return chunks
+
+
+def frames_for_seconds(seconds: float, frames_per_second: float) -> int:
+    """The nearest whole number of frames, half up, at least 1.
+
+    Half up as the numbers are written: 2.28 s at 12.5 frames/s is 28.5 frames, so 29, although the nearest binary
+    fractions make it a little less.
+
+    >>> [frames_for_seconds(seconds, 12.5) for seconds in (0.01, 1.333, 1.8, 2.28)]
+    [1, 17, 23, 29]
+    """
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"a chunk of {seconds} seconds, allowed is any length above 0")
+    from decimal import ROUND_HALF_UP, Decimal  # here, as few starts need it
+
+    frames = Decimal(repr(float(seconds))) * Decimal(repr(float(frames_per_second)))
+    return max(1, int(frames.to_integral_value(ROUND_HALF_UP)))
+
+
+# --- what waits --------------------------------------------------------------------------------------------------
+
+
+class Backlog(Generic[Row]):
+    """A queue of rows, frames of codes or samples of audio: pushed in any pieces, taken by the number, in order.
+
+    >>> backlog = Backlog()
+    >>> backlog.push(np.array([[1], [2], [3]])); backlog.push(np.array([[4], [5]]))
+    >>> backlog.take(4).ravel().tolist(), len(backlog)
+    ([1, 2, 3, 4], 1)
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[NDArray[Row]] = deque()
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def push(self, rows: NDArray[Row]) -> None:
+        if len(rows):
+            self._pieces.append(rows)
+            self._rows += len(rows)
+
+    def take(self, count: int) -> NDArray[Row]:
+        """The first `count` rows, which must be there. Only those that were pushed apart are copied."""
+        if not 1 <= count <= self._rows:
+            raise IndexError(f"{count} rows of {self._rows}")
+        self._rows -= count
+        taken: list[NDArray[Any]] = []
+        while count:
+            piece = self._pieces.popleft()
+            if len(piece) > count:
+                self._pieces.appendleft(piece[count:])
+                piece = piece[:count]
+            taken.append(piece)
+            count -= len(piece)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+    def clear(self) -> None:
+        self._pieces.clear()
+        self._rows = 0
+
+
+# --- through a codec ---------------------------------------------------------------------------------------------
+
+
+class Decoder(Protocol):
+    """Whatever turns frames into samples, one chunk after the other, and remembers what it must in between."""
+
+    @property
+    def format(self) -> CodecFormat: ...
+
+    @property
+    def decodes_prefix(self) -> bool:
+        """May a chunk hold fewer quantizers than the format says?"""
+
+    def step(self, codes: Codes) -> Audio:
+        """[frames, quantizers] -> [samples, channels]. The state moves on only when this returns."""
+
+    def reset(self) -> None:
+        """Forget everything: the next step is the first of a stream."""
+
+
+class Encoder(Protocol):
+    """Whatever turns whole frames of samples into codes, one chunk after the other."""
+
+    @property
+    def format(self) -> CodecFormat: ...
+
+    def step(self, audio: Audio) -> Codes:
+        """[frames * frame_samples, channels] -> [frames, quantizers]. The state moves on only when this returns."""
+
+    def reset(self) -> None:
+        """Forget everything: the next step is the first of a stream."""
+
+
+class Steps(Protocol[Rows]):
+    """What Decoder and Encoder have in common."""
+
+    def step(self, rows: Rows, /) -> NDArray[Any]: ...
+
+    def reset(self) -> None: ...
+
+
+class Chunks(Generic[Row]):
+    """One stream on its way through a codec: rows are pushed in, and `step` gives what the codec makes of a chunk.
+
+    `on_step` is told of every step how many frames it computed, and how many seconds that took.
+    """
+
+    def __init__(
+        self,
+        codec: Steps[NDArray[Row]],
+        schedule: Schedule,
+        rows_per_frame: int,
+        on_step: Callable[[int, float], object] = lambda frames, seconds: None,
+    ) -> None:
+        self.schedule = schedule
+        self._codec = codec
+        self._rows_per_frame = rows_per_frame
+        self._on_step = on_step
+        self._waiting: Backlog[Row] = Backlog()
+        self._finished = False
+
+    @property
+    def _waiting_frames(self) -> int:
+        return len(self._waiting) // self._rows_per_frame
+
+    @property
+    def due_frames(self) -> int:
+        """How many frames the next chunk would have; 0 while there is nothing to compute."""
+        return self.schedule.next_frames(self._waiting_frames, self._finished)
+
+    @property
+    def is_sated(self) -> bool:
+        """Would more frames leave the next chunk as it is?"""
+        return self._waiting_frames >= self.schedule.wanted_frames
+
+    def push(self, rows: NDArray[Row]) -> None:
+        """Take [rows, ...] of the stream that is open."""
+        self._waiting.push(rows)
+
+    def finish(self) -> None:
+        """No more rows will come: what is left is due."""
+        self._finished = True
+
+    def reset(self) -> None:
+        """Drop what waits, and begin a new stream."""
+        self._waiting.clear()
+        self._finished = False
+        self.schedule.reset()
+        self._codec.reset()
+
+    def _step(self) -> NDArray[Any] | None:
+        """What the codec makes of the chunk that is due. Where the codec refuses it, its frames are gone."""
+        frames = self.due_frames
+        if not frames:
+            return None
+        rows = self._waiting.take(frames * self._rows_per_frame)
+        self.schedule.advance()
+        started = time.perf_counter()
+        made = self._codec.step(rows)
+        self._on_step(frames, time.perf_counter() - started)
+        return made
+
+
+@dataclass(frozen=True)
+class DecodedChunk:
+    """What came of one chunk of codes."""
+
+    pcm: bytes
+    frames: int
+    error: NonFiniteError | None = None
+
+
+class DecodingChunks(Chunks[np.uint16]):
+    """Frames of codes in, PCM16 out."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        schedule: Schedule,
+        on_step: Callable[[int, float], object] = lambda frames, seconds: None,
+    ) -> None:
+        super().__init__(decoder, schedule, 1, on_step)
+        self.decoder = decoder
+        self._samples_left: int | None = None
+
+    def finish(self, original_samples: int | None = None) -> None:
+        """No more frames will come: what is left is due, trimmed to `original_samples` where they are known."""
+        super().finish()
+        self._samples_left = original_samples
+
+    def reset(self) -> None:
+        super().reset()
+        self._samples_left = None
+
+    def step(self) -> DecodedChunk | None:
+        """Decode the chunk that is due.
+
+        Where the graph answers NaN or infinity, there is silence of its exact length, the error beside it, and a
+        decoder that begins anew.
+        """
+        frames = self.due_frames
+        audio = self._step()
+        if audio is None:
+            return None
+        error = None
+        try:
+            pcm = to_pcm16(audio)
+        except NonFiniteError as not_finite:
+            error = not_finite
+            pcm = bytes(frames * self.decoder.format.frame_pcm_bytes)
+            self.decoder.reset()
+        if self._samples_left is not None:
+            sample_bytes = self.decoder.format.sample_bytes
+            pcm = pcm[: self._samples_left * sample_bytes]
+            self._samples_left -= len(pcm) // sample_bytes
+        return DecodedChunk(pcm, frames, error)
+
+
+class EncodingChunks(Chunks[np.float32]):
+    """Samples in, in any pieces; frames of codes out."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        schedule: Schedule,
+        on_step: Callable[[int, float], object] = lambda frames, seconds: None,
+    ) -> None:
+        super().__init__(encoder, schedule, encoder.format.frame_samples, on_step)
+        self.encoder = encoder
+        self.original_samples = 0
+
+    def push(self, audio: Audio) -> None:
+        """Take [samples, channels] of the stream that is open."""
+        super().push(audio)
+        self.original_samples += len(audio)
+
+    def finish(self) -> None:
+        """No more samples will come: what is left is due, the last frame filled up with silence."""
+        super().finish()
+        missing_samples = -len(self._waiting) % self._rows_per_frame
+        self._waiting.push(np.zeros((missing_samples, self.encoder.format.channels), np.float32))
+
+    def reset(self) -> None:
+        super().reset()
+        self.original_samples = 0
+
+    def step(self) -> Codes | None:
+        """Encode the chunk that is due."""
+        return self._step()
