@@ -28,7 +28,7 @@ from mossnano_stdio.codecs import (
     EncoderRuntime,
     GraphName,
     Runtime,
-    StreamDecoder,
+    SeekingDecoder,
     load_encoder,
     load_runtime,
     maybe_warm_up_frames,
@@ -367,7 +367,7 @@ class Codec:
         check_range(array, self.codebook_size, f"frame {number}")
         return array[:wanted].astype(np.uint16)
 
-    def _stream(self, decoder: StreamDecoder, frames: Iterable[Codes], chunk_frames: int) -> Iterator[Audio]:
+    def _stream(self, decoder: SeekingDecoder, frames: Iterable[Codes], chunk_frames: int) -> Iterator[Audio]:
         chunk: list[Codes] = []
         for frame in frames:
             chunk.append(frame)
@@ -377,7 +377,7 @@ class Codec:
         if chunk:
             yield np.ascontiguousarray(decoder.step(np.stack(chunk)).T)
 
-    def _decoded(self, decoder: StreamDecoder, frames: Codes, step_frames: int) -> Audio:
+    def _decoded(self, decoder: SeekingDecoder, frames: Codes, step_frames: int) -> Audio:
         """[frames, quantizers] -> [channels, samples], in steps that end in one array."""
         audio = np.empty((self.channels, len(frames) * self.frame_samples), dtype=np.float32)
         for first in range(0, len(frames), step_frames):

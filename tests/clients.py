@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, StreamEnd
+from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, Played, StreamEnd
+from mossnano_stdio.client.exchange import State
 from tests.child import ROOT
 
 
@@ -32,17 +34,30 @@ class FaceOfStream(Protocol):
     def was_cancelled(self) -> bool: ...
 
     @property
+    def played(self) -> Played: ...
+
+    @property
     def maybe_end(self) -> StreamEnd | None: ...
 
 
 class Face(Protocol):
-    restarts: int
+    @property
+    def restarts(self) -> int: ...
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def maybe_failure(self) -> Exception | None: ...
 
     @property
     def handshake(self) -> Mapping[str, Any]: ...
 
     @property
     def pid(self) -> int: ...
+
+    @property
+    def queued_bytes(self) -> int: ...
 
     def open(self) -> FaceOfStream: ...
 
@@ -98,6 +113,10 @@ class SteppedStream:
         return self._stream.was_cancelled
 
     @property
+    def played(self) -> Played:
+        return self._stream.played
+
+    @property
     def maybe_end(self) -> StreamEnd | None:
         return self._stream.maybe_end
 
@@ -120,12 +139,27 @@ class SteppedDecoder:
         return self._decoder.restarts
 
     @property
+    def state(self) -> State:
+        return self._decoder.state
+
+    @property
+    def maybe_failure(self) -> Exception | None:
+        return self._decoder.maybe_failure
+
+    def pass_time(self, seconds: float) -> None:
+        self._runner.run(asyncio.sleep(seconds))
+
+    @property
     def handshake(self) -> Mapping[str, Any]:
         return self._decoder.handshake
 
     @property
     def pid(self) -> int:
         return self._decoder.pid
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._decoder.queued_bytes
 
     def open(self) -> FaceOfStream:
         return SteppedStream(self._runner, self._runner.run(self._decoder.open()))
@@ -161,8 +195,21 @@ class SteppedDecoder:
 CLIENTS = {"Decoder": Decoder, "AsyncDecoder": SteppedDecoder}
 
 
+def wait_until(face: Face, is_so: Callable[[], bool]) -> None:
+    """Let time pass."""
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, f"it is {face.state}: {face.maybe_failure}"
+        if isinstance(face, SteppedDecoder):
+            face.pass_time(0.02)
+        else:
+            time.sleep(0.02)
+
+
 def start(client: str, command: Sequence[str], **options: Any) -> Face:
     """One of CLIENTS around a command of the tests."""
     here = ["env", "-C", str(ROOT), *command]  # the doubles are modules of the tests
-    face: Face = CLIENTS[client](command=here, stderr=subprocess.DEVNULL, **options)
+    if "log" not in options:
+        options["stderr"] = subprocess.DEVNULL
+    face: Face = CLIENTS[client](command=here, **options)
     return face

@@ -236,10 +236,7 @@ def test_nothing_is_shown_where_nothing_is_there(monkeypatch: pytest.MonkeyPatch
 
 def test_a_start_loads_nothing_that_decoding_does_not_need() -> None:
     """The process and its runtime; each module costs a start some time."""
-    program = (
-        "import sys, mossnano_stdio.process.loop, mossnano_stdio.codecs.fast, mossnano_stdio.codecs.stepping\n"
-        "print(*sorted(sys.modules))"
-    )
+    program = "import sys, mossnano_stdio.process.loop, mossnano_stdio.codecs.moss\nprint(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "mossnano_stdio.protocol" in loaded
     assert not {"decimal", "wave", "asyncio", "subprocess", "tempfile", "socket", "urllib.request"} & set(loaded)

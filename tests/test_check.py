@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mossnano_stdio.codecs import memory
+from mossnano_stdio.codecs import whole
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.sidecar import Sidecar, load_sidecar, record_files, save_sidecar
@@ -177,7 +177,7 @@ def test_weights_that_make_no_sound(folder: Path, factor: float, words: str) -> 
 
 
 def test_fewer_frames_where_memory_is_short(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(whole, "_free_bytes", lambda: 1 << 20)
     status, rows = check(folder)
     assert status == ExitStatus.DONE
     assert "over 24 frames" in rows["sound official, chunks of 7"]["detail"]

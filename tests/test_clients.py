@@ -1,7 +1,8 @@
 """The clients to copy, compiled and run against the real process: the same scenario for each, see tests/scenarios.
 
 What a stream must sound like is what the process itself says to the same tokens in the same chunks. Godot is not to be
-had here: of its client only the brackets and the names that it asks the engine for are looked at.
+had here: of its client the brackets and the names that it asks the engine for are looked at, and its logic is run by
+test_client_godot.py.
 """
 
 from __future__ import annotations
@@ -190,20 +191,23 @@ GODOT_CALLS = {
     "FileAccess": {"get_buffer", "store_buffer", "close", "get_file_as_bytes"},
     "Thread": {"start", "wait_to_finish"},
     "Mutex": {"lock", "unlock"},
+    "Time": {"get_ticks_msec"},
+    "Semaphore": {"post", "wait"},
     "JSON": {"parse_string"},
-    "Signal": {"emit", "connect"},
+    "Signal": {"emit", "connect", "get_connections"},
     "Callable": {"call_deferred"},
     "Array": {"append", "pop_front", "clear", "is_empty", "size"},
     "Dictionary": {"get", "is_empty"},
+    "PackedVector2Array": {"append", "append_array", "is_empty", "resize", "size", "slice"},
     "PackedByteArray": {
-        "append_array", "decode_s16", "decode_u32", "encode_u32", "get_string_from_utf8", "resize", "slice",
+        "append_array", "decode_s16", "decode_u32", "encode_u32", "find", "get_string_from_utf8", "resize", "slice",
     },
-    "String": {"strip_edges", "to_ascii_buffer"},
+    "String": {"trim_suffix", "to_ascii_buffer"},
     "AudioStreamPlayer": {"play", "get_stream_playback"},
     "AudioStreamGeneratorPlayback": {"push_buffer", "get_frames_available"},
     "Object": {"new"},
-    "global": {"push_error", "print", "str", "int", "float", "maxi", "floori", "range", "Vector2", "PackedVector2Array",
-               "PackedByteArray", "warning_ignore"},
+    "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "range", "Vector2",
+               "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray", "warning_ignore"},
 }  # fmt: skip
 CLOSING = {")": "(", "]": "[", "}": "{"}
 

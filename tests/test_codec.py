@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from mossnano_stdio import codecs
-from mossnano_stdio.codecs import Engine, engine, memory
-from mossnano_stdio.codecs.encoder import FullEncoder
+from mossnano_stdio.codecs import Engine, engine, whole
 from mossnano_stdio.codecs.engine import Session
-from mossnano_stdio.codecs.stepping import FullDecoder, OfficialRuntime, StreamDecoder
+from mossnano_stdio.codecs.moss import OfficialDecoder, OfficialRuntime
+from mossnano_stdio.codecs.whole import FullDecoder, FullEncoder
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
 from mossnano_stdio.pcm.comparison import compare_recordings
 from mossnano_stdio.pcm.samples import Recording, pcm16_samples, to_pcm16
@@ -69,7 +69,7 @@ def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copied
 
 
-def in_chunks(decoder: codecs.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
+def in_chunks(decoder: codecs.SeekingDecoder, codes: Codes, chunk_frames: int) -> Audio:
     starts = range(0, len(codes), chunk_frames)
     return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
@@ -229,7 +229,7 @@ class FaultySession(Session):
         return self._genuine.run(output_names, feed)
 
 
-def departure(decoder: StreamDecoder, codes: Codes, audio: Audio) -> str | None:
+def departure(decoder: OfficialDecoder, codes: Codes, audio: Audio) -> str | None:
     """What is wrong with a decoder, if anything: it fails, its sound is another, or its counters are."""
     try:
         found = in_chunks(decoder, codes, 3)
@@ -684,7 +684,7 @@ def test_what_does_not_fit_is_refused_with_advice(
     full = FullDecoder(load_bundle(tiny_bundle), Engine.of(threads=1))
     many = np.tile(codes, (5, 1))
     assert len(full.decode(many)) == len(many) * 3840
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 64 << 20)
+    monkeypatch.setattr(whole, "_free_bytes", lambda: 64 << 20)
     with pytest.raises(UsageError, match=r"decoding 120 frames as a whole needs about 1.4 GiB, 0.1 GiB are free"):
         full.decode(many)
     encoder = FullEncoder(load_bundle(tiny_bundle), Engine.of(threads=1))
@@ -693,14 +693,14 @@ def test_what_does_not_fit_is_refused_with_advice(
 
 
 def test_free_memory_is_the_least_of_what_the_machine_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    machine = memory._machine_bytes()
-    assert machine and memory._free_bytes() == pytest.approx(machine, rel=0.2)
+    monkeypatch.setattr(whole, "CGROUP", tmp_path)
+    machine = whole._machine_bytes()
+    assert machine and whole._free_bytes() == pytest.approx(machine, rel=0.2)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert memory._group_bytes() is None
+    assert whole._group_bytes() is None
     (tmp_path / "memory.max").write_text("3000000\n")
-    assert memory._free_bytes() == 2_000_000
+    assert whole._free_bytes() == 2_000_000
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((10, 1)), np.zeros(10), np.full((10, 2), np.nan), np.full((10, 2), np.inf)])

@@ -215,16 +215,16 @@ def test_parts_that_are_none(long_artifact: Path, built_bundle: Path, flags: lis
 
 def test_sound_that_is_none_is_an_error(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file must not hold silence where the graph failed."""
-    from mossnano_stdio.codecs.stepping import StreamDecoder
+    from mossnano_stdio.codecs.moss import OfficialDecoder
 
-    genuine = StreamDecoder.step
+    genuine = OfficialDecoder.step
 
     def spoilt(self, codes):  # type: ignore[no-untyped-def]
         audio = genuine(self, codes).copy()
         audio[7, 1] = np.nan
         return audio
 
-    monkeypatch.setattr(StreamDecoder, "step", spoilt)
+    monkeypatch.setattr(OfficialDecoder, "step", spoilt)
     outcome = call_tool("decode", MELODY, tmp_path / "x.wav", "--weights", "demo")
     assert outcome.status == ExitStatus.BUG
     assert "sample 7 of channel 1 is nan" in outcome.err

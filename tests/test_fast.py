@@ -21,8 +21,8 @@ from mossnano_stdio.build.attention import PROBE_PATH, attention_probe
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.decode_step import FAST_FILE, fast_decode_step
 from mossnano_stdio.build.model import DecoderWeights, transformers
-from mossnano_stdio.codecs import Engine, fast, in_place, probe, rings
-from mossnano_stdio.codecs.fast import FastDecoder, FastRuntime
+from mossnano_stdio.codecs import Engine, in_place, moss, probe, rings
+from mossnano_stdio.codecs.moss import FastDecoder, FastRuntime
 from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Rings, RingSpec
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
 from mossnano_stdio.tokens.format import Codes
@@ -79,7 +79,7 @@ def long_audio(weights: DecoderWeights, long_codes: Codes) -> NDArray[np.float64
     return oracle.decode(weights, long_codes)
 
 
-def in_chunks(decoder: codecs.StreamDecoder, codes: Codes, chunk_frames: int) -> Audio:
+def in_chunks(decoder: codecs.SeekingDecoder, codes: Codes, chunk_frames: int) -> Audio:
     starts = range(0, len(codes), chunk_frames)
     return np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
 
@@ -271,8 +271,8 @@ def test_a_step_that_fails_leaves_the_decoder_where_it_was(
     decoder, undisturbed = runtime.new_decoder(), runtime.new_decoder()
     for either in (decoder, undisturbed):
         in_chunks(either, long_codes[:41], 8)
-    native = runtime.stack.session.native
-    monkeypatch.setattr(runtime.stack.session, "native", FailingNative(native, fails_in_run))
+    native = runtime.in_place.session.native
+    monkeypatch.setattr(runtime.in_place.session, "native", FailingNative(native, fails_in_run))
     with pytest.raises(DecodeError, match="as it was told to"):
         decoder.step(long_codes[41 : 41 + frames])
     monkeypatch.undo()
@@ -305,7 +305,7 @@ def test_every_ring_is_heard(runtime: FastRuntime, codes: Codes) -> None:
                 windows = list(snapshot.windows)
                 windows[transformer] = window.copy()
                 windows[transformer][ring] = spoilt
-                decoder.restore(in_place.StackState(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
+                decoder.restore(in_place.InPlaceState(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
                 assert furthest(decoder.step(codes[12:16]), expected) > 4 * PCM16_STEP, (transformer, ring)
 
 
@@ -577,4 +577,4 @@ def test_facts_of_another_graph_are_refused(bundle: Bundle, key: str, value: Any
 def test_it_takes_only_codes_in_the_codebook(decoder: FastDecoder, codes: Codes) -> None:
     with pytest.raises(TokenError):
         decoder.step(np.full((1, 16), 1024, dtype=np.uint16))
-    assert fast._rows(codes[:1, :2], decoder.format)[0, 2:].tolist() == [16 * 1024] * 14
+    assert moss._rows(codes[:1, :2], decoder.format)[0, 2:].tolist() == [16 * 1024] * 14

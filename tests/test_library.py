@@ -170,7 +170,7 @@ def test_chunks_change_nothing(either: Codec, codes: Codes, audio: Audio, chunk_
 
 
 def test_chunks_are_decoded_in_steps_of_that_size(ours: Codec, codes: Codes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mossnano_stdio.codecs.fast import FastDecoder
+    from mossnano_stdio.codecs.moss import FastDecoder
 
     steps: list[int] = []
     genuine = FastDecoder.step

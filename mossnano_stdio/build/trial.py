@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.codecs import StreamDecoder, load_decoder, load_encoder_runtime, load_full_encoder
+from mossnano_stdio.codecs import SeekingDecoder, load_decoder, load_encoder_runtime, load_full_encoder
 from mossnano_stdio.errors import CheckFailedError
 from mossnano_stdio.tokens.format import CodecFormat, Codes
 from mossnano_stdio.weights.folder import Bundle
@@ -78,7 +78,7 @@ def _recording(codec: CodecFormat) -> NDArray[np.float32]:
     return levelled
 
 
-def _decoded(decoder: StreamDecoder, codes: Codes, chunk_frames: Sequence[int]) -> NDArray[np.float32]:
+def _decoded(decoder: SeekingDecoder, codes: Codes, chunk_frames: Sequence[int]) -> NDArray[np.float32]:
     pieces: list[NDArray[np.float32]] = []
     start = 0
     while start < len(codes):

@@ -10,12 +10,12 @@ Rules of this room:
 
 - What is said and what an answer means is `Exchange`, sans-IO and without a lock. Both clients drive the same one, and
   differ only in how they wait.
-- Nobody deadlocks. What is fed waits here as tokens, which are small, and never makes the caller wait. What comes back
-  is read until `buffer_bytes` wait to be taken; then the process is left to wait, unless somebody here waits for
-  something that stands behind them.
+- Nobody deadlocks. What is fed waits here as tokens, which are small, and never makes the caller wait: what would be
+  more than `queue_bytes` is refused, whole. What comes back is read until `buffer_bytes` wait to be taken; then the
+  process is left to wait, unless somebody here waits for something that stands behind them.
 - `cancel` ends every stream that was not read to its end, at once. What still comes of them is dropped.
-- A process that died takes with it what it had not answered. Who reads one of those streams, or feeds it, is told. The
-  next stream starts a new process.
+- A process that died takes with it what it had not answered. Who reads one of those streams, or feeds it, is told, also
+  when the next process is there already. The next stream starts that, or with `restart` its death does.
 - After `close` there is no process, no thread and no descriptor left.
 """
 
@@ -23,7 +23,15 @@ from __future__ import annotations
 
 from mossnano_stdio.client.asynchronous import AsyncDecoder, AsyncStream
 from mossnano_stdio.client.blocking import Decoder, Stream
-from mossnano_stdio.client.exchange import DecoderDiedError, DecoderError, StreamEnd, StreamOverError
+from mossnano_stdio.client.exchange import (
+    DecoderDiedError,
+    DecoderError,
+    NotReadyError,
+    Played,
+    QueueFullError,
+    StreamEnd,
+    StreamOverError,
+)
 
 __all__ = [
     "AsyncDecoder",
@@ -31,6 +39,9 @@ __all__ = [
     "Decoder",
     "DecoderDiedError",
     "DecoderError",
+    "NotReadyError",
+    "Played",
+    "QueueFullError",
     "Stream",
     "StreamEnd",
     "StreamOverError",

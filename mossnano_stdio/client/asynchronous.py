@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -12,19 +11,25 @@ from typing import IO, Any, TypeVar
 
 from mossnano_stdio.client.exchange import (
     BUFFER_BYTES,
+    QUEUE_BYTES,
     Exchange,
     Facts,
     Frames,
+    NotReadyError,
+    Played,
+    State,
     StreamEnd,
     StreamState,
 )
 from mossnano_stdio.client.launch import (
-    CHILD_OPTIONS,
     READ_BYTES,
     START_SECONDS,
     STOP_SECONDS,
+    Launch,
+    LogLines,
+    Restarts,
     command_line,
-    not_started,
+    standard_descriptors_taken,
 )
 from mossnano_stdio.errors import UsageError
 
@@ -42,7 +47,7 @@ class AsyncStream:
         self._state = state
 
     def feed(self, frames: Frames) -> None:
-        """More of it: [frames, quantizers], or packed bytes."""
+        """More of it: [frames, quantizers], or packed bytes. QueueFullError if too much waits."""
         with self._link.changing() as exchange:
             exchange.feed(self._state, frames)
 
@@ -69,6 +74,11 @@ class AsyncStream:
         return self._state.was_cancelled
 
     @property
+    def played(self) -> Played:
+        """Its number, and how many samples of it were handed out."""
+        return self._link.exchange.played(self._state)
+
+    @property
     def maybe_end(self) -> StreamEnd | None:
         """What it came to, once the process has said so."""
         return self._state.maybe_end
@@ -77,7 +87,8 @@ class AsyncStream:
 class AsyncDecoder(Facts):
     """A decoder process: fed with frames, heard as PCM. `async with` starts it and ends it; so do start and close.
 
-    What is awaited may have to start a process, or waits for an answer; the rest never waits.
+    What is awaited may have to start a process, or waits for an answer; the rest never waits. The log of the process
+    goes line by line to `log`, or where `stderr` says, or else to our own stderr. `restart` is what it is for Decoder.
     """
 
     def __init__(
@@ -88,23 +99,57 @@ class AsyncDecoder(Facts):
         command: Sequence[str] | None = None,
         start_seconds: float = START_SECONDS,
         buffer_bytes: int = BUFFER_BYTES,
+        queue_bytes: int = QUEUE_BYTES,
         stderr: int | IO[bytes] | None = None,
+        log: Callable[[str], None] | None = None,
+        restart: int = 0,
     ) -> None:
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
-        self._connect = functools.partial(_AsyncLink.start, program, start_seconds, buffer_bytes, stderr)
-        self._starting = asyncio.Lock()
+        self._launch = Launch(program, start_seconds, buffer_bytes, queue_bytes, log, stderr)
+        self._restarts = Restarts(restart)
+        self._links: list[_AsyncLink] = []  # the newest is the last; those before died, but may still be read
+        self._maybe_starter: asyncio.Task[None] | None = None
         self._settings: dict[str, int | None] = {}
-        self._maybe_link: _AsyncLink | None = None
+        self._earlier_handshake: Mapping[str, Any] = {}
+        self._starts = 0  # that ended well
+        self._maybe_failure: Exception | None = None
         self._is_closed = False
-        self.restarts = 0
 
     async def start(self) -> None:
         """Start the process, and wait for its HANDSHAKE."""
         await self._alive()
 
     @property
+    def state(self) -> State:
+        """What there is: `starting`, `ready`, `failed` (`maybe_failure` says why), or before and after all `closed`."""
+        if self._maybe_starter is not None and not self._is_closed:
+            return "starting"
+        if self._is_closed or not (self._links or self._maybe_failure):
+            return "closed"
+        return "ready" if self._links and self._links[-1].is_alive else "failed"
+
+    @property
+    def maybe_failure(self) -> Exception | None:
+        """Why the last process that failed did not start, or died."""
+        return self._maybe_failure
+
+    @property
+    def restarts(self) -> int:
+        """How many processes were replaced."""
+        return max(0, self._starts - 1)
+
+    @property
     def handshake(self) -> Mapping[str, Any]:
-        return self._link.exchange.handshake
+        """What the newest process said, or while it has said none, the one before."""
+        said = self._link.exchange.handshake or self._earlier_handshake
+        if not said:
+            raise self._not_started()
+        return said
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits here to be sent, of the `queue_bytes` that may: payloads, and 64 bytes for each message."""
+        return self._link.exchange.queued_bytes
 
     @property
     def pid(self) -> int:
@@ -114,14 +159,13 @@ class AsyncDecoder(Facts):
 
     async def open(self) -> AsyncStream:
         """A stream to feed."""
-        link = await self._alive()
+        link = await self._link_for_a_new_stream()
         with link.changing() as exchange:
             return AsyncStream(link, exchange.open())
 
     async def feed(self, frames: Frames) -> AsyncStream:
         """Frames for the open stream, or for a new one: [frames, quantizers], or packed bytes."""
-        maybe_open = self._link.exchange.maybe_open if self._maybe_link else None
-        link = self._link if maybe_open is not None and maybe_open.takes_frames else await self._alive()
+        link = self._maybe_link_with_open_stream() or await self._link_for_a_new_stream()
         with link.changing() as exchange:
             state = exchange.maybe_open
             if state is None or not state.takes_frames:
@@ -131,14 +175,16 @@ class AsyncDecoder(Facts):
 
     def finish(self) -> None:
         """The open stream has all its frames."""
-        with self._link.changing() as exchange:
-            if exchange.maybe_open is None or not exchange.maybe_open.takes_frames:
-                raise UsageError("no stream is open: feed opens one")
-            exchange.finish(exchange.maybe_open)
+        maybe_link = self._maybe_link_with_open_stream()
+        if maybe_link is None:
+            raise UsageError("no stream is open: feed opens one") if self._links else self._not_started()
+        with maybe_link.changing() as exchange:
+            if exchange.maybe_open is not None:
+                exchange.finish(exchange.maybe_open)
 
     async def feed_artifact(self, artifact: bytes) -> AsyncStream:
         """A whole `.mossnano`, as a stream of its own."""
-        link = await self._alive()
+        link = await self._link_for_a_new_stream()
         with link.changing() as exchange:
             return AsyncStream(link, exchange.feed_artifact(artifact))
 
@@ -151,8 +197,10 @@ class AsyncDecoder(Facts):
 
     def cancel(self) -> None:
         """Barge-in: every stream that was not read to its end is over now."""
-        with self._link.changing() as exchange:
-            exchange.cancel()
+        if not self._links:
+            raise self._not_started()
+        for link in self._links:
+            link.cancel()
 
     # --- beside streams --------------------------------------------------------------------------
 
@@ -168,54 +216,113 @@ class AsyncDecoder(Facts):
     async def settle(self, **settings: int | None) -> Mapping[str, Any]:
         """Change `chunk_frames` or `quantizers` for the streams to come; the HANDSHAKE that says what holds."""
         link = await self._alive()
-        await _settle(link, settings)
+        await link.settle(settings)
         self._settings |= settings
         return self.handshake
 
     async def close(self) -> None:
         """End the process. What was not read is lost."""
         self._is_closed = True
-        async with self._starting:
-            if self._maybe_link is not None:
-                await self._maybe_link.close()
+        if self._maybe_starter is not None:
+            self._maybe_starter.cancel()
+            await asyncio.wait([self._maybe_starter])
+        for link in self._links:
+            link.cancel()
+            await link.close()
 
     async def __aenter__(self) -> AsyncDecoder:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    # --- processes -------------------------------------------------------------------------------
+
     @property
     def _link(self) -> _AsyncLink:
-        if self._maybe_link is None:
-            raise UsageError("this decoder was not started: use `async with`, or await start()")
-        return self._maybe_link
+        if not self._links:
+            raise self._not_started()
+        return self._links[-1]
+
+    def _not_started(self) -> Exception:
+        if self.state == "closed":
+            return UsageError("this decoder was not started: use `async with`, or await start()")
+        return NotReadyError(self._maybe_failure)
 
     async def _alive(self) -> _AsyncLink:
         """The link to a process that lives: the first one, or if it has died, a new one."""
-        async with self._starting:
-            if self._is_closed:
-                raise UsageError("this decoder is closed")
-            if self._maybe_link is None:
-                self._maybe_link = await self._connect()
-            elif self._maybe_link.exchange.maybe_death is not None:
-                await self._restart(self._maybe_link)
-            return self._maybe_link
+        if self._is_closed:
+            raise UsageError("this decoder is closed")
+        if self.state in ("closed", "failed"):
+            self._restarts.begin_a_row()
+            self._begin()
+        while self._maybe_starter is not None and not self._maybe_starter.done():
+            await asyncio.wait([self._maybe_starter])
+        if self._is_closed:
+            raise UsageError("this decoder is closed")
+        if self.state != "ready":
+            assert self._maybe_failure is not None
+            raise self._maybe_failure.with_traceback(None)
+        return self._link
 
-    async def _restart(self, dead: _AsyncLink) -> None:
-        """Another process, with the settings that held in the one that died."""
-        await dead.close()
-        link = self._maybe_link = await self._connect()
-        self.restarts += 1
-        if self._settings:
-            await _settle(link, self._settings)
+    async def _link_for_a_new_stream(self) -> _AsyncLink:
+        """The same. Who was not told yet that his stream is lost has given it up."""
+        alive = await self._alive()
+        for link in self._links:
+            if link is not alive:
+                link.exchange.forget_open()
+        return alive
 
+    def _maybe_link_with_open_stream(self) -> _AsyncLink | None:
+        """Where a stream takes frames, or in a process that died, would have taken them: its feeder is to be told."""
+        return next((link for link in self._links if link.exchange.takes_frames), None)
 
-async def _settle(link: _AsyncLink, settings: Mapping[str, int | None]) -> None:
-    with link.changing() as exchange:
-        answer = exchange.settle(settings)
-    await link.wait_for(answer.maybe_take)
+    def _begin(self, maybe_pause_seconds: float | None = None) -> None:
+        """Start a process in the background: after this pause, if it is to replace one that crashed."""
+        self._maybe_starter = asyncio.create_task(self._start(maybe_pause_seconds), name="mossnano-client-starter")
+
+    async def _start(self, maybe_pause_seconds: float | None) -> None:
+        is_restart = maybe_pause_seconds is not None
+        try:
+            while not await self._starts_well(maybe_pause_seconds or 0) and is_restart:
+                maybe_pause_seconds = self._restarts.maybe_pause_seconds()
+                if maybe_pause_seconds is None:
+                    break
+        finally:
+            self._maybe_starter = None
+
+    async def _starts_well(self, pause_seconds: float) -> bool:
+        """A new process, with the settings that held in the one before; or why there is none in `maybe_failure`."""
+        await asyncio.sleep(pause_seconds)
+        for dead in self._links[-1:]:
+            await dead.close()
+        try:
+            link = await _AsyncLink.start(self._launch, self._bury)
+            if self._links:
+                self._earlier_handshake = self._links[-1].exchange.handshake or self._earlier_handshake
+            self._links = [*(dead for dead in self._links if dead.exchange.has_unread), link]
+            await link.get_ready(self._launch.start_seconds, self._settings)
+        except Exception as error:  # noqa: BLE001 - raised again for who waits
+            self._maybe_failure = error
+            return False
+        self._starts += 1
+        return True
+
+    def _bury(self, dead: _AsyncLink) -> None:
+        """A process is gone. If nobody wanted that, another one is started, as far as `restart` allows."""
+        if self._is_closed or self._maybe_starter is not None or dead is not self._links[-1]:
+            return  # who starts one sees by himself that it died
+        self._maybe_failure = dead.exchange.maybe_death
+        if dead.exchange.ended_streams:
+            self._restarts.begin_a_row()
+        maybe_pause_seconds = self._restarts.maybe_pause_seconds()
+        if maybe_pause_seconds is not None:
+            self._begin(maybe_pause_seconds)
 
 
 class _Bell:
@@ -235,30 +342,47 @@ class _Bell:
 class _AsyncLink:
     """One process, the two tasks that carry its bytes, and its exchange."""
 
-    def __init__(self, process: asyncio.subprocess.Process, buffer_bytes: int) -> None:
-        self.exchange = Exchange(buffer_bytes)
+    def __init__(
+        self, process: asyncio.subprocess.Process, launch: Launch, on_end: Callable[[_AsyncLink], None]
+    ) -> None:
+        self.exchange = launch.exchange()
+        self._on_end = on_end
         self.process = process
         self._changed = _Bell()
         self._is_closing = False
         self._writer = asyncio.create_task(self._write_all(), name="mossnano-client-writer")
         self._reader = asyncio.create_task(self._read_all(), name="mossnano-client-reader")
+        self._logger = asyncio.create_task(self._log_all(launch.maybe_log), name="mossnano-client-log")
 
     @classmethod
-    async def start(
-        cls, command: Sequence[str], start_seconds: float, buffer_bytes: int, stderr: int | IO[bytes] | None
-    ) -> _AsyncLink:
-        """A process that has said its HANDSHAKE."""
+    async def start(cls, launch: Launch, on_end: Callable[[_AsyncLink], None]) -> _AsyncLink:
+        """A process that has yet to say its HANDSHAKE."""
         try:
-            process = await asyncio.create_subprocess_exec(*command, stderr=stderr, **CHILD_OPTIONS)
+            with standard_descriptors_taken():
+                process = await asyncio.create_subprocess_exec(*launch.command, **launch.process_options())
         except OSError as error:
-            raise not_started(command, error) from None
-        link = cls(process, buffer_bytes)
+            raise launch.not_started(error) from None
+        return cls(process, launch, on_end)
+
+    async def get_ready(self, start_seconds: float, settings: Mapping[str, int | None]) -> None:
+        """Wait for its HANDSHAKE, and settle. It is ended if it does not come that far."""
         try:
-            await asyncio.wait_for(link.wait_for(link.exchange.maybe_handshake), start_seconds)
+            await asyncio.wait_for(self.wait_for(self.exchange.maybe_handshake), start_seconds)
+            if settings:
+                await asyncio.wait_for(self.settle(settings), start_seconds)
+            self.exchange.maybe_handshake()  # if it died in the meantime, this raises why
         except BaseException:
-            await link.close()
+            await self.close()
             raise
-        return link
+
+    @property
+    def is_alive(self) -> bool:
+        return self.exchange.maybe_death is None and bool(self.exchange.handshake)
+
+    async def settle(self, settings: Mapping[str, int | None]) -> None:
+        with self.changing() as exchange:
+            answer = exchange.settle(settings)
+        await self.wait_for(answer.maybe_take)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Exchange]:
@@ -280,19 +404,23 @@ class _AsyncLink:
             self.exchange.waiting -= 1
             self._changed.ring()  # there may be room to read on
 
+    def cancel(self) -> None:
+        with self.changing() as exchange:
+            exchange.cancel()
+
     async def close(self) -> None:
         """End the process, and leave nothing behind."""
         is_at_rest = self.exchange.is_at_rest
         self._is_closing = True
-        with self.changing() as exchange:
-            exchange.cancel()
+        if self.exchange.maybe_death is None:  # else its streams have yet to be told of it
+            self.cancel()
         assert self.process.stdin is not None
         if not is_at_rest:
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()  # it may be busy for as long as what waits takes
         self.process.stdin.close()
         await self._wait_or_kill()
-        await asyncio.gather(self._writer, self._reader)
+        await asyncio.gather(self._writer, self._reader, self._logger)
         with contextlib.suppress(OSError):
             await self.process.stdin.wait_closed()
 
@@ -317,11 +445,24 @@ class _AsyncLink:
             except OSError:
                 return  # it is gone, as the reader finds out
 
+    async def _log_all(self, maybe_log: Callable[[str], None] | None) -> None:
+        if maybe_log is None:
+            return
+        assert self.process.stderr is not None
+        loop = asyncio.get_running_loop()  # what `log` raises is for its exception handler, and not for us
+        lines = LogLines()
+        while data := await self.process.stderr.read(READ_BYTES):
+            for line in lines.feed(data):
+                loop.call_soon(maybe_log, line)
+        for line in lines.rest():
+            loop.call_soon(maybe_log, line)
+
     async def _read_all(self) -> None:
         try:
             await self._read_to_the_end()
         finally:  # whatever went wrong, those who wait hear of it
             self.exchange.end(await self._wait_or_kill())
+            self._on_end(self)
             self._changed.ring()
 
     async def _read_to_the_end(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import subprocess
 import sys
@@ -16,19 +15,26 @@ from typing import IO, Any, Final, TypeVar
 
 from mossnano_stdio.client.exchange import (
     BUFFER_BYTES,
+    QUEUE_BYTES,
+    DecoderError,
     Exchange,
     Facts,
     Frames,
+    NotReadyError,
+    Played,
+    State,
     StreamEnd,
     StreamState,
 )
 from mossnano_stdio.client.launch import (
-    CHILD_OPTIONS,
     READ_BYTES,
     START_SECONDS,
     STOP_SECONDS,
+    Launch,
+    LogLines,
+    Restarts,
     command_line,
-    not_started,
+    standard_descriptors_taken,
 )
 from mossnano_stdio.errors import UsageError
 
@@ -49,7 +55,7 @@ class Stream:
         self._state = state
 
     def feed(self, frames: Frames) -> None:
-        """More of it: [frames, quantizers], or packed bytes. Never waits."""
+        """More of it: [frames, quantizers], or packed bytes. Never waits; QueueFullError if too much waits."""
         with self._link.changing() as exchange:
             exchange.feed(self._state, frames)
 
@@ -76,6 +82,11 @@ class Stream:
         return self._state.was_cancelled
 
     @property
+    def played(self) -> Played:
+        """Its number, and how many samples of it were handed out."""
+        return self._link.exchange.played(self._state)
+
+    @property
     def maybe_end(self) -> StreamEnd | None:
         """What it came to, once the process has said so."""
         return self._state.maybe_end
@@ -84,8 +95,15 @@ class Stream:
 class Decoder(Facts):
     """A decoder process: fed with frames, heard as PCM. It is there when the constructor returns.
 
-    `command` replaces the program, `arguments` are added to it. Its log goes where `stderr` says, to our own stderr
-    unless that is given. If it dies, the next stream starts another one.
+    `command` replaces the program, `arguments` are added to it. Its log goes line by line to `log`, which is called on
+    a thread of its own, or where `stderr` says, or else to our own stderr.
+
+    If it dies, the next stream starts another, or with `restart`, we do, at once and up to so many times in a row: a
+    stream that comes to its end ends the row, and the pauses grow from 0.25 s to 8 s. What it had not answered is lost,
+    as is told to who reads or feeds it.
+
+    Who needs a process waits for it to be there, unless `wait_for_start` is False: then nothing waits, the constructor
+    included, and what comes too early is refused with NotReadyError. Ask `state`, or call `wait_until_ready`.
     """
 
     def __init__(
@@ -96,39 +114,68 @@ class Decoder(Facts):
         command: Sequence[str] | None = None,
         start_seconds: float = START_SECONDS,
         buffer_bytes: int = BUFFER_BYTES,
+        queue_bytes: int = QUEUE_BYTES,
         stderr: int | IO[bytes] | None = None,
+        log: Callable[[str], None] | None = None,
+        restart: int = 0,
+        wait_for_start: bool = True,
     ) -> None:
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
-        self._connect = functools.partial(_Link, program, start_seconds, buffer_bytes, stderr)
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._settings: dict[str, int | None] = {}
-        self._link = self._connect()
-        self._finalizer = weakref.finalize(self, _warn_and_close, self._link)
-        self.restarts = 0
+        launch = Launch(program, start_seconds, buffer_bytes, queue_bytes, log, stderr)
+        self._household = _Household(launch, Restarts(restart), wait_for_start)
+        self._finalizer = weakref.finalize(self, _warn_and_close, self._household)
+        self._household.begin()
+        if wait_for_start:
+            try:
+                self.wait_until_ready()
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def state(self) -> State:
+        """What there is: `starting`, `ready`, `failed` (`maybe_failure` says why) or `closed`."""
+        return self._household.state
+
+    @property
+    def maybe_failure(self) -> Exception | None:
+        """Why the last process that failed did not start, or died."""
+        return self._household.maybe_failure
+
+    @property
+    def restarts(self) -> int:
+        """How many processes were replaced."""
+        return max(0, self._household.starts - 1)
+
+    def wait_until_ready(self, timeout_seconds: float | None = None) -> None:
+        """Wait for the process that is being started. Why it failed is raised; TimeoutError if it takes longer."""
+        self._household.wait_until_ready(timeout_seconds)
 
     @property
     def handshake(self) -> Mapping[str, Any]:
-        return self._link.exchange.handshake
+        return self._household.handshake
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits here to be sent, of the `queue_bytes` that may: payloads, and 64 bytes for each message."""
+        return self._household.newest.exchange.queued_bytes
 
     @property
     def pid(self) -> int:
-        return self._link.process.pid
+        return self._household.newest.process.pid
 
     # --- streams ---------------------------------------------------------------------------------
 
     def open(self) -> Stream:
         """A stream to feed."""
-        link = self._alive()
+        link = self._household.link_for_a_new_stream()
         with link.changing() as exchange:
             return Stream(self, link, exchange.open())
 
     def feed(self, frames: Frames) -> Stream:
-        """Frames for the open stream, or for a new one: [frames, quantizers], or packed bytes. Never waits."""
-        link = self._link
-        maybe_open = link.exchange.maybe_open
-        if maybe_open is None or not maybe_open.takes_frames:
-            link = self._alive()
+        """Frames for the open stream, or for a new one: [frames, quantizers], or packed bytes. Never waits, but for a
+        new process where one died, and `wait_for_start` holds."""
+        link = self._household.maybe_link_with_open_stream() or self._household.link_for_a_new_stream()
         with link.changing() as exchange:
             state = exchange.maybe_open
             if state is None or not state.takes_frames:
@@ -137,15 +184,17 @@ class Decoder(Facts):
             return Stream(self, link, state)
 
     def finish(self) -> None:
-        """The open stream has all its frames."""
-        with self._link.changing() as exchange:
-            if exchange.maybe_open is None or not exchange.maybe_open.takes_frames:
-                raise UsageError("no stream is open: feed opens one")
-            exchange.finish(exchange.maybe_open)
+        """The open stream has all its frames. Never waits."""
+        maybe_link = self._household.maybe_link_with_open_stream()
+        if maybe_link is None:
+            raise UsageError("no stream is open: feed opens one")
+        with maybe_link.changing() as exchange:
+            if exchange.maybe_open is not None:
+                exchange.finish(exchange.maybe_open)
 
     def feed_artifact(self, artifact: bytes) -> Stream:
         """A whole `.mossnano`, as a stream of its own."""
-        link = self._alive()
+        link = self._household.link_for_a_new_stream()
         with link.changing() as exchange:
             return Stream(self, link, exchange.feed_artifact(artifact))
 
@@ -158,15 +207,14 @@ class Decoder(Facts):
 
     def cancel(self) -> None:
         """Barge-in: every stream that was not read to its end is over now. Never waits."""
-        with self._link.changing() as exchange:
-            exchange.cancel()
+        self._household.cancel()
 
     # --- beside streams --------------------------------------------------------------------------
 
     def ping(self, timeout_seconds: float | None = None) -> float:
         """The seconds until the process had dealt with all that was said before. TimeoutError where it takes longer."""
         started = time.monotonic()
-        link = self._alive()
+        link = self._household.ready_link()
         with link.changing() as exchange:
             answer = exchange.ping()
         link.wait_for(answer.maybe_take, timeout_seconds)
@@ -174,19 +222,15 @@ class Decoder(Facts):
 
     def settle(self, **settings: int | None) -> Mapping[str, Any]:
         """Change `chunk_frames` or `quantizers` for the streams to come; the HANDSHAKE that says what holds."""
-        link = self._alive()
-        with link.changing() as exchange:
-            answer = exchange.settle(settings)
-        link.wait_for(answer.maybe_take)
-        self._settings |= settings
+        link = self._household.ready_link()
+        link.settle(settings)
+        self._household.settings |= settings
         return self.handshake
 
     def close(self) -> None:
         """End the process. What was not read is lost."""
-        with self._lock:
-            self._is_closed = True
-            self._finalizer.detach()
-            self._link.close()
+        self._finalizer.detach()
+        self._household.close()
 
     def __enter__(self) -> Decoder:
         return self
@@ -194,55 +238,212 @@ class Decoder(Facts):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _alive(self) -> _Link:
-        """The link to a process that lives: if it has died, a new one."""
-        with self._lock:
-            if self._is_closed:
-                raise UsageError("this decoder is closed")
-            if self._link.exchange.maybe_death is not None:
-                self._restart()
-            return self._link
 
-    def _restart(self) -> None:
-        """Another process, with the settings that held in the one that died."""
-        self._finalizer.detach()
-        self._link.close()
-        self._link = self._connect()
-        self._finalizer = weakref.finalize(self, _warn_and_close, self._link)
-        self.restarts += 1
-        if self._settings:
-            with self._link.changing() as exchange:
-                answer = exchange.settle(self._settings)
-            self._link.wait_for(answer.maybe_take)
-
-
-def _warn_and_close(link: _Link) -> None:
-    link.close()
+def _warn_and_close(household: _Household) -> None:
+    household.close()
     warnings.warn("a Decoder was not closed: use it in a `with`, or call close()", ResourceWarning, stacklevel=2)
 
 
-class _Link:
-    """One process, the two threads that carry its bytes, and the lock around its exchange."""
+class _Household:
+    """The process of today, those that died but whose streams may still be read, and the thread that starts the next.
 
-    def __init__(
-        self, command: Sequence[str], start_seconds: float, buffer_bytes: int, stderr: int | IO[bytes] | None
-    ) -> None:
-        self.exchange = Exchange(buffer_bytes)
-        try:
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(command, bufsize=0, stderr=stderr, **CHILD_OPTIONS)
-        except OSError as error:
-            raise not_started(command, error) from None
+    All that changes, in the exchanges too, is under one lock, which nobody holds while he waits.
+    """
+
+    def __init__(self, launch: Launch, restarts: Restarts, waits: bool) -> None:
+        self._launch = launch
+        self._restarts = restarts
+        self._waits = waits
         self._changed = threading.Condition()
+        self._links: list[_Link] = []  # the newest is the last
+        self._maybe_starter: threading.Thread | None = None
+        self._is_starting = False
+        self._is_closed = False
+        self._earlier_handshake: Mapping[str, Any] = {}
+        self.settings: dict[str, int | None] = {}
+        self.starts = 0  # that ended well
+        self.maybe_failure: Exception | None = None
+
+    @property
+    def state(self) -> State:
+        with self._changed:
+            if self._is_closed:
+                return "closed"
+            if self._is_starting:
+                return "starting"
+            return "ready" if self._links and self._links[-1].is_alive else "failed"
+
+    @property
+    def newest(self) -> _Link:
+        """The process that was started last."""
+        with self._changed:
+            if not self._links:
+                raise NotReadyError(self.maybe_failure)
+            return self._links[-1]
+
+    @property
+    def handshake(self) -> Mapping[str, Any]:
+        """What the newest process said, or while it has said none, the one before."""
+        with self._changed:
+            said = (self._links[-1].exchange.handshake if self._links else None) or self._earlier_handshake
+            if not said:
+                raise NotReadyError(self.maybe_failure)
+            return said
+
+    def ready_link(self) -> _Link:
+        """The link to a process that lives. If it has died, another is started."""
+        with self._changed:
+            if self.state == "failed":
+                self._restarts.begin_a_row()
+                self.begin()
+            if self.state == "starting" and not self._waits:
+                raise NotReadyError(self.maybe_failure)
+        return self.wait_until_ready()
+
+    def link_for_a_new_stream(self) -> _Link:
+        """The same. Who was not told yet that his stream is lost has given it up."""
+        link = self.ready_link()
+        with self._changed:
+            for dead in self._links:
+                if dead is not link:
+                    dead.exchange.forget_open()
+        return link
+
+    def maybe_link_with_open_stream(self) -> _Link | None:
+        """Where a stream takes frames, or in a process that died, would have taken them: its feeder is to be told."""
+        with self._changed:
+            return next((link for link in self._links if link.exchange.takes_frames), None)
+
+    def wait_until_ready(self, timeout_seconds: float | None = None) -> _Link:
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        with self._changed:
+            while self.state == "starting":
+                self._changed.wait(_nap_seconds(deadline))
+            if self._is_closed:
+                raise UsageError("this decoder is closed")
+            if self.state == "failed":
+                assert self.maybe_failure is not None
+                raise self.maybe_failure.with_traceback(None)
+            return self._links[-1]
+
+    def cancel(self) -> None:
+        with self._changed:
+            for link in self._links:
+                link.exchange.cancel()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self.cancel()
+            maybe_starter = self._maybe_starter
+            links = list(self._links)
+        for link in links:
+            link.close()
+        if maybe_starter is not None:
+            maybe_starter.join()
+
+    def begin(self, maybe_pause_seconds: float | None = None) -> None:
+        """Start a process in the background: after this pause, if it is to replace one that crashed."""
+        with self._changed:
+            self._is_starting = True
+            self._maybe_starter = threading.Thread(
+                target=self._start, args=[maybe_pause_seconds], name="mossnano-client-starter", daemon=True
+            )
+            self._maybe_starter.start()
+
+    def _start(self, maybe_pause_seconds: float | None) -> None:
+        is_restart = maybe_pause_seconds is not None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, maybe_pause_seconds or 0)
+                dead = self._links[-1:]
+                if self._is_closed:
+                    return
+            for link in dead:
+                link.close()
+            maybe_failure = self._maybe_fail_to_start()
+            with self._changed:
+                maybe_failure = maybe_failure or self._maybe_death()
+                maybe_pause_seconds = self._restarts.maybe_pause_seconds() if maybe_failure and is_restart else None
+                self.maybe_failure = maybe_failure or self.maybe_failure
+                if self._is_closed or maybe_pause_seconds is None:
+                    self.starts += maybe_failure is None
+                    self._is_starting = False
+                    self._changed.notify_all()
+                    return
+
+    def _maybe_fail_to_start(self) -> Exception | None:
+        """A new process, with the settings that held in the one before; or why there is none."""
+        try:
+            link = _Link(self._launch, self._changed, self._bury)
+        except Exception as error:  # noqa: BLE001 - raised again for who waits
+            return error
+        with self._changed:
+            if self._links:
+                self._earlier_handshake = self._links[-1].exchange.handshake or self._earlier_handshake
+            self._links = [*(dead for dead in self._links if dead.exchange.has_unread), link]
+            is_closed = self._is_closed
+        if is_closed:  # in the meantime, and did not know of this one
+            link.close()
+        try:
+            link.wait_for(link.exchange.maybe_handshake, self._launch.start_seconds)
+            if self.settings:
+                link.settle(self.settings, self._launch.start_seconds)
+        except Exception as error:  # noqa: BLE001 - raised again for who waits
+            link.close()
+            return error
+        return None
+
+    def _maybe_death(self) -> DecoderError | None:
+        return self._links[-1].exchange.maybe_death if self._links else None
+
+    def _bury(self, dead: _Link) -> None:
+        """A process is gone. If nobody wanted that, another one is started, as far as `restart` allows."""
+        if self._is_closed or self._is_starting or dead is not self._links[-1]:
+            return  # who starts one sees by himself that it died
+        self.maybe_failure = dead.exchange.maybe_death
+        if dead.exchange.ended_streams:
+            self._restarts.begin_a_row()
+        maybe_pause_seconds = self._restarts.maybe_pause_seconds()
+        if maybe_pause_seconds is not None:
+            self.begin(maybe_pause_seconds)
+
+
+class _Link:
+    """One process, the threads that carry its bytes, and its exchange."""
+
+    def __init__(self, launch: Launch, changed: threading.Condition, on_end: Callable[[_Link], None]) -> None:
+        self.exchange = launch.exchange()
+        try:
+            with standard_descriptors_taken():
+                self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                    launch.command, bufsize=0, **launch.process_options()
+                )
+        except OSError as error:
+            raise launch.not_started(error) from None
+        self._changed = changed
+        self._on_end = on_end
         self._is_closing = False
         self._writer = threading.Thread(target=self._write_all, name="mossnano-client-writer", daemon=True)
         self._reader = threading.Thread(target=self._read_all, name="mossnano-client-reader", daemon=True)
         self._writer.start()
         self._reader.start()
-        try:
-            self.wait_for(self.exchange.maybe_handshake, start_seconds)
-        except BaseException:
-            self.close()
-            raise
+        self._maybe_logger: threading.Thread | None = None
+        if launch.maybe_log is not None:
+            self._maybe_logger = threading.Thread(
+                target=self._log_all, args=[launch.maybe_log], name="mossnano-client-log", daemon=True
+            )
+            self._maybe_logger.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.exchange.maybe_death is None and bool(self.exchange.handshake)
+
+    def settle(self, settings: Mapping[str, int | None], timeout_seconds: float | None = None) -> None:
+        with self.changing() as exchange:
+            answer = exchange.settle(settings)
+        self.wait_for(answer.maybe_take, timeout_seconds)
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Exchange]:
@@ -272,7 +473,8 @@ class _Link:
         with self._changed:
             is_at_rest = self.exchange.is_at_rest
             self._is_closing = True
-            self.exchange.cancel()
+            if self.exchange.maybe_death is None:  # else its streams have yet to be told of it
+                self.exchange.cancel()
             self._changed.notify_all()
         if not is_at_rest:
             self.process.terminate()  # it may be busy for as long as what waits takes
@@ -286,6 +488,8 @@ class _Link:
         self._wait_or_kill()
         self._reader.join(STOP_SECONDS)
         self.process.stdout.close()
+        if self._maybe_logger is not None and self._maybe_logger is not threading.current_thread():
+            self._maybe_logger.join(STOP_SECONDS)
 
     def _write_all(self) -> None:
         assert self.process.stdin is not None
@@ -317,6 +521,7 @@ class _Link:
             status = self._wait_or_kill()
             with self._changed:
                 self.exchange.end(status)
+                self._on_end(self)
                 self._changed.notify_all()
 
     def _read_to_the_end(self) -> None:
@@ -332,6 +537,16 @@ class _Link:
                 self.process.kill()
                 return
 
+    def _log_all(self, log: Callable[[str], None]) -> None:
+        assert self.process.stderr is not None
+        lines = LogLines()
+        with self.process.stderr as pipe:
+            while data := _read(pipe.fileno()):
+                for line in lines.feed(data):
+                    _log_line(log, line)
+        for line in lines.rest():
+            _log_line(log, line)
+
     def _wait_or_kill(self) -> int:
         """The exit status of the process, which should end."""
         try:
@@ -339,6 +554,13 @@ class _Link:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+
+def _log_line(log: Callable[[str], None], line: str) -> None:
+    try:
+        log(line)
+    except Exception as bug:  # noqa: BLE001 - shown as any thread's, and the process, whose log must flow, lives on
+        threading.excepthook(threading.ExceptHookArgs([type(bug), bug, bug.__traceback__, threading.current_thread()]))
 
 
 def _read(fd: int) -> bytes:

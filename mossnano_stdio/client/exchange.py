@@ -6,25 +6,36 @@ will. Whatever can be waited for is asked for by a call that answers None as lon
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import MossnanoError, TokenError, UsageError
-from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message, json_message, parse_json
+from mossnano_stdio.protocol.messages import (
+    MESSAGE_COST_BYTES,
+    Kind,
+    Message,
+    MessageReader,
+    encode_message,
+    json_message,
+    parse_json,
+)
 from mossnano_stdio.tokens.artifact import parse_artifact
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat
 from mossnano_stdio.tokens.packing import pack_frames
 
+State = Literal["starting", "ready", "failed", "closed"]
 Frames = NDArray[np.integer] | Sequence[Sequence[int]] | bytes | bytearray | memoryview
 
 BUFFER_BYTES: Final = 4 << 20  # 20 s of nano
+QUEUE_BYTES: Final = 33 << 20  # of what waits to be sent: the longest artifact fits, and 9 hours of live speech
 LONGEST_PAYLOAD_BYTES: Final = 1 << 16  # of what is fed, so that a CANCEL never waits behind a long message
 LONGEST_ANSWER_BYTES: Final = 1 << 28  # PINGs come back as long as they were sent
 _STREAM_LOST: Final = ("bad_tokens", "bad_artifact", "decode_failed")  # the rest of the stream is skipped
@@ -42,15 +53,29 @@ class DecoderError(MossnanoError):
 
 
 class DecoderDiedError(DecoderError):
-    """The process ended although nobody told it to. So many streams, and frames of them, will never be heard."""
+    """The process ended although nobody told it to. `lost` are the numbers of the streams that will not come to their
+    end; so many frames of them will never be heard."""
 
     def __init__(
-        self, code: str, text: str, *, status: int | None, lost_streams: int = 0, lost_frames: int = 0
+        self, code: str, text: str, *, status: int | None, lost: Sequence[int] = (), lost_frames: int = 0
     ) -> None:
         super().__init__(code, text, fatal=True)
         self.status = status
-        self.lost_streams = lost_streams
+        self.lost = tuple(lost)
+        self.lost_streams = len(lost)
         self.lost_frames = lost_frames
+
+
+class NotReadyError(DecoderError):
+    """There is no process yet that could take this."""
+
+    def __init__(self, maybe_why: Exception | None) -> None:
+        why = f", because {maybe_why}" if maybe_why else ""
+        super().__init__("not_ready", f"the decoder is being started{why}: wait until its state is ready")
+
+
+class QueueFullError(DecoderError):
+    """The process does not read on, and so much waits to be sent to it that this was refused, all of it."""
 
 
 class StreamOverError(DecoderError):
@@ -67,10 +92,18 @@ class StreamEnd:
     errors: int
 
 
+class Played(NamedTuple):
+    """How far a stream was handed out."""
+
+    stream: int  # counted here, from 0, as they are opened; a process that was replaced counts from 0 again
+    samples: int  # per channel
+
+
 class StreamState:
     """One stream, as far as it has come back."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.takes_frames = True
         self.ends_by_itself = False  # it is an artifact
         self.was_cancelled = False
@@ -81,6 +114,7 @@ class StreamState:
         self.maybe_fault: DecoderError | None = None  # why the process skips what is still fed
         self.fed_frames = 0
         self.received_bytes = 0
+        self.taken_bytes = 0
         self.waiting_bytes = 0
         self._waiting: deque[bytes | DecoderError] = deque()
 
@@ -101,6 +135,7 @@ class StreamState:
         if isinstance(piece, DecoderError):
             raise piece
         self.waiting_bytes -= len(piece)
+        self.taken_bytes += len(piece)
         return piece
 
     def cancel(self) -> None:
@@ -138,14 +173,27 @@ class _Outgoing(NamedTuple):
     message: Message
     maybe_stream: StreamState | None = None
 
+    @property
+    def cost_bytes(self) -> int:
+        """What it counts in the queue, as in the inbox of the process."""
+        return len(self.message.payload) + MESSAGE_COST_BYTES
+
 
 class Exchange:
     """The conversation with one process, from its HANDSHAKE to its end."""
 
-    def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(
+        self,
+        buffer_bytes: int = BUFFER_BYTES,
+        queue_bytes: int = QUEUE_BYTES,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        self._numbers = itertools.count() if numbers is None else numbers  # of streams
         self._buffer_bytes = buffer_bytes
+        self._queue_bytes = queue_bytes
         self._reader = MessageReader(LONGEST_ANSWER_BYTES)
         self._outbox: deque[_Outgoing] = deque()
+        self.queued_bytes = 0  # what the outbox costs
         self._sent: deque[StreamState | _Cancel] = deque()  # what an END is still due for, oldest first
         self._answers: deque[tuple[Kind, Answer]] = deque()
         self._unread: weakref.WeakSet[StreamState] = weakref.WeakSet()
@@ -153,6 +201,7 @@ class Exchange:
         self._maybe_fatal: DecoderError | None = None
         self._maybe_stray: DecoderError | None = None
         self._cancels = 0
+        self.ended_streams = 0  # which came to their end
         self.handshake: Mapping[str, Any] = {}
         self.waiting = 0  # how many callers wait for something to come
         self.maybe_death: DecoderDiedError | None = None
@@ -161,24 +210,37 @@ class Exchange:
 
     def open(self) -> StreamState:
         """A stream to feed. The process learns of it with its first frames."""
-        self._check_alive()
-        if self._maybe_open is not None and self._maybe_open.takes_frames:
-            raise UsageError("a stream is open already: finish or cancel it first")
-        return self._begin()
+        return self._begin([])
 
     @property
     def maybe_open(self) -> StreamState | None:
         """The stream that takes frames."""
         return self._maybe_open
 
+    @property
+    def takes_frames(self) -> bool:
+        """Is a stream open? In a process that died: is there one whose feeder was not told yet?"""
+        return self._maybe_open is not None and self._maybe_open.takes_frames
+
+    def forget_open(self) -> None:
+        """Nobody will feed the open stream any more."""
+        self._maybe_open = None
+
+    @property
+    def has_unread(self) -> bool:
+        """Is there a stream that somebody may still read or feed?"""
+        return len(self._unread) > 0
+
     def feed(self, stream: StreamState, frames: Frames) -> None:
-        """Frames for this stream."""
+        """Frames for this stream: all of them or, with QueueFullError, none."""
         payload = self._packed(frames)
         self._check_feedable(stream)
         frame_bytes: int = self.handshake["frame_bytes"]
         most = max(1, self._longest_payload_bytes // frame_bytes) * frame_bytes
-        for start in range(0, len(payload), most):
-            self._send(Message(Kind.TOKENS, payload[start : start + most]), stream)
+        messages = _cut(Kind.TOKENS, payload, most)
+        self._check_room(messages)
+        for message in messages:
+            self._send(message, stream)
         stream.fed_frames += len(payload) // frame_bytes
 
     def finish(self, stream: StreamState) -> None:
@@ -193,13 +255,13 @@ class Exchange:
     def feed_artifact(self, artifact: bytes) -> StreamState:
         """A whole `.mossnano`, as a stream of its own."""
         frames = parse_artifact(artifact).frames
-        stream = self.open()
+        messages = _cut(Kind.ARTIFACT, artifact, self._longest_payload_bytes)
+        stream = self._begin(messages)
         stream.takes_frames = False
         stream.ends_by_itself = True
         stream.fed_frames = frames
-        most = self._longest_payload_bytes
-        for start in range(0, len(artifact), most):
-            self._send(Message(Kind.ARTIFACT, artifact[start : start + most]), stream)
+        for message in messages:
+            self._send(message, stream)
         return stream
 
     def cancel(self) -> None:
@@ -216,7 +278,7 @@ class Exchange:
         ]
         self._cancels += 1
         cancel = _Outgoing(Message(Kind.CANCEL, str(self._cancels).encode()))
-        self._outbox = deque([cancel, *others])
+        self._put_into_outbox([cancel, *others])
 
     def ping(self) -> Answer:
         """An answer that comes when all that was said before it was dealt with."""
@@ -237,7 +299,9 @@ class Exchange:
         """
         if not self._outbox or self._is_held_back(self._outbox[0]):
             return None
-        message, maybe_stream = self._outbox.popleft()
+        outgoing = self._outbox.popleft()
+        self.queued_bytes -= outgoing.cost_bytes
+        message, maybe_stream = outgoing
         if maybe_stream is not None and not maybe_stream.is_sent:
             maybe_stream.is_sent = True
             self._sent.append(maybe_stream)
@@ -260,8 +324,8 @@ class Exchange:
 
     @property
     def is_at_rest(self) -> bool:
-        """Is the process idle, with nothing on its way?"""
-        return not (self._outbox or self._sent or self._answers)
+        """Is the process idle, with nothing on its way? While it loads, it is not."""
+        return bool(self.handshake) and not (self._outbox or self._sent or self._answers)
 
     def maybe_handshake(self) -> Mapping[str, Any] | None:
         """What the process said of itself; an ERROR in its place, or its death, is raised."""
@@ -274,6 +338,11 @@ class Exchange:
         if maybe_pcm == b"":
             self._unread.discard(stream)
         return maybe_pcm
+
+    def played(self, stream: StreamState) -> Played:
+        """How much of it was taken."""
+        channels: int = self.handshake["channels"]
+        return Played(stream.number, stream.taken_bytes // (channels * SAMPLE_BYTES))
 
     def receive(self, data: bytes) -> bool:
         """Bytes came from the process. False: they make no sense, and nothing after them can."""
@@ -292,7 +361,11 @@ class Exchange:
         lost_frames = self._lost_frames(lost)
         text = self._how_it_died(maybe_status, len(lost), lost_frames)
         self.maybe_death = DecoderDiedError(
-            code, text, status=maybe_status, lost_streams=len(lost), lost_frames=lost_frames
+            code,
+            text,
+            status=maybe_status,
+            lost=sorted(stream.number for stream in lost),
+            lost_frames=lost_frames,
         )
         for stream in lost:
             stream.put(self.maybe_death)
@@ -301,13 +374,18 @@ class Exchange:
         for _, answer in self._answers:
             answer.maybe_error = self.maybe_death
         self._answers.clear()
-        self._outbox.clear()
+        self._put_into_outbox([])
         self._sent.clear()
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _begin(self) -> StreamState:
-        stream = self._maybe_open = StreamState()
+    def _begin(self, messages: Sequence[Message]) -> StreamState:
+        """A new stream, if these can be sent for it."""
+        self._check_alive()
+        if self._maybe_open is not None and self._maybe_open.takes_frames:
+            raise UsageError("a stream is open already: finish or cancel it first")
+        self._check_room(messages)
+        stream = self._maybe_open = StreamState(next(self._numbers))
         self._unread.add(stream)
         return stream
 
@@ -315,15 +393,34 @@ class Exchange:
     def _longest_payload_bytes(self) -> int:
         return min(LONGEST_PAYLOAD_BYTES, int(self.handshake["max_message_bytes"]) - 1)
 
+    def _check_room(self, messages: Sequence[Message]) -> None:
+        """May these be queued? Who has none to send is refused as well, once the queue is over its bound."""
+        more_bytes = sum(_Outgoing(message).cost_bytes for message in messages)
+        if self.queued_bytes + more_bytes <= self._queue_bytes:
+            return
+        raise QueueFullError(
+            "queue_full",
+            f"{self.queued_bytes} bytes wait to be sent and {more_bytes} more were refused: queue_bytes allows "
+            f"{self._queue_bytes}. Read what was decoded, so that the process reads on, and feed again; or cancel",
+        )
+
+    def _put_into_outbox(self, outgoing: Sequence[_Outgoing]) -> None:
+        """This in place of what waited there."""
+        self._outbox = deque(outgoing)
+        self.queued_bytes = sum(message.cost_bytes for message in outgoing)
+
     def _send(self, message: Message, maybe_stream: StreamState | None = None) -> None:
         if self.maybe_death is not None:
             return
-        self._outbox.append(_Outgoing(message, maybe_stream))
+        outgoing = _Outgoing(message, maybe_stream)
+        self._outbox.append(outgoing)
+        self.queued_bytes += outgoing.cost_bytes
         if maybe_stream is not None:
             maybe_stream.is_queued = True
 
     def _ask(self, message: Message) -> Answer:
         self._check_alive()
+        self._check_room([message])
         answer = Answer()
         self._answers.append((Kind(message.kind), answer))
         self._send(message)
@@ -382,12 +479,13 @@ class Exchange:
         stream.maybe_fault = error
         if stream.ends_by_itself and not stream.was_cancelled:
             others = (outgoing for outgoing in self._outbox if outgoing.maybe_stream is not stream)
-            self._outbox = deque([_Outgoing(Message(Kind.END), stream), *others])
+            self._put_into_outbox([_Outgoing(Message(Kind.END), stream), *others])
 
     def _take_end(self, fields: Mapping[str, Any]) -> None:
         if not fields["cancelled"]:
             if isinstance(stream := self._current(), StreamState):
                 self._sent.popleft()
+                self.ended_streams += 1
                 stream.maybe_end = StreamEnd(fields["stream"], fields["frames"], fields["samples"], fields["errors"])
                 stream.is_over = True
             return
@@ -440,6 +538,11 @@ class Exchange:
         return sum(stream.fed_frames - stream.received_bytes // frame_pcm_bytes for stream in lost)
 
 
+def _cut(kind: Kind, payload: bytes, most: int) -> list[Message]:
+    """A payload in messages of at most so many bytes of it."""
+    return [Message(kind, payload[start : start + most]) for start in range(0, len(payload), most)]
+
+
 class Facts(ABC):
     """The numbers of a HANDSHAKE as attributes, as they are now."""
 
@@ -451,6 +554,16 @@ class Facts(ABC):
     @property
     def format(self) -> CodecFormat:
         return format_of(self.handshake)
+
+    @property
+    def version(self) -> str:
+        """Of the program."""
+        return str(self.handshake["version"])
+
+    @property
+    def demo(self) -> bool:
+        """Is it the built-in demo, and no real codec?"""
+        return self.handshake["demo"] is True
 
     @property
     def sample_rate(self) -> int:

@@ -1,37 +1,42 @@
-"""The only room that speaks onnxruntime: from a bundle to decoders and encoders that run.
+"""The only room that speaks onnxruntime: from a weights folder to decoders and encoders that run.
 
 Rules of this room:
 
 - `load_runtime` loads a graph once; `runtime.new_decoder()` gives as many streams over it as are needed.
-- A bundle's fast graph is taken where there is one, else the official `decode_step`; both give the same sound.
-- Modules in here import each other, nobody else imports them: what others need is named here.
+- A family of codecs is one file, moss.py for one. It offers what `Family` says, and is found by asking each.
+- What no family has to itself: engine.py makes onnxruntime sessions, contract.py checks what goes in and comes out,
+  stepping.py runs a graph with named states, in_place.py one whose rings are written in place, whole.py whole files.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from mossnano_stdio.chunks import Decoder, Encoder
+from mossnano_stdio.codecs import moss
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
-from mossnano_stdio.errors import BundleError, UsageError
+from mossnano_stdio.codecs.moss import GraphName
+from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens.arrays import warm_up_frames
 from mossnano_stdio.tokens.format import CodecFormat, Codes
 from mossnano_stdio.weights.folder import Bundle
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs.encoder import FullEncoder as FullEncoder
-    from mossnano_stdio.codecs.stepping import FullDecoder as FullDecoder
+    from mossnano_stdio.codecs.whole import FullDecoder as FullDecoder
+    from mossnano_stdio.codecs.whole import FullEncoder as FullEncoder
 
 __all__ = [
     "PROVIDERS",
     "EncoderRuntime",
     "Engine",
+    "Family",
     "GraphName",
     "Runtime",
-    "StreamDecoder",
+    "SeekingDecoder",
     "UnfitRuntimeError",
     "default_threads",
+    "family_of",
     "load_decoder",
     "load_encoder",
     "load_encoder_runtime",
@@ -42,14 +47,27 @@ __all__ = [
     "seek",
 ]
 
-log = logging.getLogger("mossnano")
-
-GraphName = Literal["official", "fast"]
-
 WARM_UP_STEP_FRAMES = 8
 
+log = logging.getLogger("mossnano")
 
-class StreamDecoder(Decoder, Protocol):
+
+class Family(Protocol):
+    """What a family of codecs must offer. Its format, its graphs and their states are the weights folder's to say."""
+
+    NAME: str
+
+    def recognises(self, bundle: Bundle) -> bool: ...
+
+    def load_runtime(self, bundle: Bundle, engine: Engine, graph: str | None) -> Runtime: ...
+
+    def load_encoder_runtime(self, bundle: Bundle, engine: Engine) -> EncoderRuntime: ...
+
+    def maybe_look_back_frames(self, runtime: Runtime) -> int | None:
+        """How many frames before a place decide what is heard there; None: all of them."""
+
+
+class SeekingDecoder(Decoder, Protocol):
     """A Decoder that can also begin in the middle, and go back to where it was."""
 
     @property
@@ -75,7 +93,7 @@ class Runtime(Protocol):
     precision: str
 
     @property
-    def graph_name(self) -> GraphName: ...
+    def graph_name(self) -> str: ...
 
     @property
     def decodes_prefix(self) -> bool: ...
@@ -84,7 +102,7 @@ class Runtime(Protocol):
     def layer_context_frames(self) -> tuple[int, ...]:
         """How far each layer looks back."""
 
-    def new_decoder(self) -> StreamDecoder:
+    def new_decoder(self) -> SeekingDecoder:
         """A stream of its own, at its start."""
 
 
@@ -98,7 +116,7 @@ class EncoderRuntime(Protocol):
     precision: str
 
     @property
-    def graph_name(self) -> Literal["encode_step"]: ...
+    def graph_name(self) -> str: ...
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
@@ -108,75 +126,38 @@ class EncoderRuntime(Protocol):
         """A stream of its own, at its start."""
 
 
+FAMILIES = cast(tuple[Family, ...], (moss,))
+
+
+def family_of(bundle: Bundle) -> Family:
+    for family in FAMILIES:
+        if family.recognises(bundle):
+            return family
+    raise BundleError(f"{bundle.folder}: is of no codec that is known here")
+
+
 def load_runtime(
     bundle: Bundle,
     *,
     provider: str = "cpu",
     threads: int | None = None,
-    graph: GraphName | None = None,
+    graph: str | None = None,
     spin: bool = False,
 ) -> Runtime:
-    """Load what decodes: by default the fast graph where the bundle has it, else the official one."""
-    from mossnano_stdio.codecs.fast import FastRuntime
-    from mossnano_stdio.codecs.stepping import OfficialRuntime
-
-    if graph not in (None, *get_args(GraphName)):
-        raise UsageError(f"graph {graph!r} is not known, allowed are {' and '.join(get_args(GraphName))}")
-    engine = Engine.of(provider, threads, spin)
-    if graph == "fast":
-        if not bundle.has_graph("fast"):
-            raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
-        return FastRuntime(bundle, engine)
-    if graph is None and provider == "cpu" and "fast" in bundle.graphs:
-        try:
-            return FastRuntime(bundle, engine)
-        except UnfitRuntimeError as error:
-            log.warning("%s; the official graph runs instead", error)
-    return OfficialRuntime(bundle, engine)
+    """Load what decodes: by default the quickest graph that the bundle has."""
+    return family_of(bundle).load_runtime(bundle, Engine.of(provider, threads, spin), graph)
 
 
-def maybe_warm_up_frames(runtime: Runtime, maybe_seconds: float | None = None) -> int | None:
-    """How many frames before a place are decoded for what they leave behind: as many as are asked for, or else as have
-    to be, to lose nothing that could be heard there. None: all of them.
-
-    Each layer looks back from where the one after it does, so it is the sum of what all look back. The demo is no such
-    model: its tones go on from where they were, since the start.
-    """
-    if maybe_seconds is not None:
-        return warm_up_frames(maybe_seconds, runtime.format.frames_per_second)
-    return None if runtime.bundle.demo else sum(runtime.layer_context_frames)
-
-
-def seek(decoder: StreamDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:
-    """Bring a decoder to `start_frame` of a stream by decoding the `maybe_warm_up` frames before it, or all (None).
-
-    What lies further back is missing from the caches.
-    """
-    begin = 0 if maybe_warm_up is None else max(0, start_frame - maybe_warm_up)
-    decoder.reset(begin)
-    for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
-        decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])
-
-
-def load_decoder(
-    bundle: Bundle,
-    *,
-    provider: str = "cpu",
-    threads: int | None = None,
-    graph: GraphName | None = None,
-    spin: bool = False,
-) -> StreamDecoder:
-    """A decoder with a runtime of its own, for whoever needs only one."""
-    return load_runtime(bundle, provider=provider, threads=threads, graph=graph, spin=spin).new_decoder()
+def load_decoder(bundle: Bundle, **options: Any) -> SeekingDecoder:
+    """A decoder with a runtime of its own, for whoever needs only one. `options` are those of `load_runtime`."""
+    return load_runtime(bundle, **options).new_decoder()
 
 
 def load_encoder_runtime(
     bundle: Bundle, *, provider: str = "cpu", threads: int | None = None, spin: bool = False
 ) -> EncoderRuntime:
     """Load what encodes frame after frame; no official bundle has that, `mossnano build` makes it."""
-    from mossnano_stdio.codecs.encoder import StreamEncoderRuntime
-
-    return StreamEncoderRuntime(bundle, Engine.of(provider, threads, spin))
+    return family_of(bundle).load_encoder_runtime(bundle, Engine.of(provider, threads, spin))
 
 
 def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> EncoderRuntime | FullEncoder:
@@ -196,13 +177,33 @@ def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None =
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:
     """The reference: whole streams at once, through `decode_full`."""
-    from mossnano_stdio.codecs.stepping import FullDecoder
+    from mossnano_stdio.codecs.whole import FullDecoder
 
     return FullDecoder(bundle, Engine.of(provider, threads))
 
 
 def load_full_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullEncoder:
     """Whole recordings at once, through `encode`."""
-    from mossnano_stdio.codecs.encoder import FullEncoder
+    from mossnano_stdio.codecs.whole import FullEncoder
 
     return FullEncoder(bundle, Engine.of(provider, threads))
+
+
+def maybe_warm_up_frames(runtime: Runtime, maybe_seconds: float | None = None) -> int | None:
+    """How many frames before a place are decoded for what they leave behind: as many as are asked for, or else as have
+    to be, to lose nothing that could be heard there. None: all of them.
+    """
+    if maybe_seconds is not None:
+        return warm_up_frames(maybe_seconds, runtime.format.frames_per_second)
+    return family_of(runtime.bundle).maybe_look_back_frames(runtime)
+
+
+def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:
+    """Bring a decoder to `start_frame` of a stream by decoding the `maybe_warm_up` frames before it, or all (None).
+
+    What lies further back is missing from the caches.
+    """
+    begin = 0 if maybe_warm_up is None else max(0, start_frame - maybe_warm_up)
+    decoder.reset(begin)
+    for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
+        decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])

@@ -1,4 +1,4 @@
-"""What goes into the decode graphs and what comes out of them, checked on both sides.
+"""What goes into the graphs and what comes out of them, checked on both sides.
 
 Rules of this room:
 
@@ -10,12 +10,13 @@ Rules of this room:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.engine import Array, Session, TensorSpec, check_contract
-from mossnano_stdio.errors import DecodeError, TokenError
+from mossnano_stdio.errors import DecodeError, TokenError, UsageError
 from mossnano_stdio.tokens.format import CodecFormat, Codes, to_graph
 
 INT32 = np.dtype(np.int32)
@@ -76,3 +77,17 @@ def joined(pieces: Sequence[NDArray[np.float32]], codec: CodecFormat) -> NDArray
     if not pieces:
         return np.zeros((0, codec.channels), dtype=np.float32)
     return np.concatenate(pieces)
+
+
+def check_audio_in(audio: NDArray[np.float32], codec: CodecFormat) -> None:
+    if audio.ndim != 2 or audio.shape[1] != codec.channels:
+        raise UsageError(f"audio is {list(audio.shape)}, allowed is [samples, {codec.channels}]")
+    if not np.isfinite(audio).all():
+        raise UsageError("audio holds NaN or infinity; allowed are finite numbers")
+
+
+def check_codes_out(path: Path, codes: Array, codec: CodecFormat) -> None:
+    if codes.size and (codes.min() < 0 or codes.max() >= codec.codebook_size):
+        raise DecodeError(
+            f"{path}: gave codes from {codes.min()} to {codes.max()}, allowed are 0 to {codec.codebook_size - 1}"
+        )

@@ -1,6 +1,6 @@
 """Graphs of our own that step: one session for all streams, keys and values written in place.
 
-graph/stack.py has the contract of the part that all of them have: transformers in a row.
+build/transformers.py has the contract of the part that all of them have: transformers in a row.
 
 Rules of this room:
 
@@ -45,7 +45,7 @@ BindRun = Callable[[int, int], Mapping[str, NDArray[Any]]]  # first and end fram
 
 
 @dataclass(frozen=True)
-class StackState:
+class InPlaceState:
     """Everything a stream has left behind."""
 
     first_frame: int  # where the stream began
@@ -53,7 +53,7 @@ class StackState:
     windows: tuple[Floats, ...]  # per transformer: keys and values that the next token can see
 
 
-class Stack:
+class InPlaceGraph:
     """A loaded graph, shared by the streams that are opened over it."""
 
     def __init__(
@@ -83,14 +83,14 @@ class Stack:
             for frames in [math.ceil(spec.context_tokens / spec.tokens_per_frame)] * spec.layers
         )
 
-    def open_stream(self) -> StackStream:
-        return StackStream(self)
+    def open_stream(self) -> InPlaceStream:
+        return InPlaceStream(self)
 
 
-class StackStream:
+class InPlaceStream:
     """A stream through a stack, frame after frame. It belongs to one thread at a time."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: InPlaceGraph) -> None:
         self._session = stack.session
         self._binding = stack.session.native.io_binding()
         self._rings = [Rings(spec, self._binding, in_place=stack.in_place) for spec in stack.specs]
@@ -118,12 +118,12 @@ class StackStream:
         for rings in self._rings:
             rings.reset()
 
-    def snapshot(self) -> StackState:
+    def snapshot(self) -> InPlaceState:
         seen_frames = self.next_frame - self._first_frame
         windows = tuple(rings.window(seen_frames) for rings in self._rings)
-        return StackState(self._first_frame, self.next_frame, windows)
+        return InPlaceState(self._first_frame, self.next_frame, windows)
 
-    def restore(self, state: StackState) -> None:
+    def restore(self, state: InPlaceState) -> None:
         self._first_frame, self.next_frame = state.first_frame, state.next_frame
         for rings, window in zip(self._rings, state.windows, strict=True):
             rings.restore(state.next_frame - state.first_frame, window)

@@ -2,7 +2,7 @@
 
 Rules of this room:
 
-- The probe is `attention_probe.onnx`, which graph/probe.py writes. What it must answer is computed here, in numpy.
+- The probe is `attention_probe.onnx`, which build/attention.py writes. What it must answer is computed here, in numpy.
 - Two questions. Is attention what it should be: rotation, window, and nothing read that was not written? Where not,
   the fast graph cannot be used. And are keys and values written in place where input and output are bound to the
   same memory, leaving all else alone? Where not, it can, at the price of copies.

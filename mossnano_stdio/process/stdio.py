@@ -107,6 +107,8 @@ class StopSignals:
             signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
+        if sys.platform != "win32":  # a host that blocks signals in its threads has us start with them blocked
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def woken(self) -> None:
         """Forget the wake-up calls of signals that came."""

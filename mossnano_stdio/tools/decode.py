@@ -34,7 +34,7 @@ from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat, Codes
 from mossnano_stdio.tools.facts import as_json
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import Engine, Runtime, StreamDecoder
+    from mossnano_stdio.codecs import Engine, Runtime, SeekingDecoder
     from mossnano_stdio.weights.folder import Bundle
 
 WAV_SUFFIX = ".wav"
@@ -89,7 +89,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 class _Loaded:
     decoder: Decoder
     identity: dict[str, Any]
-    maybe_stream: tuple[Runtime, StreamDecoder] | None = None  # where the decoder can begin in the middle
+    maybe_stream: tuple[Runtime, SeekingDecoder] | None = None  # where the decoder can begin in the middle
 
 
 def _load(args: argparse.Namespace) -> _Loaded:

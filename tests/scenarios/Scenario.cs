@@ -93,7 +93,11 @@ static class Scenario
         try
         {
             double seconds = double.Parse(words[2], CultureInfo.InvariantCulture);
-            using (var voice = Mossnano.Start(words.Skip(3).ToArray(), SayError, seconds))
+            var options = new MossnanoOptions
+            {
+                Command = words.Skip(3).ToArray(), OnError = SayError, RingSeconds = seconds, FadeMs = 0,
+            };
+            using (var voice = Mossnano.Start(options))
             {
                 Console.WriteLine(string.Join(" ", "format", voice.SampleRate, voice.Channels, voice.FrameSamples,
                     voice.Quantizers, voice.CodebookSize, voice.FrameBytes, voice.MaxAudioBytes));

@@ -86,7 +86,7 @@ async function dies(voice) {
 }
 
 try {
-  const voice = await Mossnano.start({ command, bufferSeconds: Number(seconds), onError: sayError });
+  const voice = await Mossnano.start({ command, bufferSeconds: Number(seconds), fadeMs: 0, onError: sayError });
   const f = voice.format;
   console.log(
     `format ${f.sample_rate} ${f.channels} ${f.frame_samples} ${f.quantizers} ${f.codebook_size} ${f.frame_bytes} ` +

@@ -10,7 +10,12 @@ static class Example
 {
     static void Main(string[] words)
     {
-        using (var voice = Mossnano.Start(words.Skip(1).ToArray(), (code, text, fatal) => Console.Error.WriteLine(code + ": " + text)))
+        var options = new MossnanoOptions
+        {
+            Command = words.Skip(1).ToArray(), FadeMs = 0, // gaps are left out below, not heard
+            OnError = (code, text, fatal) => Console.Error.WriteLine(code + ": " + text),
+        };
+        using (var voice = Mossnano.Start(options))
         using (var stdout = Console.OpenStandardOutput())
         {
             voice.Feed(File.ReadAllBytes(words[0]));

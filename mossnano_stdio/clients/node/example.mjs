@@ -6,7 +6,8 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { Mossnano } from "./mossnano.mjs";
 
 const [tokens, ...command] = process.argv.slice(2);
-const voice = await Mossnano.start({ command, onError: (error) => console.error(`${error.code}: ${error.message}`) });
+const onError = (error) => console.error(`${error.code}: ${error.message}`);
+const voice = await Mossnano.start({ command, fadeMs: 0, onError }); // gaps are left out below, not heard
 voice.feed(readFileSync(tokens));
 voice.finish();
 const pcm = new Int16Array(480 * voice.format.channels); // 10 ms

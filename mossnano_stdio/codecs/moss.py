@@ -1,0 +1,320 @@
+"""MOSS-Audio-Tokenizer: transformers over frames of codes, each with a window, and nothing else that remembers.
+
+Its published `decode_step` is stepped with its states by name. The graphs that we build from the same weights step
+their rings in place: `fast` decodes, `encode_step` encodes (build/ has their contracts).
+
+Rules of this room:
+
+- Many decoders share one runtime. Each belongs to one thread at a time.
+- In the fast graph a code is a row of one table of all codebooks. Quantizers that are left out become its row of zeros,
+  so a prefix needs no other graph.
+- Audio comes as float32 [samples, channels], codes leave as [frames, quantizers].
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.codecs.contract import (
+    FLOAT32,
+    INT32,
+    check_audio,
+    check_audio_in,
+    check_codes,
+    check_codes_out,
+    check_decode_contract,
+    codes_feed,
+    joined,
+)
+from mossnano_stdio.codecs.engine import Engine, TensorSpec, UnfitRuntimeError, open_session
+from mossnano_stdio.codecs.in_place import InPlaceGraph, InPlaceState
+from mossnano_stdio.codecs.stepping import GraphState, run_step
+from mossnano_stdio.errors import BundleError, UsageError
+from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.weights.folder import Bundle
+
+MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, not less
+
+GraphName = Literal["official", "fast"]
+
+log = logging.getLogger("mossnano")
+
+
+# --- what a family offers ----------------------------------------------------------------------------------------
+
+NAME = "MOSS-Audio-Tokenizer"
+
+
+def recognises(bundle: Bundle) -> bool:
+    """It is so far the only family whose metadata there is."""
+    return "decode_step" in bundle.graphs
+
+
+def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialRuntime | FastRuntime:
+    """By default the fast graph where the bundle has it, else the official one; both give the same sound."""
+    if graph not in (None, *get_args(GraphName)):
+        raise UsageError(f"graph {graph!r} is not known, allowed are {' and '.join(get_args(GraphName))}")
+    if graph == "fast":
+        if not bundle.has_graph("fast"):
+            raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
+        return FastRuntime(bundle, engine)
+    if graph is None and engine.provider == "cpu" and "fast" in bundle.graphs:
+        try:
+            return FastRuntime(bundle, engine)
+        except UnfitRuntimeError as error:
+            log.warning("%s; the official graph runs instead", error)
+    return OfficialRuntime(bundle, engine)
+
+
+def load_encoder_runtime(bundle: Bundle, engine: Engine) -> StreamEncoderRuntime:
+    return StreamEncoderRuntime(bundle, engine)
+
+
+def maybe_look_back_frames(runtime: OfficialRuntime | FastRuntime) -> int | None:
+    """Each layer looks back from where the one after it does, so it is the sum of what all look back.
+
+    The demo is no such model: its tones go on from where they were, since the start.
+    """
+    return None if runtime.bundle.demo else sum(runtime.layer_context_frames)
+
+
+# --- the published graph -----------------------------------------------------------------------------------------
+
+
+class OfficialRuntime:
+    """A loaded `decode_step`, shared by the decoders that it makes."""
+
+    graph_name: Literal["official"] = "official"
+    decodes_prefix = False  # its inputs are as wide as the codec has quantizers
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.format = bundle.format
+        self.session = open_session(bundle.graph("decode_step"), engine)
+        self.states = self.session.graph.states
+        self.precision = self.session.graph.precision
+        check_decode_contract(self.session, self.format)
+
+    def new_decoder(self) -> OfficialDecoder:
+        return OfficialDecoder(self)
+
+    @cached_property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        tokens_per_frame = self.tokens_per_frame
+        return tuple(
+            math.ceil(cache.context_tokens / tokens_per_frame[cache.offset_input_name]) for cache in self.bundle.caches
+        )
+
+    @cached_property
+    def tokens_per_frame(self) -> dict[str, int]:
+        """By the name of each counter's input: what one frame adds to it, found by decoding one."""
+        decoder = self.new_decoder()
+        decoder.step(np.zeros((1, self.format.quantizers), dtype=np.uint16))
+        counted = decoder.snapshot().tensors
+        return {
+            state.input_name: int(counted[state.input_name].flat[0]) for state in self.states if state.shape == (1,)
+        }
+
+
+class OfficialDecoder:
+    """Frames in, samples out, chunk after chunk as if they came at once."""
+
+    def __init__(self, runtime: OfficialRuntime) -> None:
+        self.runtime = runtime
+        self._state = GraphState.initial(runtime.states)
+
+    @property
+    def format(self) -> CodecFormat:
+        return self.runtime.format
+
+    @property
+    def decodes_prefix(self) -> bool:
+        return self.runtime.decodes_prefix
+
+    @property
+    def next_frame(self) -> int:
+        return self._state.next_frame
+
+    def step(self, codes: Codes) -> NDArray[np.float32]:
+        """[frames, quantizers] -> float32 [samples, channels]."""
+        check_codes(codes, self.format)
+        state = self._state
+        pieces = []
+        for start in range(0, len(codes), MAX_RUN_FRAMES):
+            audio, state = self._run(codes[start : start + MAX_RUN_FRAMES], state)
+            pieces.append(audio)
+        self._state = state
+        return joined(pieces, self.format)
+
+    def reset(self, start_frame: int = 0) -> None:
+        """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
+        state = GraphState.initial(self.runtime.states)
+        self._state = state.starting_at(start_frame, self.runtime.tokens_per_frame) if start_frame else state
+
+    def snapshot(self) -> GraphState:
+        return self._state
+
+    def restore(self, state: GraphState) -> None:
+        self._state = state
+
+    def _run(self, codes: Codes, state: GraphState) -> tuple[NDArray[np.float32], GraphState]:
+        session = self.runtime.session
+        (audio, lengths), state = run_step(session, codes_feed(session, codes), state, len(codes))
+        check_audio(session, audio, lengths, len(codes), self.format)
+        return audio[0].T, state
+
+
+# --- ours --------------------------------------------------------------------------------------------------------
+
+
+class FastRuntime:
+    """A loaded fast graph, shared by the decoders that it makes."""
+
+    graph_name: Literal["fast"] = "fast"
+    decodes_prefix = True
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.format = bundle.format
+        graph = bundle.graph("fast")
+        self.precision = graph.precision
+        self.in_place = InPlaceGraph(
+            graph,
+            engine,
+            inputs={"rows": TensorSpec((None, self.format.quantizers), INT32)},
+            outputs={"audio": TensorSpec((None, self.format.channels), FLOAT32)},
+        )
+
+    @property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        """How far each layer looks back."""
+        return self.in_place.layer_context_frames
+
+    def new_decoder(self) -> FastDecoder:
+        return FastDecoder(self)
+
+
+class FastDecoder:
+    """Frames in, samples out, chunk after chunk as if they came at once."""
+
+    def __init__(self, runtime: FastRuntime) -> None:
+        self.runtime = runtime
+        self._stream = runtime.in_place.open_stream()
+
+    @property
+    def format(self) -> CodecFormat:
+        return self.runtime.format
+
+    @property
+    def decodes_prefix(self) -> bool:
+        return self.runtime.decodes_prefix
+
+    @property
+    def next_frame(self) -> int:
+        return self._stream.next_frame
+
+    def step(self, codes: Codes) -> NDArray[np.float32]:
+        """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
+        check_codes(codes, self.format, least_quantizers=1)
+        frames, frame_samples = len(codes), self.format.frame_samples
+        rows = _rows(codes, self.format)
+        audio = np.empty((frames * frame_samples, self.format.channels), dtype=np.float32)
+        self._stream.step(
+            frames,
+            lambda start, end: {"rows": rows[start:end]},
+            lambda start, end: {"audio": audio[start * frame_samples : end * frame_samples]},
+        )
+        return audio
+
+    def reset(self, start_frame: int = 0) -> None:
+        """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
+        self._stream.reset(start_frame)
+
+    def snapshot(self) -> InPlaceState:
+        return self._stream.snapshot()
+
+    def restore(self, state: InPlaceState) -> None:
+        self._stream.restore(state)
+
+
+def _rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
+    """Which row of the one table of all codebooks each code means; the last row for quantizers that are left out."""
+    rows = np.full((len(codes), codec.quantizers), codec.quantizers * codec.codebook_size, dtype=np.int32)
+    present = codes.shape[1]
+    rows[:, :present] = codes + np.arange(present, dtype=np.int32) * codec.codebook_size
+    return rows
+
+
+class StreamEncoderRuntime:
+    """A loaded `encode_step` (build/encode_step.py has its contract), shared by the encoders that it makes."""
+
+    graph_name: Literal["encode_step"] = "encode_step"
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        if not bundle.has_graph("encode_step"):
+            raise BundleError(f"{bundle.folder}: has no streaming encoder; `mossnano build` makes one")
+        self.bundle = bundle
+        self.engine = engine
+        self.format = bundle.format
+        graph = bundle.graph("encode_step")
+        self.path = graph.path
+        self.precision = graph.precision
+        self.in_place = InPlaceGraph(
+            graph,
+            engine,
+            inputs={"audio": TensorSpec((None, self.format.channels), FLOAT32)},
+            outputs={"codes": TensorSpec((None, self.format.quantizers), INT32)},
+        )
+
+    @property
+    def layer_context_frames(self) -> tuple[int, ...]:
+        """How far each layer looks back."""
+        return self.in_place.layer_context_frames
+
+    def new_encoder(self) -> StreamEncoder:
+        return StreamEncoder(self)
+
+
+class StreamEncoder:
+    """Samples in, frames out, chunk after chunk as if they came at once."""
+
+    def __init__(self, runtime: StreamEncoderRuntime) -> None:
+        self.runtime = runtime
+        self._stream = runtime.in_place.open_stream()
+
+    @property
+    def format(self) -> CodecFormat:
+        return self.runtime.format
+
+    @property
+    def next_frame(self) -> int:
+        return self._stream.next_frame
+
+    def step(self, audio: NDArray[np.float32]) -> Codes:
+        """Whole frames of [samples, channels] -> [frames, quantizers]."""
+        check_audio_in(audio, self.format)
+        frame_samples = self.format.frame_samples
+        frames, rest = divmod(len(audio), frame_samples)
+        if rest:
+            raise UsageError(f"{len(audio)} samples, allowed are whole frames of {frame_samples}")
+        audio = np.ascontiguousarray(audio, dtype=np.float32)
+        codes = np.empty((frames, self.format.quantizers), dtype=np.int32)
+        self._stream.step(
+            frames,
+            lambda start, end: {"audio": audio[start * frame_samples : end * frame_samples]},
+            lambda start, end: {"codes": codes[start:end]},
+        )
+        check_codes_out(self.runtime.path, codes, self.format)
+        return codes.astype(np.uint16)
+
+    def reset(self) -> None:
+        """Forget everything: the next frame is the first of a stream."""
+        self._stream.reset()
