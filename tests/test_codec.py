@@ -23,7 +23,8 @@ from mossnano_stdio.codecs.moss import OfficialDecoder, OfficialRuntime
 from mossnano_stdio.codecs.whole import FullDecoder, FullEncoder
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
 from mossnano_stdio.pcm.comparison import compare_recordings
-from mossnano_stdio.pcm.samples import Recording, pcm16_samples, to_pcm16
+from mossnano_stdio.pcm.recordings import Recording
+from mossnano_stdio.pcm.samples import pcm16_samples, to_pcm16
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import load_bundle
