@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError
+from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError, reason_of
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.folder import WEIGHTS_NAME
@@ -130,10 +130,9 @@ def _explained(error: Exception, hub: Any, what: str) -> MossnanoError:
     where = hub.constants.ENDPOINT
     causes = list(_chain(error))
     if maybe_errno := next(filter(None, map(_maybe_disk_errno, causes)), None):
-        name = errno.errorcode.get(maybe_errno, "unknown errno")
+        reason = reason_of(OSError(maybe_errno, os.strerror(maybe_errno)))
         return OutputError(
-            f"{what}: cannot be written to {hub.constants.HF_HUB_CACHE}: {os.strerror(maybe_errno)} ({name}); "
-            "HF_HUB_CACHE can name another place"
+            f"{what}: cannot be written to {hub.constants.HF_HUB_CACHE}: {reason}; HF_HUB_CACHE can name another place"
         )
     statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     match next(filter(None, statuses), None):
@@ -203,8 +202,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
-        raise OutputError(f"{path}: cannot be written: {error.strerror} ({name})") from error
+        raise OutputError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 def _import_hub() -> Any:
