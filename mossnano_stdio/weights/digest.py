@@ -7,7 +7,7 @@ Rules of this room:
   are hashed each time, which takes no longer than remembering.
 - A file that changed within the last seconds is not remembered: clocks are coarse, and a second change within the
   same tick would go unseen.
-- The memory is a convenience. Where it cannot be read or written, files are hashed each time, and nobody is told.
+- Where what was remembered cannot be read or written, files are hashed each time, without an error.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.published import PinnedRepository
 
 CHECKPOINT_NAME: Final = "MOSS-Audio-Tokenizer-Nano"
-UNFINISHED_SUFFIX: Final = ".part"
 DISK_ERRNOS: Final = {  # none of them comes from a socket
     number
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EMFILE", "ENFILE")
@@ -90,8 +89,13 @@ def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
             report(f"{name}: {record.size_bytes:,} bytes, already there and right")
             continue
         cached = _cached_file(selection.repository, name, record)
+        unfinished = folder / f".{name}.{os.getpid()}.part"
         with _writing(destination):
-            _place(cached, destination)
+            try:
+                shutil.copyfile(cached, unfinished)
+                unfinished.replace(destination)
+            finally:
+                unfinished.unlink(missing_ok=True)
         placed.append(name)
         report(f"{name}: {record.size_bytes:,} bytes, verified")
     return placed
@@ -186,15 +190,6 @@ def _remove_from_cache(path: Path) -> None:
     content = path.resolve()
     path.unlink(missing_ok=True)
     content.unlink(missing_ok=True)
-
-
-def _place(cached: Path, destination: Path) -> None:
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}{UNFINISHED_SUFFIX}")
-    try:
-        shutil.copyfile(cached, unfinished)
-        unfinished.replace(destination)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
