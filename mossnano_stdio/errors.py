@@ -188,6 +188,15 @@ class Terminated(BaseException):
     """SIGTERM came. No error, and no `except Exception` may swallow it."""
 
 
+def reason_of(error: OSError) -> str:
+    """What the system said, and the errno's name.
+
+    >>> reason_of(OSError(errno.ENOSPC, "No space left on device"))
+    'No space left on device (ENOSPC)'
+    """
+    return f"{error.strerror or error} ({errno.errorcode.get(error.errno or 0, 'unknown errno')})"
+
+
 def exit_status_of(error: BaseException, program: str) -> int:
     """Say on stderr what ended `program`, and with which status it should end.
 
@@ -218,9 +227,8 @@ def _verdict(error: BaseException) -> tuple[ExitStatus, str]:
         case FileNotFoundError() | IsADirectoryError() | NotADirectoryError() | PermissionError():
             return ExitStatus.NO_WEIGHTS, f"error: {error.strerror}: {error.filename}"
         case OSError():
-            name = errno.errorcode.get(error.errno or 0, "unknown errno")
             where = f": {error.filename}" if error.filename else ""
-            return ExitStatus.OUTPUT_FAILED, f"error: {error.strerror or error} ({name}){where}"
+            return ExitStatus.OUTPUT_FAILED, f"error: {reason_of(error)}{where}"
         case _:
             return ExitStatus.BUG, f"a bug of ours: {type(error).__name__}: {error}"
 

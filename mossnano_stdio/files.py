@@ -11,7 +11,6 @@ Rules of this room:
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from mossnano_stdio.errors import OutputError, UsageError
+from mossnano_stdio.errors import OutputError, UsageError, reason_of
 
 STANDARD_STREAM: Final = "-"
 NAMED_CHARACTERS: Final = 40  # of a file, in the name of what is not yet it: a name has at most 255 bytes
@@ -94,5 +93,4 @@ def _rename(unfinished: Path, destination: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
-    name = errno.errorcode.get(error.errno or 0, "unknown errno")
-    return OutputError(f"{path.parent}: cannot write {path.name} there: {error.strerror} ({name})")
+    return OutputError(f"{path.parent}: cannot write {path.name} there: {reason_of(error)}")

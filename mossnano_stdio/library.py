@@ -36,7 +36,7 @@ from mossnano_stdio.codecs import (
 )
 from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.pcm.samples import resampled
+from mossnano_stdio.pcm.recordings import resampled
 from mossnano_stdio.tokens.arrays import (
     check_range,
     checked_quantizers,

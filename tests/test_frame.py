@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.pcm.samples import wav_header
+from mossnano_stdio.pcm.wav import wav_header
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.tokens.artifact import Artifact, build_artifact
 from mossnano_stdio.tokens.packing import pack_frames

@@ -308,6 +308,21 @@ def test_names_say_something() -> None:
     assert not wrong
 
 
+def test_every_code_and_exit_status_stands_with_the_errors() -> None:
+    wrong = [
+        f"{source.name}:{node.lineno} defines {ast.unparse(target)}"
+        for source in sources()
+        if source.room != "errors"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.Assign)
+        for target in line.targets
+        if ast.unparse(target) in ("code", "exit_status")
+    ]
+    assert not wrong
+
+
 def test_no_state_hides_in_a_module() -> None:
     wrong = [
         f"{source.name}:{node.lineno}"

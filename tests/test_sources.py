@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ArtifactError, InputError, MossnanoError, UsageError
-from mossnano_stdio.pcm.samples import wav_header
+from mossnano_stdio.pcm.wav import wav_header
 from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message
 from mossnano_stdio.tokens.artifact import Artifact, build_artifact
 from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source

@@ -21,7 +21,8 @@ from mossnano_stdio.codecs import Engine
 from mossnano_stdio.codecs.moss import OfficialDecoder, OfficialRuntime
 from mossnano_stdio.errors import DecodeError, TokenError
 from mossnano_stdio.pcm.comparison import compare_recordings
-from mossnano_stdio.pcm.samples import Recording, pcm16_samples, to_pcm16
+from mossnano_stdio.pcm.recordings import Recording
+from mossnano_stdio.pcm.samples import pcm16_samples, to_pcm16
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.weights.metadata import METADATA_NAME

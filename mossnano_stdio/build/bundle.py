@@ -30,7 +30,7 @@ from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.build.trial import try_decoder, try_encoder
-from mossnano_stdio.errors import BundleError, OutputError
+from mossnano_stdio.errors import BundleError, OutputError, reason_of
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import Bundle, load_bundle
 from mossnano_stdio.weights.graphs import GraphSpec
@@ -128,8 +128,7 @@ def staged(folder: Path) -> Iterator[Path]:
         _move(stage, folder)
         made.clear()  # it stays
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
-        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror} ({name})") from error
+        raise OutputError(f"{error.filename or folder}: cannot be written: {reason_of(error)}") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)

@@ -27,7 +27,7 @@ from mossnano_stdio.build.model import (
     TransformerWeights,
     transformers,
 )
-from mossnano_stdio.weights.metadata import STATES_OF_A_CACHE, build_cache, build_counter, build_streaming
+from mossnano_stdio.weights.metadata import STATES_OF_A_CACHE, build_cache, build_counter, build_streaming, states_of
 
 Attention = Callable[[GraphBuilder, str, str, LayerWeights], str]  # graph, tokens, name of the layer, its weights
 AttentionOf = Callable[[GraphBuilder, str, int, TransformerWeights], Attention]  # graph, tokens, module's index, module
@@ -46,11 +46,13 @@ def decode_full(decoder: DecoderWeights) -> GraphBuilder:
 def decode_step(decoder: DecoderWeights) -> GraphBuilder:
     """Codes of the next frames and the states before them -> their audio and the states after them."""
     graph = GraphBuilder("decode_step")
-    states = streaming_decode(decoder)
+    streaming = streaming_decode(decoder)
+    states = states_of(streaming)
     _codes_in(graph, decoder)
-    _states_in(graph, states)
-    caches = {(cache["decoder_index"], cache["layer_index"]): cache for cache in states["attention_caches"]}
-    counters = {counter["decoder_index"]: counter for counter in states["transformer_offsets"]}
+    for state in states:
+        graph.input(state.input_name, state.dtype, state.shape)
+    caches = {(cache["decoder_index"], cache["layer_index"]): cache for cache in streaming["attention_caches"]}
+    counters = {counter["decoder_index"]: counter for counter in streaming["transformer_offsets"]}
 
     def attention_of(graph: GraphBuilder, x: str, index: int, module: TransformerWeights) -> Attention:
         count = blocks.count_along(graph, x, axis=1)
@@ -60,7 +62,8 @@ def decode_step(decoder: DecoderWeights) -> GraphBuilder:
 
     _decode(graph, decoder, attention_of)
     _audio_out(graph, decoder)
-    _states_out(graph, states)
+    for state in states:
+        graph.output(state.output_name, state.dtype, state.shape)
     return graph
 
 
@@ -218,26 +221,3 @@ def _codes_in(graph: GraphBuilder, decoder: DecoderWeights) -> None:
 def _audio_out(graph: GraphBuilder, decoder: DecoderWeights) -> None:
     graph.output("audio", np.float32, [1, decoder.format.channels, "audio_length"])
     graph.output("audio_lengths", np.int32, [1])
-
-
-def _states_in(graph: GraphBuilder, states: Mapping[str, Any]) -> None:
-    for counter in states["transformer_offsets"]:
-        graph.input(counter["input_name"], np.int32, counter["shape"])
-    for cache in states["attention_caches"]:
-        for state in STATES_OF_A_CACHE:
-            graph.input(cache[f"{state}_input_name"], *_state_kind(cache, state))
-
-
-def _states_out(graph: GraphBuilder, states: Mapping[str, Any]) -> None:
-    for counter in states["transformer_offsets"]:
-        graph.output(counter["output_name"], np.int32, counter["shape"])
-    for cache in states["attention_caches"]:
-        for state in STATES_OF_A_CACHE:
-            graph.output(cache[f"{state}_output_name"], *_state_kind(cache, state))
-
-
-def _state_kind(cache: Cache, state: str) -> tuple[Any, list[int]]:
-    shapes = {"offset": "offset_shape", "cached_positions": "positions_shape"}
-    if state in shapes:
-        return np.int32, cache[shapes[state]]
-    return np.dtype(cache["cache_dtype"]), cache["cache_shape"]

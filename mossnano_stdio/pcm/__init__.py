@@ -1,1 +1,7 @@
-"""Sound as numbers and as files: samples and PCM16, WAV and what the extra `audio` reads, recordings compared."""
+"""Sound as numbers and as files: samples and PCM16, WAV and what the extra `audio` reads, recordings compared.
+
+Rules of this room:
+
+- What every stream needs is imported from here. recordings.py and comparison.py, which only tools and the library
+  need, are imported by their names, so that a start of the process does not load them.
+"""

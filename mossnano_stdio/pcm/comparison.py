@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, UsageError
-from mossnano_stdio.pcm.samples import Recording
+from mossnano_stdio.pcm.recordings import Recording
 
 INSIDE_PERCENTILE: Final = 99.9
 BLOCK_SAMPLES: Final = 1 << 18  # so that an hour needs no float64 copy of itself

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from mossnano_stdio.errors import ExitStatus, InputCutError, OutOfMemoryError, OutputError
+from mossnano_stdio.errors import ExitStatus, InputCutError, OutOfMemoryError, OutputError, reason_of
 from mossnano_stdio.process.inbox import Ending, Inbox
 from mossnano_stdio.protocol.messages import MessageReader
 
@@ -184,9 +184,8 @@ class OutputFd:
         except OSError as error:
             if error.errno in _READER_GONE:
                 raise BrokenPipeError(error.errno, "the reader of our output is gone") from None
-            name = errno.errorcode.get(error.errno or 0, "unknown errno")
             raise OutputError(
-                f"the output cannot be written: {error.strerror} ({name}), with {len(left)} bytes of a message to go"
+                f"the output cannot be written: {reason_of(error)}, with {len(left)} bytes of a message to go"
             ) from None
 
     def rewrite_start(self, data: bytes) -> bool:
@@ -265,8 +264,7 @@ class InputThread(threading.Thread):
         try:
             ending = self._read_all()
         except OSError as error:
-            name = errno.errorcode.get(error.errno or 0, "unknown errno")
-            ending = Ending(InputCutError(f"the input cannot be read: {error.strerror} ({name})"))
+            ending = Ending(InputCutError(f"the input cannot be read: {reason_of(error)}"))
         except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must hear of it or wait for ever
             ending = Ending(error)
         self._inbox.end(ending)

@@ -5,12 +5,12 @@
 
 Rules of this room:
 
-- A header that exists is right: its fields are judged where it is born, so parse and build refuse the same.
+- A header checks its fields when it is made, so parsing and building refuse the same.
 - The body is exactly as long as the header says. Sizes are computed before anything is allocated, and memory is
   taken only for bytes that came.
 - Whatever is wrong is one ArtifactError that names the field, the value found and what is allowed, the same for
   every split of the input.
-- Whether an artifact fits the weights is asked apart, by `check_fits`: a file can be right and not for these weights.
+- `check_fits` says whether an artifact is for these weights: a file can be right and be for others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from mossnano_stdio.errors import ArtifactError, TokenError
 from mossnano_stdio.tokens.format import CodecFormat, Codes, bits_per_code, to_quantizer_major
-from mossnano_stdio.tokens.packing import pack_codes, unpack_codes
+from mossnano_stdio.tokens.packing import first_outside, pack_codes, unpack_codes
 
 MAGIC: Final = b"MOSSNANO"
 MAX_ARTIFACT_BYTES: Final = 32 << 20  # the longest artifact, over all its messages
@@ -109,11 +109,10 @@ class Artifact(ArtifactHeader):
         codes, shape = self.codes, (self.frames, self.quantizers)
         if codes.shape != shape or not np.issubdtype(codes.dtype, np.integer):
             raise ArtifactError(f"codes are {codes.dtype} {list(codes.shape)}, allowed are integers {list(shape)}")
-        if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < self.codebook_size):
-            first = ((codes < 0) | (codes >= self.codebook_size)).argmax()
-            frame, quantizer = map(int, np.unravel_index(first, shape))
+        if place := first_outside(codes, self.codebook_size):
+            frame, quantizer = place
             raise ArtifactError(
-                f"code {quantizer} of frame {frame} is {codes[frame, quantizer]}, allowed are "
+                f"code {quantizer} of frame {frame} is {codes[place]}, allowed are "
                 f"0 to {self.codebook_size - 1} (the artifact's codebook_size is {self.codebook_size})"
             )
 

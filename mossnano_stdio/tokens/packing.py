@@ -5,8 +5,8 @@ Rules of this room:
 - Bit k of the packed bytes is bit `k % 8` of byte `k // 8`; a code's lowest bit comes first.
 - A row of codes is padded with zero bits to a whole byte. `pack_codes` packs one row of any length, an artifact's
   body; `pack_frames` packs every frame as a row of its own, as TOKENS carries them.
-- What does not come out of packing does not go into unpacking: another size, padding that is not zero, or a code
-  that no codebook entry has is a TokenError.
+- Unpacking rejects bytes that packing cannot produce: another size, padding that is not zero, or a code that no
+  codebook entry has is a TokenError.
 - Both ways run over the columns of many equal rows at once, shifting bits through one number per row. Where rows have
   no padding of their own, as few codes make a row as fill whole bytes: 4 codes of 10 bits, 5 bytes.
 - Work goes by blocks, so that what is needed beside input and output stays below a MiB whatever their size.
@@ -105,6 +105,18 @@ def unpack_frames(payload: Bytes, quantizers: int, codebook_size: int) -> Codes:
     return codes
 
 
+def first_outside(codes: NDArray[np.integer], codebook_size: int) -> tuple[int, ...] | None:
+    """The place of the first code that is below 0 or that no entry of the codebook has.
+
+    >>> first_outside(np.array([[1, 2], [16, 3]]), codebook_size=16)
+    (1, 0)
+    """
+    if codes.size == 0 or (int(codes.max()) < codebook_size and int(codes.min()) >= 0):
+        return None
+    wrong = (codes < 0) | (codes >= codebook_size)
+    return tuple(map(int, np.unravel_index(wrong.argmax(), wrong.shape)))
+
+
 def _equal_rows(
     codes: NDArray[np.integer], packed: NDArray[np.uint8], bits: int
 ) -> Iterator[tuple[NDArray[np.integer], NDArray[np.uint8]]]:
@@ -178,12 +190,9 @@ def _check_width(bits: int) -> None:
 
 
 def _check_codes(codes: NDArray[np.integer], codebook_size: int) -> None:
-    """A code below 0, or that no entry of the codebook has: the first is named by its place."""
     if not np.issubdtype(codes.dtype, np.integer):
         raise UsageError(f"codes are {codes.dtype} numbers, allowed are integers")
-    if codes.size == 0 or (int(codes.max()) < codebook_size and int(codes.min()) >= 0):
-        return
-    wrong = (codes < 0) | (codes >= codebook_size)
-    *frame, index = map(int, np.unravel_index(wrong.argmax(), wrong.shape))
-    where = f"code {index} of frame {frame[0]}" if frame else f"code {index}"
-    raise TokenError(f"{where} is {codes[*frame, index]}, allowed are 0 to {codebook_size - 1}")
+    if place := first_outside(codes, codebook_size):
+        *frame, index = place
+        where = f"code {index} of frame {frame[0]}" if frame else f"code {index}"
+        raise TokenError(f"{where} is {codes[place]}, allowed are 0 to {codebook_size - 1}")

@@ -4,8 +4,8 @@ Rules of this room:
 
 - Three forms: `.u16le` is little-endian 16-bit codes in [quantizer, frame] order and nothing else, `.npy` is numpy's
   own, [frames, quantizers], and `.json` is a list of frames, each a list of codes.
-- Nothing is executed and nothing allocated for what a file only claims: a `.npy` is read by its header, and its size
-  must be what the header says.
+- A `.npy` is read by its header, and its size must be what the header says, so that nothing is executed, and no
+  memory taken for what a file only claims.
 - Codes are 16 bits. Whether they fit a codebook is not known here: the artifact that is made of them says so.
 """
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, UsageError
 from mossnano_stdio.tokens.format import Codes, to_quantizer_major
+from mossnano_stdio.tokens.packing import first_outside
 
 FORMS: Final = ("u16le", "npy", "json")
 LARGEST_CODE: Final = 0xFFFF
@@ -80,12 +81,9 @@ def load_codes(data: bytes, form: str, quantizers: int) -> Codes:
 
 
 def _checked(codes: NDArray[np.integer]) -> Codes:
-    wrong = (codes < 0) | (codes > LARGEST_CODE)
-    if wrong.any():
-        frame, quantizer = map(int, np.unravel_index(wrong.argmax(), wrong.shape))
-        raise InputError(
-            f"code {quantizer} of frame {frame} is {codes[frame, quantizer]}, codes are 0 to {LARGEST_CODE}"
-        )
+    if place := first_outside(codes, LARGEST_CODE + 1):
+        frame, quantizer = place
+        raise InputError(f"code {quantizer} of frame {frame} is {codes[place]}, codes are 0 to {LARGEST_CODE}")
     return codes.astype(np.uint16, copy=False)
 
 

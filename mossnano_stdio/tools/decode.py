@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.pcm.samples import WavWriter
+from mossnano_stdio.pcm.wav import WavWriter
 from mossnano_stdio.process.flags import add_chunk_arguments, add_decoder_arguments, chosen_schedule
 from mossnano_stdio.tokens.arrays import sample_range
 from mossnano_stdio.tokens.artifact import Artifact, load_artifact

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import ExitStatus, InputError, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.pcm.samples import Sound, read_sound, resampled
+from mossnano_stdio.pcm.recordings import Sound, read_sound, resampled
 from mossnano_stdio.process.flags import add_engine_arguments, whole_number
 from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
 from mossnano_stdio.tokens.artifact import build_artifact

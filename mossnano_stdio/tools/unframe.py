@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from mossnano_stdio.errors import ExitStatus, InputError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.pcm.samples import WavWriter
+from mossnano_stdio.pcm.wav import WavWriter
 from mossnano_stdio.protocol.messages import Kind, MessageReader, parse_json
 from mossnano_stdio.tokens.format import SAMPLE_BYTES
 

@@ -7,4 +7,6 @@ Rules of this room:
   recorded in `mossnano.json`, what was published is pinned in published.py.
 - Weights that were asked for and are not there are an error; nothing else is loaded in their place, and the demo only
   by its name.
+- Other rooms import from here. hub.py, which speaks to the network, and what reads files for us (checked_json.py,
+  onnx_shapes.py) are imported by their names.
 """

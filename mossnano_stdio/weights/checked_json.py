@@ -1,4 +1,4 @@
-"""JSON files of a weights folder, read with care: every place in them knows how it is called in errors.
+"""JSON files of a weights folder, read so that an error can name the place in the file.
 
 Rules of this room:
 

@@ -7,7 +7,7 @@ Rules of this room:
   are hashed each time, which takes no longer than remembering.
 - A file that changed within the last seconds is not remembered: clocks are coarse, and a second change within the
   same tick would go unseen.
-- The memory is a convenience. Where it cannot be read or written, files are hashed each time, and nobody is told.
+- Where what was remembered cannot be read or written, files are hashed each time, without an error.
 """
 
 from __future__ import annotations
@@ -52,18 +52,14 @@ def sha256_of(path: Path, *, afresh: bool = False) -> str:
     with target.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         marks_after = _marks_of(os.fstat(file.fileno()))
-    if not is_small and marks_after == marks and _is_settled(marks):
+    is_settled = max(marks[1:3]) + SETTLED_NS < time.time_ns()  # both its times
+    if not is_small and marks_after == marks and is_settled:
         _remember(str(target), [*marks, sha256])
     return sha256
 
 
 def _marks_of(status: os.stat_result) -> Marks:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def _is_settled(marks: Marks) -> bool:
-    _, modified_ns, changed_ns, _ = marks
-    return max(modified_ns, changed_ns) + SETTLED_NS < time.time_ns()
 
 
 def _load_memory() -> dict[str, list[int | str]]:
@@ -91,13 +87,9 @@ def _remember(key: str, entry: list[int | str]) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / MEMORY_NAME, document)
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        unfinished = folder / f".{MEMORY_NAME}.{os.getpid()}.part"
+        try:
+            unfinished.write_text(document, encoding="utf-8")
+            unfinished.replace(folder / MEMORY_NAME)
+        finally:
+            unfinished.unlink(missing_ok=True)

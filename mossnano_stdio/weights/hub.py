@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError
+from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError, reason_of
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.folder import WEIGHTS_NAME
@@ -33,7 +33,6 @@ from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.published import PinnedRepository
 
 CHECKPOINT_NAME: Final = "MOSS-Audio-Tokenizer-Nano"
-UNFINISHED_SUFFIX: Final = ".part"
 DISK_ERRNOS: Final = {  # none of them comes from a socket
     number
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EMFILE", "ENFILE")
@@ -90,8 +89,13 @@ def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
             report(f"{name}: {record.size_bytes:,} bytes, already there and right")
             continue
         cached = _cached_file(selection.repository, name, record)
+        unfinished = folder / f".{name}.{os.getpid()}.part"
         with _writing(destination):
-            _place(cached, destination)
+            try:
+                shutil.copyfile(cached, unfinished)
+                unfinished.replace(destination)
+            finally:
+                unfinished.unlink(missing_ok=True)
         placed.append(name)
         report(f"{name}: {record.size_bytes:,} bytes, verified")
     return placed
@@ -130,10 +134,9 @@ def _explained(error: Exception, hub: Any, what: str) -> MossnanoError:
     where = hub.constants.ENDPOINT
     causes = list(_chain(error))
     if maybe_errno := next(filter(None, map(_maybe_disk_errno, causes)), None):
-        name = errno.errorcode.get(maybe_errno, "unknown errno")
+        reason = reason_of(OSError(maybe_errno, os.strerror(maybe_errno)))
         return OutputError(
-            f"{what}: cannot be written to {hub.constants.HF_HUB_CACHE}: {os.strerror(maybe_errno)} ({name}); "
-            "HF_HUB_CACHE can name another place"
+            f"{what}: cannot be written to {hub.constants.HF_HUB_CACHE}: {reason}; HF_HUB_CACHE can name another place"
         )
     statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     match next(filter(None, statuses), None):
@@ -189,22 +192,12 @@ def _remove_from_cache(path: Path) -> None:
     content.unlink(missing_ok=True)
 
 
-def _place(cached: Path, destination: Path) -> None:
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}{UNFINISHED_SUFFIX}")
-    try:
-        shutil.copyfile(cached, unfinished)
-        unfinished.replace(destination)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
-        raise OutputError(f"{path}: cannot be written: {error.strerror} ({name})") from error
+        raise OutputError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 def _import_hub() -> Any:

@@ -54,13 +54,13 @@ def build_metadata(
     names: dict[str, Any] = {"opset": opset}
     if "encode" in files:
         names |= {"encode_input_names": ENCODE_INPUTS, "encode_output_names": ENCODE_OUTPUTS}
-    names |= {"decode_input_names": DECODE_INPUTS, "decode_output_names": DECODE_OUTPUTS}
-    for side, own_names in (("input", DECODE_INPUTS), ("output", DECODE_OUTPUTS)):
-        counters = [counter[f"{side}_name"] for counter in streaming["transformer_offsets"]]
-        caches = [
-            cache[f"{state}_{side}_name"] for cache in streaming["attention_caches"] for state in STATES_OF_A_CACHE
-        ]
-        names[f"decode_step_{side}_names"] = [*own_names, *counters, *caches]
+    states = states_of(streaming)
+    names |= {
+        "decode_input_names": DECODE_INPUTS,
+        "decode_output_names": DECODE_OUTPUTS,
+        "decode_step_input_names": [*DECODE_INPUTS, *(state.input_name for state in states)],
+        "decode_step_output_names": [*DECODE_OUTPUTS, *(state.output_name for state in states)],
+    }
     return {
         "format_version": METADATA_VERSION,
         "checkpoint_path": checkpoint_name,
@@ -80,6 +80,11 @@ def build_metadata(
 def build_streaming(counters: Sequence[Mapping[str, Any]], caches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of decode_step: a counter for each transformer, a cache of four tensors for each of its layers."""
     return {"batch_size": 1, "transformer_offsets": counters, "attention_caches": caches}
+
+
+def states_of(streaming: Mapping[str, Any]) -> tuple[StateSpec, ...]:
+    """The same, as whoever parses the metadata will find them."""
+    return _parse_states(Entry(streaming, "streaming_decode"))
 
 
 def build_counter(number: int, decoder_index: int) -> dict[str, Any]:

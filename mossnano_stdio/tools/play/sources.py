@@ -21,7 +21,8 @@ from typing import BinaryIO, Final, Literal
 import numpy as np
 
 from mossnano_stdio.errors import InputError, MossnanoError, PayloadError, ProtocolError, UsageError
-from mossnano_stdio.pcm.samples import read_audio, to_pcm16
+from mossnano_stdio.pcm.recordings import read_audio
+from mossnano_stdio.pcm.samples import to_pcm16
 from mossnano_stdio.process.logs import log
 from mossnano_stdio.protocol.messages import (
     LENGTH_BYTES,

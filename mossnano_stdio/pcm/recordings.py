@@ -1,0 +1,193 @@
+"""Audio files, read: WAVs, and with the extra `audio` whatever libsndfile reads; at the rate that is wanted.
+
+Rules of this room:
+
+- A file is read block by block. What is 16 bits in the file stays so until floats are asked for.
+- NaN and infinity are errors that name their place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import wave
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
+from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite
+from mossnano_stdio.tokens.format import SAMPLE_BYTES
+
+WIDEST_PCM_BYTES: Final = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What a file holds: 16-bit integers where it holds those, else floats. [samples, channels]"""
+
+    sample_rate: int
+    samples: NDArray[np.int16] | NDArray[np.float32]
+
+    @property
+    def audio(self) -> NDArray[np.float32]:
+        """As floats, full scale is 1."""
+        if self.samples.dtype == np.int16:
+            return as_float(self.samples.astype(np.int16, copy=False))
+        return self.samples.astype(np.float32, copy=False)
+
+    def steps_between(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Samples `start` to `stop` in 16-bit steps, full scale is 32767; exact for what is 16 bits in the file."""
+        part = self.samples[start:stop]
+        if part.dtype == np.int16:
+            return part.astype(np.float64)
+        return part * np.float64(FULL_SCALE)
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """An audio file whose header was read, and whose samples are read while they are used: [samples, channels]."""
+
+    sample_rate: int
+    channels: int
+    samples: int  # as its header says
+    dtype: type[np.int16] | type[np.float32]
+    stored: Iterator[NDArray[Any]]  # block by block, found finite
+
+    @property
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """As floats."""
+        return (Recording(self.sample_rate, block).audio for block in self.stored)
+
+
+def read_audio(file: BinaryIO, name: str) -> Recording:
+    """A WAV, or whatever else the extra `audio` reads (FLAC, OGG, MP3, ...). `name` is for the errors."""
+    sound = read_sound(file, name)
+    return Recording(sound.sample_rate, np.concatenate([np.empty((0, sound.channels), sound.dtype), *sound.stored]))
+
+
+def read_sound(file: BinaryIO, name: str) -> Sound:
+    """Like `read_audio`, but block by block. `name` is for the errors."""
+    if not file.seekable():
+        file = io.BytesIO(file.read())
+    try:
+        import soundfile
+    except (ImportError, OSError):  # OSError: the package is there, the library that it wraps is not
+        return _read_by_wave(file, name)
+    return _read_by(soundfile, file, name)
+
+
+def resampled(
+    blocks: Iterable[NDArray[np.float32]], channels: int, sample_rate: int, wanted_rate: int
+) -> Iterator[NDArray[np.float32]]:
+    """The same sound at another rate. n samples become n * wanted_rate / sample_rate, half up, for any blocks.
+
+    A block is resampled piece by piece: from a low rate to a high one it would grow as much, at once.
+    """
+    if sample_rate == wanted_rate:
+        yield from blocks
+        return
+    try:
+        import soxr
+    except ImportError:
+        raise UsageError(
+            f"audio at {sample_rate} Hz has to be resampled to {wanted_rate} Hz, and soxr is not installed: "
+            "pip install 'mossnano-stdio[audio]'"
+        ) from None
+    stream = soxr.ResampleStream(sample_rate, wanted_rate, channels, dtype="float32")
+    piece_samples = max(1, BLOCK_SAMPLES * sample_rate // wanted_rate)
+    for block in blocks:
+        for start in range(0, len(block), piece_samples):
+            yield stream.resample_chunk(np.ascontiguousarray(block[start : start + piece_samples]), last=False)
+    yield stream.resample_chunk(np.zeros((0, channels), dtype=np.float32), last=True)
+
+
+class _Patient:
+    """A file as libsndfile is given it. A damaged header makes it ask for places that no file has: nothing moves then,
+    where a file's own error would be printed from inside the library, and still not stop it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.read = file.read
+        self.tell = file.tell
+
+    def __repr__(self) -> str:
+        return "it"  # as libsndfile's errors call it, behind a name that ours have
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with contextlib.suppress(ValueError, OSError):
+            self._file.seek(offset, whence)
+        return self._file.tell()
+
+
+def _read_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Sound:
+    try:
+        sound = soundfile.SoundFile(_Patient(file))
+    except soundfile.SoundFileError as error:
+        raise InputError(f"{name} is no audio file that can be read: {error}") from None
+    dtype = np.int16 if sound.subtype == "PCM_16" else np.float32
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        start = 0
+        with sound:
+            while len(block := _next_block(soundfile, sound, dtype.__name__, name, start)):
+                try:
+                    check_finite(block, start)
+                except NonFiniteError as error:
+                    raise InputError(f"{name}: {error}") from None
+                yield block
+                start += len(block)
+
+    return Sound(sound.samplerate, sound.channels, sound.frames, dtype, blocks())
+
+
+def _next_block(soundfile: ModuleType, sound: Any, dtype: str, name: str, start: int) -> NDArray[Any]:
+    try:
+        block: NDArray[Any] = sound.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise InputError(f"{name} cannot be read on from sample {start}: {error}") from None
+    return block
+
+
+def _read_by_wave(file: BinaryIO, name: str) -> Sound:
+    with _wave_errors(name):
+        sound = wave.open(file, "rb")  # noqa: SIM115 - closed where the last block was read
+    sample_rate, channels, width_bytes = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
+    if width_bytes > WIDEST_PCM_BYTES or sample_rate < 1:
+        raise InputError(f"{name} has {8 * width_bytes} bits at {sample_rate} Hz, allowed are 8 to 32 at 1 Hz or more")
+
+    def blocks() -> Iterator[NDArray[Any]]:
+        with _wave_errors(name), sound:
+            while data := sound.readframes(BLOCK_SAMPLES):
+                data = data[: len(data) - len(data) % (width_bytes * channels)]  # a cut file may end inside a sample
+                yield _samples_of_width(data, width_bytes).reshape(-1, channels)
+
+    dtype = np.int16 if width_bytes == SAMPLE_BYTES else np.float32
+    return Sound(sample_rate, channels, sound.getnframes(), dtype, blocks())
+
+
+@contextlib.contextmanager
+def _wave_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that claims to end before it begins
+        raise InputError(
+            f"{name} is no WAV of whole numbers ({str(error) or 'it ends too early'}); "
+            "for FLAC, OGG, MP3 and other WAVs: pip install 'mossnano-stdio[audio]'"
+        ) from None
+
+
+def _samples_of_width(data: bytes, width_bytes: int) -> NDArray[np.int16] | NDArray[np.float32]:
+    """16 bits stay as they are; other widths become floats, scaled as soundfile does."""
+    if width_bytes == SAMPLE_BYTES:
+        return np.frombuffer(data, dtype="<i2").astype(np.int16, copy=False)
+    if width_bytes == 1:
+        return ((np.frombuffer(data, dtype=np.uint8).astype(np.float32)) - 128) / np.float32(128)
+    wide = np.zeros((len(data) // width_bytes, 4), dtype=np.uint8)
+    wide[:, 4 - width_bytes :] = np.frombuffer(data, dtype=np.uint8).reshape(-1, width_bytes)
+    return (wide.view("<i4")[:, 0] / 2.0**31).astype(np.float32)
