@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_messages.py", "test_artifact.py", "test_session.py", "test_encode_session.py", "test_session_asked.py")
+TESTS = ("test_messages.py", "test_artifact.py", "test_decoding.py", "test_encoding.py", "test_connection.py")
 ROOMS = ("protocol/", "tokens/artifact.py")  # in mossnano_stdio/
 
 

@@ -1,4 +1,4 @@
-"""The session: every cell of the transition table, and that streams leave no trace in one another."""
+"""Decoding: every cell of the transition table, and that streams leave no trace in one another."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ FRAMES = some_frames(5)
 
 
 class Talk:
-    """A session, what was said to it, and what it answered."""
+    """A connection, what was said to it, and what it answered."""
 
     def __init__(self, decoder: CountingDecoder | None = None, schedule: Schedule | None = None) -> None:
         self.decoder = decoder or CountingDecoder()
         self.cancels_waiting = 0
-        self.session = Connection(
+        self.connection = Connection(
             DECODE,
             self.decoder,
             schedule or Ramp(),
@@ -52,9 +52,9 @@ class Talk:
         for message in messages:
             if message.kind == Kind.CANCEL:
                 self.cancels_waiting -= 1
-            answers.extend(self.session.handle(message))
-            while self.session.is_due:
-                answers.extend(self.session.advance())
+            answers.extend(self.connection.handle(message))
+            while self.connection.is_due:
+                answers.extend(self.connection.advance())
         return answers
 
     def say_and_cancel(self, *messages: Message, cancel: bytes = b"") -> list[Message]:
@@ -135,17 +135,17 @@ def test_the_ramp_takes_what_waits() -> None:
 
 def test_tokens_only_queue_until_the_next_chunk_is_asked_for() -> None:
     talk = Talk(schedule=Fixed(2))
-    assert list(talk.session.handle(tokens(FRAMES[:1]))) == []
-    assert (talk.session.is_due, talk.session.is_sated) == (False, False)
-    assert list(talk.session.handle(tokens(FRAMES[1:5]))) == []
-    assert (talk.session.is_due, talk.session.is_sated) == (True, True)
-    assert len(list(talk.session.advance())) == 1
+    assert list(talk.connection.handle(tokens(FRAMES[:1]))) == []
+    assert (talk.connection.is_due, talk.connection.is_sated) == (False, False)
+    assert list(talk.connection.handle(tokens(FRAMES[1:5]))) == []
+    assert (talk.connection.is_due, talk.connection.is_sated) == (True, True)
+    assert len(list(talk.connection.advance())) == 1
     assert talk.decoder.steps == [2]
 
 
 def test_each_chunk_is_decoded_only_when_its_message_is_taken() -> None:
     talk = Talk()
-    answers = talk.session.handle(artifact(some_frames(20)))
+    answers = talk.connection.handle(artifact(some_frames(20)))
     next(answers)
     assert talk.decoder.steps == [1]
     next(answers)
@@ -168,7 +168,7 @@ def test_an_artifact_is_a_stream_of_its_own_trimmed_to_its_samples(piece_bytes: 
     assert pcm(answers) == expected_pcm(FRAMES, SMALL)[: samples * 4]
     assert fields(answers[-1]) == end_of(0, 5, samples=samples)
     assert all(answer.payload for answer in answers)
-    assert talk.session.state is State.IDLE
+    assert talk.connection.state is State.IDLE
 
 
 def test_streams_are_numbered_and_start_from_nothing() -> None:
@@ -194,7 +194,7 @@ def test_a_chunk_larger_than_an_audio_message_may_be_is_split() -> None:
 
 def test_a_ping_comes_back_after_all_that_was_due() -> None:
     talk = Talk()
-    list(talk.session.handle(tokens(FRAMES)))
+    list(talk.connection.handle(tokens(FRAMES)))
     assert outline(talk.say(PING)) == ["AUDIO"] * 3 + ["PING"]
     assert talk.say(PING) == [PING]
 
@@ -219,7 +219,7 @@ def test_a_ping_does_not_hurry_a_fixed_chunk() -> None:
 
 
 def test_the_handshake_says_what_holds() -> None:
-    assert fields(Talk().session.handshake()) == {
+    assert fields(Talk().connection.handshake()) == {
         "protocol": 1,
         "demo": False,
         "direction": "decode",
@@ -265,11 +265,11 @@ def test_settings_take_hold_and_are_answered_by_a_handshake() -> None:
 )
 def test_bad_settings_change_nothing(payload: bytes, says: str) -> None:
     talk = Talk()
-    before = talk.session.handshake()
+    before = talk.connection.handshake()
     answers = talk.say(Message(Kind.SETTINGS, payload))
     assert outline(answers)[0] in ("bad_settings", "bad_payload")
     assert says in fields(answers[0])["message"]
-    assert talk.session.handshake() == before
+    assert talk.connection.handshake() == before
 
 
 def test_a_prefix_is_refused_where_the_graph_cannot() -> None:
@@ -323,7 +323,7 @@ def test_bad_tokens_end_their_stream_and_no_other(bad: str, begin: list[Message]
 
 def test_what_came_before_bad_tokens_is_decoded_although_it_was_still_queued() -> None:
     talk = Talk()
-    list(talk.session.handle(tokens(FRAMES)))
+    list(talk.connection.handle(tokens(FRAMES)))
     answers = talk.say(BAD_TOKENS["a partial frame"])
     assert pcm(answers) == expected_pcm(FRAMES, SMALL)
     assert outline(answers) == ["AUDIO", "AUDIO", "AUDIO", "bad_tokens"]
@@ -450,7 +450,7 @@ def test_a_cancel_between_streams_is_answered() -> None:
 def test_a_cancel_drops_the_open_stream_and_what_of_it_waits() -> None:
     talk = Talk()
     talk.say(tokens(FRAMES[:1]))
-    list(talk.session.handle(tokens(FRAMES[1:3])))
+    list(talk.connection.handle(tokens(FRAMES[1:3])))
     answers = talk.say_and_cancel(tokens(FRAMES[3:]), END)
     assert [fields(answer) for answer in answers] == [cancelled(0, 1, 1, "")]
     assert talk.decoder.steps == [1]
@@ -459,7 +459,7 @@ def test_a_cancel_drops_the_open_stream_and_what_of_it_waits() -> None:
 
 def test_a_cancel_stops_an_artifact_between_two_chunks() -> None:
     talk = Talk()
-    answers = talk.session.handle(artifact(some_frames(50)))
+    answers = talk.connection.handle(artifact(some_frames(50)))
     heard = [next(answers), next(answers)]
     talk.cancels_waiting = 1
     assert list(answers) == []
@@ -502,7 +502,7 @@ def test_a_cancel_ends_a_stream_that_went_bad() -> None:
     talk = Talk()
     talk.say(BAD_TOKENS["a partial frame"])
     assert [fields(answer) for answer in talk.say_and_cancel()] == [cancelled(0, 0, 1, "", errors=1)]
-    assert talk.session.state is State.IDLE
+    assert talk.connection.state is State.IDLE
 
 
 def test_each_of_several_cancels_is_answered() -> None:
@@ -517,7 +517,7 @@ def test_each_of_several_cancels_is_answered() -> None:
 
 def test_end_of_input_closes_an_open_stream_like_an_end() -> None:
     talk = Talk(schedule=Fixed(4))
-    answers = talk.say(tokens(FRAMES)) + list(talk.session.close())
+    answers = talk.say(tokens(FRAMES)) + list(talk.connection.close())
     assert pcm(answers) == expected_pcm(FRAMES, SMALL)
     assert fields(answers[-1]) == end_of(0, 5)
 
@@ -525,13 +525,13 @@ def test_end_of_input_closes_an_open_stream_like_an_end() -> None:
 def test_end_of_input_between_streams_says_nothing() -> None:
     talk = Talk()
     talk.say(tokens(FRAMES), END)
-    assert list(talk.session.close()) == []
+    assert list(talk.connection.close()) == []
 
 
 def test_end_of_input_inside_an_artifact_is_fatal() -> None:
     talk = Talk()
     talk.say(Message(Kind.ARTIFACT, artifact_bytes(FRAMES, SMALL)[:-1]))
-    answers = list(talk.session.close())
+    answers = list(talk.connection.close())
     assert outline(answers) == ["bad_artifact", "END 0"]
     assert fields(answers[0])["fatal"] is True
 
@@ -539,14 +539,14 @@ def test_end_of_input_inside_an_artifact_is_fatal() -> None:
 def test_lost_framing_drains_what_is_whole() -> None:
     talk = Talk(schedule=Fixed(2))
     talk.say(tokens(FRAMES))
-    answers = list(talk.session.close(ProtocolError("lost")))
+    answers = list(talk.connection.close(ProtocolError("lost")))
     assert outline(answers) == ["AUDIO", "framing_lost", "END 0"]
     assert fields(answers[1]) == {"code": "framing_lost", "message": "lost", "stream": 0, "fatal": True}
     assert fields(answers[-1]) == end_of(0, 5, errors=1)
 
 
 def test_lost_framing_between_streams_is_only_said() -> None:
-    assert outline(list(Talk().session.close(ProtocolError("lost")))) == ["framing_lost"]
+    assert outline(list(Talk().connection.close(ProtocolError("lost")))) == ["framing_lost"]
 
 
 # --- the table -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The room schedule: how seconds become frames, and how frames become chunks."""
+"""Chunks: how seconds become frames, and how frames become chunks."""
 
 from __future__ import annotations
 

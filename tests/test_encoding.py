@@ -1,4 +1,4 @@
-"""The encoder's side of a session: its table, and that any cut of the audio gives the same tokens."""
+"""Encoding: its transition table, and that any cut of the audio gives the same tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Talk:
     def __init__(self, encoder: CountingEncoder | None = None, schedule: Schedule | None = None) -> None:
         self.encoder = encoder or CountingEncoder()
         self.cancels_waiting = 0
-        self.session = Connection(
+        self.connection = Connection(
             ENCODE,
             self.encoder,
             schedule or Ramp(),
@@ -47,9 +47,9 @@ class Talk:
         answers: list[Message] = []
         for message in messages:
             self.cancels_waiting -= message.kind == Kind.CANCEL
-            answers.extend(self.session.handle(message))
-            while self.session.is_due:
-                answers.extend(self.session.advance())
+            answers.extend(self.connection.handle(message))
+            while self.connection.is_due:
+                answers.extend(self.connection.advance())
         return answers
 
 
@@ -157,7 +157,7 @@ def test_a_peer_whose_numbers_differ_is_not_encoded() -> None:
 )
 def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: list[tuple[str, int]]) -> None:
     conversation = Talk()
-    answers = [conversation.session.handshake()]
+    answers = [conversation.connection.handshake()]
     for what, samples in told:
         if what == "AUDIO":
             answers += conversation.say(Message(Kind.AUDIO, noise(samples)))
@@ -167,7 +167,7 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
         elif what == "CANCEL":
             conversation.cancels_waiting += 1
             answers += conversation.say(Message(Kind.CANCEL))
-        elif conversation.session.state is not State.IDLE:
+        elif conversation.connection.state is not State.IDLE:
             answers += conversation.say(END)
     decoder = Connection(DECODE, CountingDecoder(), Ramp(), {})
     heard = [answer for message in answers for answer in decoded(decoder, message)]
@@ -177,16 +177,16 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
     assert ends == sum(stream is not None for stream in streams)
 
 
-def decoded(session: Connection, message: Message) -> list[Message]:
-    answers = list(session.handle(message))
-    while session.is_due:
-        answers += session.advance()
+def decoded(connection: Connection, message: Message) -> list[Message]:
+    answers = list(connection.handle(message))
+    while connection.is_due:
+        answers += connection.advance()
     return answers
 
 
 def test_end_of_input_ends_the_stream() -> None:
     talk = Talk(schedule=Fixed(3))
-    answers = talk.say(Message(Kind.AUDIO, PCM)) + list(talk.session.close())
+    answers = talk.say(Message(Kind.AUDIO, PCM)) + list(talk.connection.close())
     assert tokens_of(answers) == tokens_payload(expected_codes(PCM))
     assert fields(answers[-1])["original_samples"] == 18
 
