@@ -49,6 +49,7 @@ from mossnano_stdio import pinned
 from mossnano_stdio.digest import cache_folder, sha256_of
 from mossnano_stdio.entry import Entry, load_json
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.files import open_named
 from mossnano_stdio.initializers import initializer_shapes
 from mossnano_stdio.layout import CodecFormat
 from mossnano_stdio.pinned import FileRecord
@@ -294,7 +295,8 @@ def save_sidecar(folder: Path, sidecar: Sidecar) -> None:
     document["files"] = {
         name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in sidecar.files.items()
     }
-    (folder / SIDECAR_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with open_named(folder / SIDECAR_NAME) as file:
+        file.write(json.dumps(document, indent=2).encode() + b"\n")
 
 
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:

@@ -13,7 +13,6 @@ Rules of this room:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -28,6 +27,7 @@ from mossnano_stdio import pinned
 from mossnano_stdio.bundle import WEIGHTS_NAME
 from mossnano_stdio.digest import cache_folder, sha256_of
 from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError
+from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.pinned import FileRecord, PinnedRepository
 
 CHECKPOINT_NAME: Final = "MOSS-Audio-Tokenizer-Nano"
@@ -79,7 +79,7 @@ def _part_of_bundle(direction: str) -> Selection:
 def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
     """Have every file of `selection` in `folder`, right to the byte; the names of those that were not so before."""
     placed = []
-    with _writing(folder):
+    with told_as(cannot_write(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     for name in selection.file_names:
         record = selection.repository.files[name]
@@ -88,7 +88,7 @@ def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
             report(f"{name}: {record.size_bytes:,} bytes, already there and right")
             continue
         cached = _cached_file(selection.repository, name, record)
-        with _writing(destination):
+        with told_as(cannot_write(destination)):
             _place(cached, destination)
         placed.append(name)
         report(f"{name}: {record.size_bytes:,} bytes, verified")
@@ -194,15 +194,6 @@ def _place(cached: Path, destination: Path) -> None:
         unfinished.replace(destination)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
-        raise OutputError(f"{path}: cannot be written: {error.strerror} ({name})") from error
 
 
 def _import_hub() -> Any:

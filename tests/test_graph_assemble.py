@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -84,17 +82,6 @@ def test_the_sidecar_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for name in (SIDECAR_NAME, "a.onnx", "z.data"):
             (stage / name).touch()
     assert moved == ["a.onnx", "z.data", SIDECAR_NAME]
-
-
-def test_a_full_disk_is_an_output_error(tmp_path: Path, tiny_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "graph.onnx")
-
-    monkeypatch.setattr(assemble, "save_graphs", full)
-    outcome = call_tool("build", tiny_reference, tmp_path)
-    assert outcome.status == ExitStatus.OUTPUT_FAILED
-    assert "graph.onnx: cannot be written: No space left on device (ENOSPC)" in outcome.error_line
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from mossnano_stdio.bundle import (
     save_sidecar,
 )
 from mossnano_stdio.errors import BundleError, OutputError
+from mossnano_stdio.files import cannot_write, open_named, told_as
 from mossnano_stdio.graph import contract, official
 from mossnano_stdio.graph.builder import save_graphs
 from mossnano_stdio.graph.checkpoint import load_checkpoint
@@ -70,7 +71,7 @@ def build_from_bundle(source: Path, folder: Path) -> None:
             files={**bundle.sidecar.files, **record_files(stage, _files_of(graphs))},
         )
         save_sidecar(stage, sidecar)
-        shutil.copyfile(bundle.folder / METADATA_NAME, stage / METADATA_NAME)
+        _copy(bundle.folder / METADATA_NAME, stage)
         _try(bundle, load_bundle(stage))
         if beside:
             (stage / METADATA_NAME).unlink()
@@ -84,7 +85,8 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
     with staged(folder) as stage:
         names = _save_official_graphs(stage, weights)
         metadata = contract.metadata(weights, checkpoint_name)
-        (stage / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        with open_named(stage / METADATA_NAME) as file:
+            file.write(json.dumps(metadata, indent=2).encode() + b"\n")
         graphs = _save_own_graphs(stage, weights)
         sidecar = Sidecar(
             name=name,
@@ -118,14 +120,12 @@ def staged(folder: Path) -> Iterator[Path]:
     stage = None
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+        with told_as(cannot_write(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            stage = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
         yield stage
         _move(stage, folder)
         made.clear()  # it stays
-    except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown errno")
-        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror} ({name})") from error
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
@@ -138,9 +138,10 @@ def _move(stage: Path, folder: Path) -> None:
     paths = sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME)
     for target in (folder / path.name for path in paths):
         if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            raise OutputError(f"{cannot_write(target)}: {os.strerror(errno.EISDIR)} (EISDIR)")
     for path in paths:
-        path.replace(folder / path.name)
+        with told_as(cannot_write(folder / path.name)):
+            path.replace(folder / path.name)
 
 
 def _try(source: Bundle, built: Bundle) -> None:
@@ -175,4 +176,10 @@ def _files_of(graphs: dict[str, SidecarGraph]) -> list[str]:
 def _copy_official_files(bundle: Bundle, folder: Path) -> None:
     names = (name for name in ("decode_step", "decode_full", "encode") if bundle.has_graph(name))
     for path in {file.path for name in names for file in bundle.graph(name).files}:
-        shutil.copyfile(path, folder / path.name)
+        _copy(path, folder)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    """As shutil would, which names the file that is read when the other cannot be written."""
+    with path.open("rb") as source, open_named(folder / path.name) as copy:
+        shutil.copyfileobj(source, copy)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.files import open_named
 from mossnano_stdio.graph.config import CodecConfig, ModuleConfig, TransformerConfig, load_config
 from mossnano_stdio.graph.weights import (
     Array,
@@ -56,9 +57,11 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[st
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": dict.fromkeys(sorted(tensors), SHARD_NAME),
     }
-    (folder / SHARD_NAME).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with open_named(folder / SHARD_NAME) as file:
+        file.write(save(dict(tensors), metadata={"format": "pt"}))
+    for name, document in ((INDEX_NAME, index), (CONFIG_NAME, config)):
+        with open_named(folder / name) as file:
+            file.write(json.dumps(document, indent=2).encode() + b"\n")
 
 
 def _decoder(config: CodecConfig, tensors: _Tensors) -> DecoderWeights:
