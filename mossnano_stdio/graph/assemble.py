@@ -4,6 +4,9 @@ Rules of this room:
 
 - Everything is written into a folder of its own within the target and moved from there when it is whole and was
   tried out. Of a failed build nothing stays, and what was there before does.
+- That folder is locked while its build runs, and the system unlocks it when the process ends in whatever way. So the
+  next build removes what one left that was killed, and nothing of one that runs. (On Windows it cannot tell, and leaves
+  both.)
 - `mossnano.json` comes last. Until it is there, what an older one says about sizes and SHA-256 does not fit the new
   files, so a half-moved bundle is refused and never decoded.
 - Official files are never changed: built from a bundle, our graphs land beside its files, or beside copies of them.
@@ -14,10 +17,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +49,8 @@ from mossnano_stdio.graph.standin import SIZES, save_standin
 from mossnano_stdio.graph.trial import try_decoder, try_encoder
 from mossnano_stdio.graph.weights import CodecWeights
 
+STAGE_PREFIX = ".building-"
+ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
 PUBLISHED_CHECKPOINT_NAME = pinned.CHECKPOINT.repository.rpartition("/")[2]
 
 
@@ -102,36 +109,72 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
 
 def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
     """Make up a stand-in: its checkpoint in `folder`/checkpoint, and the bundle built from that in `folder`."""
-    checkpoint = folder / "checkpoint"
-    with staged(checkpoint) as stage:
+    with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
         save_standin(stage, SIZES[size], seed)
-    save_bundle(
-        folder,
-        load_checkpoint(checkpoint),
-        name=f"{size} stand-in, seed {seed}",
-        checkpoint_name=PUBLISHED_CHECKPOINT_NAME,
-        trial=trial,
-    )
+        save_bundle(
+            folder,
+            load_checkpoint(stage),
+            name=f"{size} stand-in, seed {seed}",
+            checkpoint_name=PUBLISHED_CHECKPOINT_NAME,
+            trial=trial,
+        )
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder to build in, whose files are moved into `folder` at the end and are gone where something failed."""
-    stage = None
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         with told_as(cannot_write(folder)):
             folder.mkdir(parents=True, exist_ok=True)
-            stage = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
-        yield stage
-        _move(stage, folder)
+        _remove_abandoned(folder)
+        with _locked_stage(folder) as stage:
+            yield stage
+            _move(stage, folder)
         made.clear()  # it stays
     finally:
-        if stage:
-            shutil.rmtree(stage, ignore_errors=True)
         for place in made:
             with suppress(OSError):
                 place.rmdir()
+
+
+@contextmanager
+def _locked_stage(folder: Path) -> Iterator[Path]:
+    """A new folder within `folder`, which is ours until the end of the block and gone after it."""
+    with ExitStack() as undo:
+        while True:
+            with told_as(cannot_write(folder)):
+                stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=folder))
+            undo.callback(shutil.rmtree, stage, ignore_errors=True)
+            try:
+                _lock(stage, undo)
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another build came in between and took it for abandoned
+            except OSError:
+                break  # nothing can be locked here, so nobody will find that it is not
+            if stage.exists():
+                break
+        yield stage
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """The stages of builds that were killed: nobody has locked them."""
+    for stage in folder.iterdir():
+        if ABANDONED_NAME.fullmatch(stage.name) and not stage.is_symlink():
+            with ExitStack() as undo, suppress(OSError):
+                _lock(stage, undo)
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+def _lock(folder: Path, undo: ExitStack) -> None:
+    """Lock it until `undo`. An OSError where another has, where it is gone, or where folders cannot be locked."""
+    if sys.platform == "win32":
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(folder))
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    undo.callback(os.close, opened)
+    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _move(stage: Path, folder: Path) -> None:
