@@ -54,7 +54,7 @@ ONLY_IN = {
     "safetensors": {"build"},
     "signal": {"process", "client", "tools", "cli"},
     "select": {"process", "client"},
-    "fcntl": {"process", "client", "tools"},
+    "fcntl": {"process", "client", "tools", "build"},  # build locks the folder that it builds in
     "msvcrt": {"process", "client"},
     "subprocess": {"client", "tools"},
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
