@@ -44,6 +44,12 @@ WAYS_TO_RUN_SKIPPED = {
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny"
 
+# The files of a bundle.
+STEP = "moss_audio_tokenizer_decode_step.onnx"
+FULL = "moss_audio_tokenizer_decode_full.onnx"
+SHARED = "moss_audio_tokenizer_decode_shared.data"
+ENCODE = "moss_audio_tokenizer_encode.onnx"
+
 # Doctests are looked for in every module, which imports it; this one needs torch, which no test of the usual run does.
 collect_ignore = [] if find_spec("torch") else ["torch_export.py"]
 

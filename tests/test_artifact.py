@@ -27,11 +27,10 @@ from mossnano_stdio.tokens.artifact import (
     load_artifact,
     parse_artifact,
 )
-from mossnano_stdio.tokens.format import CodecFormat
+from tests.doubles import NANO
 
 REAL_CODES = Path(__file__).parents[2] / "shared" / "data" / "real_codes.jsonl"
 FIELDS = tuple(FIELD_LIMITS)
-NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 
 # 2 quantizers x 3 frames x 10 bits, written out by hand in [quantizer, frame] order: 1 2 3 | 1023 0 512.
 # Bits from the lowest: 1000000000 0100000000 1100000000 1111111111 0000000000 0000000001, then 4 bits of padding.

@@ -17,12 +17,9 @@ from mossnano_stdio.codecs import whole
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.sidecar import Sidecar, load_sidecar, record_files, save_sidecar
+from tests.conftest import ENCODE, FULL, SHARED, STEP
 from tests.tool import call_tool
 
-STEP = "moss_audio_tokenizer_decode_step.onnx"
-FULL = "moss_audio_tokenizer_decode_full.onnx"
-SHARED = "moss_audio_tokenizer_decode_shared.data"
-ENCODE = "moss_audio_tokenizer_encode.onnx"
 ENCODE_DATA = "moss_audio_tokenizer_encode.data"
 
 

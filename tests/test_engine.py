@@ -24,11 +24,9 @@ from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.sidecar import Sidecar, record_files, save_sidecar
+from tests.conftest import FULL, SHARED, STEP
 from tests.oracle import Sound, furthest
 
-STEP = "moss_audio_tokenizer_decode_step.onnx"
-FULL = "moss_audio_tokenizer_decode_full.onnx"
-SHARED = "moss_audio_tokenizer_decode_shared.data"
 TOLERANCE = 2e-5  # of the goldens
 
 

@@ -22,6 +22,7 @@ from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.weights.graphs import FileRecord
 from mossnano_stdio.weights.hub import Selection, fetch, selections
 from mossnano_stdio.weights.metadata import METADATA_NAME
+from tests.conftest import SHARED, STEP
 from tests.hub import CDN_HOST, HUB_HOST, Hub, serving
 from tests.tool import call_tool
 
@@ -31,8 +32,6 @@ Result = subprocess.CompletedProcess[str]
 
 BUNDLE, BUNDLE_REVISION = "somebody/bundle", "b" * 40
 CHECKPOINT, CHECKPOINT_REVISION = "somebody/checkpoint", "c" * 40
-SHARED = "moss_audio_tokenizer_decode_shared.data"
-STEP = "moss_audio_tokenizer_decode_step.onnx"
 SHARED_BYTES = 300_000
 
 # The tool itself, with other pinned facts, without waiting between attempts, and with files written in small pieces.

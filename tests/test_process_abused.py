@@ -24,7 +24,7 @@ import pytest
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message
 from mossnano_stdio.tokens.packing import pack_frames
 from tests.child import DEMO, LONG, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, random_tokens, run
-from tests.conftest import repeated
+from tests.conftest import SHARED, STEP, repeated
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and leans on Linux's pipes")
@@ -415,10 +415,6 @@ def test_any_chunks_give_the_same_sound(frames: int, in_peace: bytes) -> None:
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
-
-
-STEP = "moss_audio_tokenizer_decode_step.onnx"
-SHARED = "moss_audio_tokenizer_decode_shared.data"
 
 
 @repeated(few=8, many=300)

@@ -27,9 +27,8 @@ from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights.folder import load_bundle
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.sidecar import Sidecar, save_sidecar
+from tests.conftest import STEP
 from tests.oracle import Sound, furthest, in_chunks
-
-STEP = "moss_audio_tokenizer_decode_step.onnx"
 
 TOLERANCE = 2e-5  # of the goldens
 PCM16_STEP = 1 / 32767

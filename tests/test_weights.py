@@ -14,19 +14,16 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.tokens.format import CodecFormat
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import DEMO_FOLDER, find_weights, load_bundle
 from mossnano_stdio.weights.graphs import FileRecord, GraphSpec, StateSpec
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
+from tests.conftest import SHARED, STEP
+from tests.doubles import NANO
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "reference" / "official"
 needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="../shared/reference/official is not here")
-
-NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
-STEP = "moss_audio_tokenizer_decode_step.onnx"
-SHARED = "moss_audio_tokenizer_decode_shared.data"
 
 
 @pytest.fixture(scope="module")
