@@ -268,8 +268,7 @@ def test_what_cannot_be_measured_is_said_before_it_is(arguments: list[str], stat
 
 
 @pytest.mark.parametrize("what", [[], ["--process"]])
-def test_weights_that_do_not_run(tiny_bundle: Path, tmp_path: Path, what: list[str]) -> None:
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+def test_weights_that_do_not_run(folder: Path, what: list[str]) -> None:
     (folder / DECODE_STEP_FILE).write_bytes(b"no graph")
     outcome = call_tool("bench", "--weights", folder, *what, "--threads", "1")
     assert outcome.status == ExitStatus.NO_WEIGHTS

@@ -188,8 +188,9 @@ def test_reset_is_a_fresh_decoder(runtime: FastRuntime, long_codes: Codes) -> No
 def test_nan_does_not_outlive_a_reset(runtime: FastRuntime, codes: Codes, audio: Sound) -> None:
     decoder = runtime.new_decoder()
     decoder.step(codes)
-    for layer in memories(decoder):
-        layer[...] = np.nan
+    for ring in decoder._stream._rings:
+        for layer in ring._memories[0]:
+            layer[...] = np.nan
     assert np.isnan(decoder.step(codes[:1])).any()
     decoder.reset()
     assert furthest(in_chunks(decoder, codes, 3), audio) < TOLERANCE
@@ -289,10 +290,6 @@ def test_what_a_step_gave_stays_as_it_is(decoder: FastDecoder, codes: Codes) -> 
     assert first.flags.c_contiguous
 
 
-def memories(decoder: FastDecoder) -> list[NDArray[np.float32]]:
-    return [part for ring in decoder._stream._rings for part in ring._memories[0]]
-
-
 # --- where the runtime does not write in place, or does not attend ------------------------------------------------
 
 
@@ -302,9 +299,10 @@ def by_copies(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> FastRuntime:
     return FastRuntime(bundle, Engine.of(threads=1))
 
 
-def test_by_copies_it_is_the_same_sound(
+def test_by_copies_it_is_the_same_sound_and_the_log_says_so(
     by_copies: FastRuntime, runtime: FastRuntime, long_codes: Codes, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert ["does not write in place" in record.message for record in caplog.get_records("setup")] == [True]
     for chunk_frames in (1, 3, 8, 17):
         found, expected = (in_chunks(each.new_decoder(), long_codes, chunk_frames) for each in (by_copies, runtime))
         assert np.array_equal(found, expected)
@@ -315,15 +313,6 @@ def test_by_copies_it_is_the_same_sound(
     decoder.reset()
     decoder.restore(snapshot)
     assert furthest(decoder.step(long_codes[30:50]), expected) < TOLERANCE
-
-
-def test_by_copies_is_said_in_the_log(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(in_place, "attention_support", lambda: "by copies")
-    with caplog.at_level(logging.WARNING, "mossnano"):
-        FastRuntime(bundle, Engine.of(threads=1))
-    assert "does not write in place" in caplog.text
 
 
 def test_a_runtime_that_does_not_attend_runs_the_official_graph(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,24 +189,6 @@ def test_a_named_pipe_and_a_file(in_peace: bytes, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"before" + in_peace
 
 
-@contextlib.contextmanager
-def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Do something again and again, from a thread, for as long as the block lasts."""
-    done = threading.Event()
-
-    def repeat() -> None:
-        while not done.wait(seconds):
-            action()
-
-    thread = threading.Thread(target=repeat)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 @pytest.mark.parametrize(
     ("seconds", "rain"),
     [(0.01, [signal.SIGUSR1]), (0.05, [signal.SIGSTOP, signal.SIGCONT])],
@@ -216,12 +198,17 @@ def test_a_rain_of_signals_changes_no_byte(seconds: float, rain: list[int], in_p
     with Child(DEMO, stderr=subprocess.DEVNULL) as child:
         child.next()
 
-        def strike() -> None:
-            for number in rain:
-                child.process.send_signal(number)
-                time.sleep(seconds / 4)
+        is_over = threading.Event()
 
-        with every(seconds, strike):
+        def strike() -> None:
+            while not is_over.wait(seconds):
+                for number in rain:
+                    child.process.send_signal(number)
+                    time.sleep(seconds / 4)
+
+        striker = threading.Thread(target=strike)
+        striker.start()
+        try:
             for _ in range(3):
                 for start in range(0, len(LONG), 500):
                     child.write(LONG[start : start + 500])
@@ -231,6 +218,9 @@ def test_a_rain_of_signals_changes_no_byte(seconds: float, rain: list[int], in_p
                     heard += message.payload
                     time.sleep(0.01)
                 assert heard == in_peace
+        finally:
+            is_over.set()
+            striker.join()
 
 
 @contextlib.contextmanager
