@@ -27,6 +27,8 @@ from mossnano_stdio.tokens.format import Codes
 Array = NDArray[np.float64]
 Sound = NDArray[np.float32]
 
+# No dimension twice, nothing that divides another by chance, one channel, a last frame shorter than a context, heads
+# smaller than what the runtime rotates at once.
 ODD = Size(
     features=30, model=18, hidden=22, heads=3, rvq=11, layers=(1, 2), context_seconds=(0.5, 0.3), patches=(5, 2, 7),
     sample_rate=700, channels=1, frame_samples=70, quantizers=3, codebook_size=13, codebook_dim=5,

@@ -24,8 +24,6 @@ from tests.oracle import ODD
 
 Array = NDArray[Any]
 
-# No dimension twice, one channel, heads smaller than what the runtime rotates at once.
-
 
 class Runner:
     """Runs the graph with as many slots as the recording has tokens, so that nothing ever has to move."""
@@ -176,7 +174,7 @@ def test_nano_over_two_minutes(nano_bundle: Path) -> None:
 
 
 def stepped(folder: Path, audio: Array, chunk_frames: int) -> Array:
-    """As the codec room runs it."""
+    """As codecs/ runs it."""
     encoder, samples = load_encoder_runtime(load_bundle(folder)).new_encoder(), chunk_frames * 3840
     return np.concatenate([encoder.step(audio[start : start + samples]) for start in range(0, len(audio), samples)])
 

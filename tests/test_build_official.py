@@ -32,16 +32,6 @@ State = dict[str, Array]
 
 PUBLISHED_METADATA = Path(__file__).parents[2] / "shared" / "reference" / "official" / METADATA_NAME
 
-# No dimension twice, nothing that divides another by chance, one channel, a last frame shorter than a context.
-
-
-@pytest.fixture(scope="module")
-def built(tiny_reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as a bundle of our own making."""
-    folder = tmp_path_factory.mktemp("built")
-    save_bundle(folder, load_checkpoint(tiny_reference), name="tiny", checkpoint_name="tiny", trial=False)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CodecWeights]:
@@ -74,15 +64,14 @@ class Graphs:
         return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
     def full(self, codes: Array) -> Array:
-        outputs = self.run("decode_full", {"audio_codes": codes[None], "audio_code_lengths": length_of(codes)})
+        outputs = self.run("decode_full", feed_of(codes))
         samples = self.metadata["codec_config"]["downsample_rate"]
         assert outputs["audio_lengths"].tolist() == [len(codes) * samples]
         audio: Array = outputs["audio"][0]
         return audio
 
     def step(self, codes: Array, state: State) -> tuple[Array, State]:
-        feed = {"audio_codes": codes[None], "audio_code_lengths": length_of(codes), **state}
-        outputs = self.run("decode_step", feed)
+        outputs = self.run("decode_step", {**feed_of(codes), **state})
         onnx_names = self.metadata["onnx"]
         pairs = zip(onnx_names["decode_step_input_names"], onnx_names["decode_step_output_names"], strict=True)
         return outputs["audio"][0], {given: outputs[taken] for given, taken in list(pairs)[2:]}
@@ -109,37 +98,29 @@ class Graphs:
         return outputs["audio_codes"][0], int(outputs["audio_code_lengths"][0])
 
 
-def length_of(codes: Array) -> Array:
-    return np.array([len(codes)], np.int32)
+def feed_of(codes: Array) -> dict[str, Array]:
+    return {"audio_codes": codes[None].astype(np.int32), "audio_code_lengths": np.array([len(codes)], np.int32)}
 
 
-def golden(reference: Path, name: str) -> Array:
-    loaded: Array = np.load(reference / name)
-    return loaded.astype(np.int32) if loaded.dtype.kind in "iu" else loaded
-
-
-def test_decode_full_golden(built: Path, tiny_reference: Path) -> None:
-    audio = Graphs(built).full(golden(tiny_reference, "codes.npy"))
-    assert np.abs(audio - golden(tiny_reference, "audio.npy")).max() < 1e-6
+def test_decode_full_golden(built_bundle: Path, codes: Array, audio: Array) -> None:
+    assert np.abs(Graphs(built_bundle).full(codes) - audio.T).max() < 1e-6
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2, 5, 7, 12, 24])
-def test_decode_step_golden(built: Path, tiny_reference: Path, chunk_frames: int) -> None:
-    audio = Graphs(built).stepped(golden(tiny_reference, "codes.npy"), chunk_frames)
-    assert np.abs(audio - golden(tiny_reference, "audio.npy")).max() < 1e-6
+def test_decode_step_golden(built_bundle: Path, codes: Array, audio: Array, chunk_frames: int) -> None:
+    assert np.abs(Graphs(built_bundle).stepped(codes, chunk_frames) - audio.T).max() < 1e-6
 
 
-def test_encode_golden(built: Path, tiny_reference: Path) -> None:
-    wave, expected = golden(tiny_reference, "wave.npy"), golden(tiny_reference, "encoded.npy")
-    codes, count = Graphs(built).encode(wave, wave.shape[1])
+def test_encode_golden(built_bundle: Path, tiny_reference: Path) -> None:
+    wave, expected = np.load(tiny_reference / "wave.npy"), np.load(tiny_reference / "encoded.npy")
+    codes, count = Graphs(built_bundle).encode(wave, wave.shape[1])
     assert count == 12
     assert np.array_equal(codes, expected)
 
 
-def test_every_state_is_the_one_that_torch_gives(built: Path, tiny_bundle: Path, tiny_reference: Path) -> None:
-    ours, torch = Graphs(built), Graphs(tiny_bundle)
+def test_every_state_is_the_one_that_torch_gives(built_bundle: Path, tiny_bundle: Path, codes: Array) -> None:
+    ours, torch = Graphs(built_bundle), Graphs(tiny_bundle)
     our_state, torch_state = ours.initial(), torch.initial()
-    codes = golden(tiny_reference, "codes.npy")
     for start, stop in ((0, 1), (1, 4), (4, 16), (16, 17), (17, 24)):  # past every context
         _, our_state = ours.step(codes[start:stop], our_state)
         _, torch_state = torch.step(codes[start:stop], torch_state)
@@ -150,20 +131,19 @@ def test_every_state_is_the_one_that_torch_gives(built: Path, tiny_bundle: Path,
             assert np.abs(value - torch_state[name]).max() < 2e-5, name
 
 
-def test_states_can_change_hands(built: Path, tiny_bundle: Path, tiny_reference: Path) -> None:
-    codes, expected = golden(tiny_reference, "codes.npy"), golden(tiny_reference, "audio.npy")
-    ours, torch = Graphs(built), Graphs(tiny_bundle)
+def test_states_can_change_hands(built_bundle: Path, tiny_bundle: Path, codes: Array, audio: Array) -> None:
+    ours, torch = Graphs(built_bundle), Graphs(tiny_bundle)
     _, state = torch.step(codes[:15], torch.initial())
-    audio, state = ours.step(codes[15:20], state)
-    assert np.abs(audio - expected[:, 15 * 3840 : 20 * 3840]).max() < 2e-6
-    audio, _ = torch.step(codes[20:], state)
-    assert np.abs(audio - expected[:, 20 * 3840 :]).max() < 2e-6
+    found, state = ours.step(codes[15:20], state)
+    assert np.abs(found.T - audio[15 * 3840 : 20 * 3840]).max() < 2e-6
+    found, _ = torch.step(codes[20:], state)
+    assert np.abs(found.T - audio[20 * 3840 :]).max() < 2e-6
 
 
 @pytest.mark.parametrize(("samples", "length"), [(3840, 3840), (7679, 7679), (11520, 5000), (100, 100), (8000, 0)])
-def test_encode_counts_and_pads_as_torch_does(built: Path, tiny_bundle: Path, samples: int, length: int) -> None:
+def test_encode_counts_and_pads_as_torch_does(built_bundle: Path, tiny_bundle: Path, samples: int, length: int) -> None:
     wave = np.random.default_rng(samples).standard_normal((2, samples)).astype(np.float32) * np.float32(0.2)
-    codes, count = Graphs(built).encode(wave, length)
+    codes, count = Graphs(built_bundle).encode(wave, length)
     torch_codes, torch_count = Graphs(tiny_bundle).encode(wave, length)
     assert count == torch_count == length // 3840
     assert np.array_equal(codes, torch_codes)
@@ -196,8 +176,8 @@ def test_metadata_is_the_published_one(nano_bundle: Path) -> None:
     assert ours == json.loads(PUBLISHED_METADATA.read_text())
 
 
-def test_metadata_lists_what_torch_exported(built: Path, tiny_bundle: Path) -> None:
-    ours, torch = Graphs(built).metadata, Graphs(tiny_bundle).metadata
+def test_metadata_lists_what_torch_exported(built_bundle: Path, tiny_bundle: Path) -> None:
+    ours, torch = Graphs(built_bundle).metadata, Graphs(tiny_bundle).metadata
     assert ours.pop("checkpoint_path") == "tiny"
     assert ours == torch
 
@@ -207,11 +187,11 @@ def test_data_files_have_the_published_sizes(nano_bundle: Path) -> None:
     assert (nano_bundle / ENCODE_DATA).stat().st_size == 44_507_136
 
 
-def test_decode_graphs_share_every_weight(built: Path, tiny_bundle: Path) -> None:
-    assert (built / DECODE_DATA).stat().st_size == (tiny_bundle / DECODE_DATA).stat().st_size
+def test_decode_graphs_share_every_weight(built_bundle: Path, tiny_bundle: Path) -> None:
+    assert (built_bundle / DECODE_DATA).stat().st_size == (tiny_bundle / DECODE_DATA).stat().st_size
     places = []
     for name in (DECODE_STEP_FILE, DECODE_FULL_FILE):
-        model = onnx.load(built / name, load_external_data=False)
+        model = onnx.load(built_bundle / name, load_external_data=False)
         external = [tensor for tensor in model.graph.initializer if tensor.external_data]
         places.append({tensor.name: str(tensor.external_data) for tensor in external})
     assert places[0] == places[1]
@@ -219,15 +199,15 @@ def test_decode_graphs_share_every_weight(built: Path, tiny_bundle: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [DECODE_STEP_FILE, DECODE_FULL_FILE, ENCODE_FILE])
-def test_graphs_are_valid_onnx_of_opset_17(built: Path, name: str) -> None:
-    onnx.checker.check_model(built / name, full_check=True)
-    model = onnx.load(built / name, load_external_data=False)
+def test_graphs_are_valid_onnx_of_opset_17(built_bundle: Path, name: str) -> None:
+    onnx.checker.check_model(built_bundle / name, full_check=True)
+    model = onnx.load(built_bundle / name, load_external_data=False)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
     assert model.ir_version == 8
 
 
-def test_graphs_are_smaller_than_what_torch_exports(built: Path, tiny_bundle: Path) -> None:
+def test_graphs_are_smaller_than_what_torch_exports(built_bundle: Path, tiny_bundle: Path) -> None:
     """Fewer nodes are what makes them faster; `mossnano bench` measures by how much."""
     for name in (DECODE_STEP_FILE, DECODE_FULL_FILE, ENCODE_FILE):
-        nodes = [len(onnx.load(folder / name, load_external_data=False).graph.node) for folder in (built, tiny_bundle)]
-        assert nodes[0] * 2 < nodes[1]
+        ours, torch = (onnx.load(folder / name, load_external_data=False) for folder in (built_bundle, tiny_bundle))
+        assert len(ours.graph.node) * 2 < len(torch.graph.node)

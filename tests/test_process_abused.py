@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message
+from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.tokens.packing import pack_frames
 from tests.child import DEMO, LONG, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, random_tokens, run
 from tests.conftest import SHARED, STEP, repeated
@@ -383,8 +384,7 @@ def double_that_stays() -> Iterator[Child]:
 
 
 @repeated(few=3, many=100)
-def test_the_same_chunks_give_the_same_bytes(times: int, tiny_bundle: Path) -> None:
-    codes = np.load(tiny_bundle.parent / "codes.npy")
+def test_the_same_chunks_give_the_same_bytes(times: int, tiny_bundle: Path, codes: Codes) -> None:
     wire = encoded(Message(Kind.TOKENS, pack_frames(codes, 1024)), END)
     command = [*PROCESS, "--weights", str(tiny_bundle), "--threads", "1", "--chunk-frames", "5", "--output", "raw"]
     heard = {run(command, wire).stdout for _ in range(times)}
@@ -392,8 +392,7 @@ def test_the_same_chunks_give_the_same_bytes(times: int, tiny_bundle: Path) -> N
     assert len(heard.pop()) == len(codes) * FRAME_PCM_BYTES
 
 
-def test_after_a_cancel_the_next_stream_is_that_of_a_fresh_process(tiny_bundle: Path) -> None:
-    codes = np.load(tiny_bundle.parent / "codes.npy")
+def test_after_a_cancel_the_next_stream_is_that_of_a_fresh_process(tiny_bundle: Path, codes: Codes) -> None:
     tokens = Message(Kind.TOKENS, pack_frames(codes, 1024))
     command = [*PROCESS, "--weights", str(tiny_bundle), "--threads", "1", "--chunk-frames", "3"]
     fresh = pcm_of(decoded(run(command, encoded(tokens, END)).stdout))
