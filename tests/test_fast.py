@@ -1,4 +1,4 @@
-"""codecs/fast.py: the sound of the official graph from every chunking and prefix, in memory that only slides."""
+"""codecs/moss.py: the fast graph sounds as the official one, from every chunking and prefix, in sliding memory."""
 
 from __future__ import annotations
 

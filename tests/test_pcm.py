@@ -1,4 +1,4 @@
-"""pcm/samples.py: exact samples, and WAVs that others read."""
+"""pcm/samples.py, wav.py and recordings.py: exact samples, and WAVs that others read."""
 
 from __future__ import annotations
 

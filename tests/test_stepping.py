@@ -1,4 +1,4 @@
-"""codecs/stepping.py: the right sound from every chunking, and a state that cannot be spoilt unnoticed."""
+"""codecs/moss.py and stepping.py: the official graph, right from every chunking, its state never spoilt unnoticed."""
 
 from __future__ import annotations
 

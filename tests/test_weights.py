@@ -1,4 +1,4 @@
-"""weights/folder.py: metadata become trustworthy specifications, or one BundleError that begins with the path."""
+"""weights/: metadata and sidecars become trustworthy specifications, or one BundleError that begins with the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs over whole files: the right codes and sound, and no run that would not fit."""
+"""codecs/whole.py: the right codes and sound of whole files, and no run that would not fit."""
 
 from __future__ import annotations
 
