@@ -151,15 +151,6 @@ def transformers(modules: Sequence[Module]) -> list[tuple[int, TransformerWeight
     return [(index, module) for index, module in enumerate(modules) if isinstance(module, TransformerWeights)]
 
 
-def context_tokens(context_seconds: float, tokens_per_frame: int, frames_per_second: float) -> int:
-    """How many tokens a context lasts.
-
-    >>> context_tokens(10.0, 4, 12.5), context_tokens(4.0, 32, 12.5)
-    (500, 1600)
-    """
-    return round(context_seconds * tokens_per_frame * frames_per_second)
-
-
 def rope_exponents(head_dim: int, max_period: float) -> Array:
     """e_j with theta_j = exp(e_j), rounded as the official graph rounds them. [head_dim / 2]
 
