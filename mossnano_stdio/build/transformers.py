@@ -1,4 +1,4 @@
-"""Transformers in a row, as our own streaming graphs have them: fewer and larger nodes than the official ones.
+"""The transformers of our own streaming graphs, in fewer and larger nodes than the official ones.
 
     per transformer t:
     cosines_t  float32 [slots, ring_dim/2]  RoPE of the token that goes into each slot; only those of new tokens count
@@ -10,10 +10,10 @@
 
 Rules of this room:
 
-- Attention is one GroupQueryAttention node: it rotates, appends keys and values to what lies in their slots, masks
-  by the sliding window and attends. Where inputs and outputs are bound to the same memory, nothing is copied.
-- Layer scales are multiplied into what they scale, in float64.
-- What a graph's inputs do not tell about its transformers is in `stack_facts`, which goes into `mossnano.json`.
+- Attention is one GroupQueryAttention node: it rotates, puts the new keys and values into their slots, masks by the
+  sliding window and attends. Where inputs and outputs are bound to the same memory, it copies nothing.
+- Layer scales are multiplied into the matrices before them, in float64.
+- `stack_facts`, which goes into `mossnano.json`, says what the graph's inputs do not say about its transformers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.build.blocks import norm
 from mossnano_stdio.build.builder import Dimension, GraphBuilder
 from mossnano_stdio.build.model import (
-    NORM_EPSILON,
     Array,
     LayerWeights,
     Module,
@@ -82,13 +82,14 @@ def stack_facts(modules: Sequence[Module]) -> dict[str, Any]:
 
 
 def linear(graph: GraphBuilder, x: str, name: str, matrix: Array | Exact) -> str:
-    """W x of every token. The matrix is kept as [out, in]: so the runtime packs it faster when it loads the graph."""
+    """W x of every token."""
+    # The matrix lies as [out, in], which the runtime packs faster when it loads the graph.
     weight = graph.weight(name, matrix.astype(np.float32))
     return graph.op("FusedMatMul", x, weight, transB=1, domain=MICROSOFT)
 
 
 class Slots(NamedTuple):
-    """What attention finds in its slots, and where the new tokens go: inputs of the graph, the last two outputs too."""
+    """The inputs of an attention node that hold its slots. The last two are outputs of the graph too."""
 
     last: str
     total: str
@@ -99,7 +100,7 @@ class Slots(NamedTuple):
 
 
 class _Attention:
-    """Attention in one transformer. What its layers share are inputs of the graph."""
+    """Attention in one transformer. It adds the inputs that the layers share, then each layer's keys and values."""
 
     def __init__(self, graph: GraphBuilder, number: int, module: TransformerWeights) -> None:
         self._module = module
@@ -126,11 +127,9 @@ class _Attention:
         return linear(graph, attended, f"{name}.out_proj", self._out_proj(layer))
 
     def _in_proj(self, layer: LayerWeights) -> Exact:
-        """Rows for queries, keys and values, their heads padded to the ring's size.
-
-        A pair that RoPE turns is apart by half a head, not side by side: queries and keys are reordered alike, so
-        their products stay what they are.
-        """
+        """Rows for queries, keys and values, their heads padded to the ring's size."""
+        # The node rotates pairs that lie half a head apart, the model's lie side by side. Queries and keys are
+        # reordered alike, so their products stay what they are.
         heads, ring_dim = self._module.heads, self._ring_dim
         queries, keys, values = layer.in_proj.reshape(3, heads, self._module.head_dim, -1)
         padded = np.zeros((3, heads, ring_dim, layer.in_proj.shape[1]))
@@ -151,7 +150,8 @@ def attend(
     graph: GraphBuilder, projected: str, slots: Slots, outputs: list[str], *, heads: int, head_dim: int, context: int
 ) -> str:
     """Rotate and append new tokens, attend from them to at most `context` tokens. `outputs` names keys and values."""
-    # A sink that nothing falls into: with one, CPUs take the plain kernel. The tiled one needs twice the time here.
+    # The sink adds nothing to the softmax, but with one the runtime takes the plain kernel on CPUs. The tiled kernel
+    # that it takes otherwise needs twice the time here.
     sink = graph.constant(np.full(heads, NO_SINK), np.float32)
     optional = ["", ""]
     attended, *_ = graph.ops(
@@ -173,23 +173,14 @@ def attend(
 def _layer(
     graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: _Attention, layer_number: int
 ) -> str:
-    normed = _norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
+    normed = norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
     x = graph.op("Add", x, attention(graph, normed, name, layer, layer_number))
-    normed = _norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
-    return graph.op("Add", x, _feed_forward(graph, normed, name, layer))
-
-
-def _feed_forward(graph: GraphBuilder, x: str, name: str, layer: LayerWeights) -> str:
-    hidden = len(layer.ffn_up)
-    padding = (0, PADDING_VALUES if hidden % CACHE_WAY_VALUES == 0 else 0)
-    wide = linear(graph, x, f"{name}.ffn_up", np.pad(layer.ffn_up, (padding, (0, 0))))
+    normed = norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
+    padding = (0, PADDING_VALUES if len(layer.ffn_up) % CACHE_WAY_VALUES == 0 else 0)
+    wide = linear(graph, normed, f"{name}.ffn_up", np.pad(layer.ffn_up, (padding, (0, 0))))
     gated = graph.op("Gelu", wide, domain=MICROSOFT)
-    return linear(graph, gated, f"{name}.ffn_down", np.pad(_scaled(layer.ffn_down, layer.scale2), ((0, 0), padding)))
-
-
-def _norm(graph: GraphBuilder, x: str, name: str, weight: Array, bias: Array) -> str:
-    names = graph.weight(f"{name}.weight", weight), graph.weight(f"{name}.bias", bias)
-    return graph.op("LayerNormalization", x, *names, axis=-1, epsilon=NORM_EPSILON)
+    ffn_down = np.pad(_scaled(layer.ffn_down, layer.scale2), ((0, 0), padding))
+    return graph.op("Add", x, linear(graph, gated, f"{name}.ffn_down", ffn_down))
 
 
 def _scaled(matrix: Array, scale: Array) -> Exact:
@@ -202,9 +193,7 @@ def _ring_dim(module: TransformerWeights) -> int:
 
 
 def _angles(module: TransformerWeights) -> list[float]:
-    """By how much a token's pairs turn further than those of the token before; 0 for pairs that only fill up.
-
-    float32, as the model was trained; what comes of them is computed in float64 by whoever runs the graph.
-    """
+    """How far each pair turns from one token to the next; 0 for the pairs that pad a head."""
+    # float32, as the model was trained. Who runs the graph multiplies them by positions in float64.
     angles = np.exp(rope_exponents(module.head_dim, module.max_period).astype(np.float64)).astype(np.float32)
     return [*map(float, angles), *[0.0] * (_ring_dim(module) // 2 - len(angles))]
