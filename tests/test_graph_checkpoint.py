@@ -1,4 +1,4 @@
-"""graph/checkpoint.py and graph/config.py: everything that can be wrong with a checkpoint is named."""
+"""build/checkpoint.py: everything that can be wrong with a checkpoint is named."""
 
 from __future__ import annotations
 

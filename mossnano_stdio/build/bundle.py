@@ -133,8 +133,13 @@ def staged(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
         yield stage
-        _move(stage, folder)
-        made.clear()  # it stays
+        paths = sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME)  # `mossnano.json` last
+        for target in (folder / path.name for path in paths):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        for path in paths:
+            path.replace(folder / path.name)
+        made.clear()  # the folders made for it stay
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "unknown errno")
         raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror} ({name})") from error
@@ -144,15 +149,6 @@ def staged(folder: Path) -> Iterator[Path]:
         for place in made:
             with suppress(OSError):
                 place.rmdir()
-
-
-def _move(stage: Path, folder: Path) -> None:
-    paths = sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME)
-    for target in (folder / path.name for path in paths):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    for path in paths:
-        path.replace(folder / path.name)
 
 
 def _try(source: Bundle, built: Bundle) -> None:

@@ -182,7 +182,12 @@ def _run(
         name = f"{side}.{index}"
         with graph.scope(name):
             if isinstance(module, TransformerWeights):
-                x = _transformer(graph, x, name, module, attention_of(graph, x, index, module))
+                attention = attention_of(graph, x, index, module)
+                x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.input_proj)
+                for number, layer in enumerate(module.layers):
+                    with graph.scope(f"layers.{number}"):
+                        x = _layer(graph, x, f"{name}.transformer.layers.{number}", layer, attention)
+                x = blocks.linear(graph, x, f"{name}.output_proj.weight", module.output_proj)
                 features = module.outputs
             elif side == "decoder":
                 x = blocks.patch_up(graph, x, module, features)
@@ -191,15 +196,6 @@ def _run(
                 x = blocks.patch_down(graph, x, module, features)
                 features *= module.patch
     return x
-
-
-def _transformer(graph: GraphBuilder, x: str, name: str, module: TransformerWeights, attention: Attention) -> str:
-    x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.input_proj)
-    for number, layer in enumerate(module.layers):
-        prefix = f"{name}.transformer.layers.{number}"
-        with graph.scope(f"layers.{number}"):
-            x = _layer(graph, x, prefix, layer, attention)
-    return blocks.linear(graph, x, f"{name}.output_proj.weight", module.output_proj)
 
 
 def _layer(graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: Attention) -> str:

@@ -62,6 +62,12 @@ def save_standin(folder: Path, size: Size, seed: int) -> None:
 def config(size: Size) -> dict[str, Any]:
     """config.json as the published model has it, in these dimensions."""
     decoder = _decoder_modules(size)
+    encoder = [
+        module | {"input_dimension": module["output_dimension"], "output_dimension": module["input_dimension"]}
+        if module["module_type"] == "Transformer"
+        else module
+        for module in reversed(decoder)
+    ]
     return {
         "architectures": ["MossAudioTokenizerModel"],
         "model_type": "moss-audio-tokenizer",
@@ -70,7 +76,7 @@ def config(size: Size) -> dict[str, Any]:
         "number_channels": size.channels,
         "enable_channel_interleave": True,
         "dtype": "float32",
-        "encoder_kwargs": [_mirrored(module) for module in reversed(decoder)],
+        "encoder_kwargs": encoder,
         "decoder_kwargs": decoder,
         "quantizer_type": "rlfq",
         "quantizer_kwargs": {
@@ -113,12 +119,6 @@ def _decoder_modules(size: Size) -> list[dict[str, Any]]:
         modules.append({"module_type": "PatchedPretransform", "patch_size": patch})
         features = outputs // patch
     return modules
-
-
-def _mirrored(module: dict[str, Any]) -> dict[str, Any]:
-    if "input_dimension" not in module:
-        return module
-    return module | {"input_dimension": module["output_dimension"], "output_dimension": module["input_dimension"]}
 
 
 def _tensors(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:

@@ -124,7 +124,9 @@ class _Attention:
         )
         for output in outputs:
             graph.output(output, np.float32, shape)
-        return linear(graph, attended, f"{name}.out_proj", self._out_proj(layer))
+        scaled = _scaled(layer.out_proj, layer.scale1).reshape(-1, module.heads, module.head_dim)
+        padded = np.pad(scaled, ((0, 0), (0, 0), (0, self._ring_dim - module.head_dim)))
+        return linear(graph, attended, f"{name}.out_proj", padded.reshape(len(scaled), -1))
 
     def _in_proj(self, layer: LayerWeights) -> Exact:
         """Rows for queries, keys and values, their heads padded to the ring's size."""
@@ -139,11 +141,6 @@ class _Attention:
                 padded[part, :, half * ring_dim // 2 :][:, : rows.shape[1]] = rows
         padded[2, :, : values.shape[1]] = values
         return padded.reshape(3 * heads * ring_dim, -1)
-
-    def _out_proj(self, layer: LayerWeights) -> Exact:
-        scaled = _scaled(layer.out_proj, layer.scale1).reshape(-1, self._module.heads, self._module.head_dim)
-        missing = self._ring_dim - self._module.head_dim
-        return np.pad(scaled, ((0, 0), (0, 0), (0, missing))).reshape(len(scaled), -1)
 
 
 def attend(
