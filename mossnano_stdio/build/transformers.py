@@ -46,7 +46,7 @@ Exact = NDArray[np.float64]
 
 
 class Stack:
-    """The transformers of one graph, counted as they are added."""
+    """Adds transformers to one graph, and counts them."""
 
     def __init__(self, graph: GraphBuilder) -> None:
         self._graph = graph
@@ -54,13 +54,22 @@ class Stack:
         self._layers = 0
 
     def run(self, x: str, name: str, module: TransformerWeights) -> str:
-        """The layers of a transformer on [1, tokens, model]; its projections are the caller's."""
-        attention = _Attention(self._graph, self._transformers, module)
-        self._transformers += 1
+        """Add the layers of a transformer on [1, tokens, model], without its input_proj and output_proj."""
+        graph, number, ring_dim = self._graph, self._transformers, _ring_dim(module)
+        turns: list[Dimension] = [f"slots_{number}", ring_dim // 2]
+        ring: list[Dimension] = [1, module.heads, f"slots_{number}", ring_dim]
+        last, total = (graph.input(f"{kind}_{number}", np.int32, [1]) for kind in ("last", "total"))
+        cosines, sines = (graph.input(f"{kind}_{number}", np.float32, turns) for kind in ("cosines", "sines"))
         for index, layer in enumerate(module.layers):
-            with self._graph.scope(f"layers.{index}"):
-                x = _layer(self._graph, x, f"{name}.layers.{index}", layer, attention, self._layers)
+            keys, values = (graph.input(f"{kind}_{self._layers}", np.float32, ring) for kind in ("keys", "values"))
+            outputs = [f"{kind}_out_{self._layers}" for kind in ("keys", "values")]
+            slots = Slots(last, total, cosines, sines, keys, values)
+            with graph.scope(f"layers.{index}"):
+                x = _layer(graph, x, f"{name}.layers.{index}", module, layer, slots, outputs)
+            for output in outputs:
+                graph.output(output, np.float32, ring)
             self._layers += 1
+        self._transformers += 1
         return x
 
 
@@ -99,50 +108,6 @@ class Slots(NamedTuple):
     values: str
 
 
-class _Attention:
-    """Attention in one transformer. It adds the inputs that the layers share, then each layer's keys and values."""
-
-    def __init__(self, graph: GraphBuilder, number: int, module: TransformerWeights) -> None:
-        self._module = module
-        self._ring_dim = _ring_dim(module)
-        self._slots = f"slots_{number}"
-        turns: list[Dimension] = [self._slots, self._ring_dim // 2]
-        self._last, self._total = (graph.input(f"{name}_{number}", np.int32, [1]) for name in ("last", "total"))
-        self._cosines, self._sines = (
-            graph.input(f"{name}_{number}", np.float32, turns) for name in ("cosines", "sines")
-        )
-
-    def __call__(self, graph: GraphBuilder, x: str, name: str, layer: LayerWeights, layer_number: int) -> str:
-        module = self._module
-        shape: list[Dimension] = [1, module.heads, self._slots, self._ring_dim]
-        keys, values = (graph.input(f"{kind}_{layer_number}", np.float32, shape) for kind in ("keys", "values"))
-        outputs = [f"{kind}_out_{layer_number}" for kind in ("keys", "values")]
-        projected = linear(graph, x, f"{name}.in_proj", self._in_proj(layer))
-        slots = Slots(self._last, self._total, self._cosines, self._sines, keys, values)
-        attended = attend(
-            graph, projected, slots, outputs, heads=module.heads, head_dim=module.head_dim, context=module.context
-        )
-        for output in outputs:
-            graph.output(output, np.float32, shape)
-        scaled = _scaled(layer.out_proj, layer.scale1).reshape(-1, module.heads, module.head_dim)
-        padded = np.pad(scaled, ((0, 0), (0, 0), (0, self._ring_dim - module.head_dim)))
-        return linear(graph, attended, f"{name}.out_proj", padded.reshape(len(scaled), -1))
-
-    def _in_proj(self, layer: LayerWeights) -> Exact:
-        """Rows for queries, keys and values, their heads padded to the ring's size."""
-        # The node rotates pairs that lie half a head apart, the model's lie side by side. Queries and keys are
-        # reordered alike, so their products stay what they are.
-        heads, ring_dim = self._module.heads, self._ring_dim
-        queries, keys, values = layer.in_proj.reshape(3, heads, self._module.head_dim, -1)
-        padded = np.zeros((3, heads, ring_dim, layer.in_proj.shape[1]))
-        for part, turned in ((0, queries), (1, keys)):
-            for half in (0, 1):
-                rows = turned[:, half::2]
-                padded[part, :, half * ring_dim // 2 :][:, : rows.shape[1]] = rows
-        padded[2, :, : values.shape[1]] = values
-        return padded.reshape(3 * heads * ring_dim, -1)
-
-
 def attend(
     graph: GraphBuilder, projected: str, slots: Slots, outputs: list[str], *, heads: int, head_dim: int, context: int
 ) -> str:
@@ -168,16 +133,43 @@ def attend(
 
 
 def _layer(
-    graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: _Attention, layer_number: int
+    graph: GraphBuilder,
+    x: str,
+    name: str,
+    module: TransformerWeights,
+    layer: LayerWeights,
+    slots: Slots,
+    outputs: list[str],
 ) -> str:
+    heads, head_dim = module.heads, module.head_dim
     normed = norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
-    x = graph.op("Add", x, attention(graph, normed, name, layer, layer_number))
+    projected = linear(graph, normed, f"{name}.in_proj", _ring_rows(layer.in_proj, module))
+    attended = attend(graph, projected, slots, outputs, heads=heads, head_dim=head_dim, context=module.context)
+    by_head = _scaled(layer.out_proj, layer.scale1).reshape(-1, heads, head_dim)
+    padded = np.pad(by_head, ((0, 0), (0, 0), (0, _ring_dim(module) - head_dim)))
+    x = graph.op("Add", x, linear(graph, attended, f"{name}.out_proj", padded.reshape(len(padded), -1)))
+
     normed = norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
     padding = (0, PADDING_VALUES if len(layer.ffn_up) % CACHE_WAY_VALUES == 0 else 0)
     wide = linear(graph, normed, f"{name}.ffn_up", np.pad(layer.ffn_up, (padding, (0, 0))))
     gated = graph.op("Gelu", wide, domain=MICROSOFT)
     ffn_down = np.pad(_scaled(layer.ffn_down, layer.scale2), ((0, 0), padding))
     return graph.op("Add", x, linear(graph, gated, f"{name}.ffn_down", ffn_down))
+
+
+def _ring_rows(in_proj: Array, module: TransformerWeights) -> Exact:
+    """The rows of in_proj for queries, keys and values, their heads padded to the ring's size."""
+    ring_dim = _ring_dim(module)
+    queries, keys, values = in_proj.reshape(3, module.heads, module.head_dim, -1)
+    padded = np.zeros((3, module.heads, ring_dim, in_proj.shape[1]))
+    # The node rotates pairs that lie half a head apart, the model's lie side by side. Queries and keys are reordered
+    # alike, so their products stay what they are.
+    for part, turned in ((0, queries), (1, keys)):
+        for half in (0, 1):
+            rows = turned[:, half::2]
+            padded[part, :, half * ring_dim // 2 :][:, : rows.shape[1]] = rows
+    padded[2, :, : values.shape[1]] = values
+    return padded.reshape(3 * module.heads * ring_dim, -1)
 
 
 def _scaled(matrix: Array, scale: Array) -> Exact:
