@@ -1,4 +1,4 @@
-"""A checkpoint, config.json and safetensors, as weights.
+"""Reads a checkpoint, config.json and safetensors, as weights, and writes checkpoints.
 
 Rules of this room:
 

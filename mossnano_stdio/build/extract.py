@@ -49,7 +49,7 @@ from mossnano_stdio.weights.folder import Bundle
 
 
 def extract_weights(bundle: Bundle) -> CodecWeights:
-    """The weights in a bundle's decode_step (or decode_full), and in its encode where that is there."""
+    """Read the weights out of a bundle's decode_step (or decode_full), and out of its encode where it has one."""
     name = "decode_step" if bundle.has_graph("decode_step") else "decode_full"
     decoder = _decoder(TracedGraph(bundle.graph(name).path), bundle)
     if not bundle.has_graph("encode"):
@@ -95,7 +95,7 @@ def _encoder(graph: TracedGraph, codec: CodecFormat) -> EncoderWeights:
 
 
 def _transformers(graph: TracedGraph, sources: Sites) -> tuple[list[TransformerWeights], Sites]:
-    """All transformers that end in `sources`, the first first, and what flows into the first."""
+    """Go back from `sources` through all transformers. Returns them first to last, and what flows into the first."""
     found: list[TransformerWeights] = []
     while sources and all(site.kind == "MatMul" for site in sources):
         transformer, sources = extract_transformer(graph, linear(graph, None, sources))
@@ -176,7 +176,7 @@ def _column(graph: TracedGraph, lookup: Site) -> int:
 
 
 def _stacked(graph: TracedGraph, tables: Iterable[tuple[Site, Array]]) -> Array:
-    """Tables of one shape, [many, rows, columns]."""
+    """Stack tables, which must have one shape, as [tables, rows, columns]."""
     checked: list[Array] = []
     for site, table in tables:
         shape = checked[0].shape if checked else (None, None)

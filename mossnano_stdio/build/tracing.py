@@ -1,4 +1,4 @@
-"""Where the weights of somebody else's ONNX graph are used, and how data flows from one such place to the next.
+"""Finds where somebody else's ONNX graph uses its weights, and what flows from one such place to the next.
 
 Rules of this room:
 
@@ -158,7 +158,7 @@ class Norm(NamedTuple):
 
 
 def only(graph: TracedGraph, after: Site | None, sources: Iterable[Site], *kinds: str) -> Site:
-    """The one site among `sources`, of one of `kinds`; it is looked for before `after`."""
+    """Return the one site in `sources`, which must be of one of `kinds`. Errors name `after` as what follows it."""
     found = list(sources)
     if len(found) != 1 or found[0].kind not in kinds:
         raise graph.wrong(after, f"one {' or '.join(kinds)} is needed before it, found {kinds_of(found)}")
@@ -197,7 +197,7 @@ def norm(graph: TracedGraph, after: Site, sources: Iterable[Site]) -> Norm:
 
 
 def shaped(graph: TracedGraph, site: Site, tensor: Array, *shape: int | None) -> Array:
-    """The tensor, if it is finite float32 of that shape; None is any length."""
+    """Return the tensor, which must be finite float32 of that shape. None stands for any length."""
     fits = len(tensor.shape) == len(shape) and all(
         wanted in (None, found) for wanted, found in zip(shape, tensor.shape, strict=True)
     )
@@ -212,7 +212,7 @@ def shaped(graph: TracedGraph, site: Site, tensor: Array, *shape: int | None) ->
 
 
 def target_shape(graph: TracedGraph, reshape: onnx.NodeProto, way: Iterable[onnx.NodeProto]) -> list[int | None]:
-    """The shape that a Reshape gives, None where it is computed while the graph runs."""
+    """The shape that a Reshape gives, with None for each length that is computed while the graph runs."""
     name = reshape.input[1]
     if (constant := graph.maybe_constant(name)) is not None:
         return [int(length) for length in constant.reshape(-1)]
@@ -224,7 +224,7 @@ def target_shape(graph: TracedGraph, reshape: onnx.NodeProto, way: Iterable[onnx
 
 
 def scalars(graph: TracedGraph, node: onnx.NodeProto) -> list[float]:
-    """The single numbers among a node's inputs that are written in the graph."""
+    """The constants of one number among a node's inputs."""
     constants = [graph.maybe_constant(name) for name in node.input]
     return [constant.item() for constant in constants if constant is not None and constant.size == 1]
 
@@ -244,6 +244,6 @@ def _is_site(node: onnx.NodeProto, learned: list[NDArray[Any]], fed: bool) -> bo
 
 
 def _used_by(node: onnx.NodeProto) -> list[str]:
-    """A node's inputs, those that its branches take from outside included."""
+    """The inputs of a node, and what its branches take from outside."""
     inside = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
     return [*node.input, *(value for graph in inside for inner in graph.node for value in _used_by(inner))]

@@ -74,7 +74,7 @@ class Stack:
 
 
 def stack_facts(modules: Sequence[Module]) -> dict[str, Any]:
-    """What the code that runs such a graph has to know."""
+    """What `mossnano.json` says about the transformers, for the code that runs the graph."""
     return {
         "transformers": [
             {

@@ -124,7 +124,7 @@ def codes_for_notes(notes: Iterable[Note], frames: int | None = None) -> Codes:
 
 
 def _line(note: Note, semitones: int, start_db: float, frames: int) -> list[int]:
-    """One harmonic, frame by frame, until its note ends or it has become too soft to be written."""
+    """The codes of one harmonic, frame by frame, until its note ends or its level falls below the softest code."""
     line = []
     for frame in range(frames):
         level_db = start_db - note.decay_db_per_second * frame / FORMAT.frames_per_second
