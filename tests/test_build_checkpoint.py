@@ -1,4 +1,4 @@
-"""build/checkpoint.py and build/config.py: everything that can be wrong with a checkpoint is named."""
+"""build/checkpoint.py: everything that can be wrong with a checkpoint is named."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from mossnano_stdio.build.checkpoint import INDEX_NAME, SINGLE_NAME, load_checkpoint
-from mossnano_stdio.build.config import parse_config
+from mossnano_stdio.build.checkpoint import INDEX_NAME, SINGLE_NAME, load_checkpoint, parse_config
 from mossnano_stdio.build.model import TransformerWeights, transformers
 from mossnano_stdio.errors import BundleError
 

@@ -2,47 +2,37 @@
 
 Rules of this room:
 
-- A MAC is one multiplication and one addition. Only matrix products count, as the official graph has them, with full
-  caches: that is what a faster graph is measured against.
+- A MAC is one multiplication and one addition. Only the matrix products of the official graph count, with full caches.
+  Faster graphs are measured against them.
 - A step reads every matrix once and all that its caches hold, however few frames it has. What it writes, and what its
-  nodes hand to each other, is little beside that and is not counted.
+  nodes give to each other, is little beside that and is not counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from mossnano_stdio.build.model import DecoderWeights, TransformerWeights, transformers
+from mossnano_stdio.build.model import DecoderWeights, transformers
 
 
 def decoding_macs(decoder: DecoderWeights) -> int:
     """MACs of one frame."""
-    macs = _dequantizing_macs(decoder)
-    for _, module in transformers(decoder.modules):
-        macs += module.tokens_per_frame * (_linear_macs(module) + _attention_macs(module))
-    return macs
+    return sum(tokens * macs for tokens, macs in _macs_of_tokens(decoder))
 
 
 def bytes_per_step(decoder: DecoderWeights) -> int:
     """What a step reads at the least, with full caches: a token's MACs use every value once."""
-    values = _dequantizing_macs(decoder)
+    return sum(macs for _, macs in _macs_of_tokens(decoder)) * np.dtype(np.float32).itemsize
+
+
+def _macs_of_tokens(decoder: DecoderWeights) -> Iterator[tuple[int, int]]:
+    """For the dequantizer and each transformer: its tokens in a frame, the MACs of one token."""
+    yield 1, decoder.dequantizer.out_proj_w.size + decoder.dequantizer.output_proj_w.size
     for _, module in transformers(decoder.modules):
-        values += _linear_macs(module) + _attention_macs(module)
-    return values * np.dtype(np.float32).itemsize
-
-
-def _dequantizing_macs(decoder: DecoderWeights) -> int:
-    return decoder.dequantizer.out_proj_w.size + decoder.dequantizer.output_proj_w.size
-
-
-def _linear_macs(module: TransformerWeights) -> int:
-    """Per token: every entry of every matrix once."""
-    layers = sum(
-        layer.in_proj.size + layer.out_proj.size + layer.ffn_up.size + layer.ffn_down.size for layer in module.layers
-    )
-    return module.input_proj.size + layers + module.output_proj.size
-
-
-def _attention_macs(module: TransformerWeights) -> int:
-    """Per token: scores and sums over the whole context, in each layer."""
-    return 2 * module.context * module.model * len(module.layers)
+        matrices = [module.input_proj, module.output_proj]
+        for layer in module.layers:
+            matrices += [layer.in_proj, layer.out_proj, layer.ffn_up, layer.ffn_down]
+        attention = 2 * module.context * module.model * len(module.layers)  # scores and sums over the whole context
+        yield module.tokens_per_frame, sum(matrix.size for matrix in matrices) + attention

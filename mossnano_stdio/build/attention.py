@@ -1,11 +1,11 @@
-"""The probe: one attention node of the fast graph, by which a runtime shows that it does what that graph rests on.
+"""The probe: one attention node of the fast graph. Running it shows whether a runtime does what that graph needs.
 
     python -m mossnano_stdio.build.attention     writes mossnano_stdio/codecs/attention_probe.onnx anew
 
 Rules of this room:
 
-- What is written is the same to the last byte, wherever it is written: a test holds the file against it.
-- The node is made by the same code as the fast graph's own.
+- The file has the same bytes wherever it is written; a test compares them.
+- The node is made by the function that makes the fast graph's own.
 """
 
 from __future__ import annotations

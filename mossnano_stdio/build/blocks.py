@@ -1,11 +1,10 @@
-"""The parts of the codec as ONNX nodes, in standard operators only: what the official contract is built from.
+"""The parts of the official contract's graphs, as ONNX nodes in standard operators.
 
 Rules of this room:
 
 - Tokens lie as [1, tokens, features] between parts, heads as [1, heads, tokens, head_dim] inside attention.
-- A part is told its weights and what it works on; it knows nothing of files, of states or of where it is used.
-- Shapes are written so that none has to be computed while the graph runs: in a Reshape, 0 keeps a dimension and
-  -1 takes what is left.
+- A part is given its weights and the names of the values it works on. It reads no file and keeps no state.
+- A Reshape has a constant shape: 0 keeps a dimension, -1 takes what is left.
 """
 
 from __future__ import annotations
@@ -79,6 +78,7 @@ def new_positions(graph: GraphBuilder, offset: str, count: str) -> str:
 
 def visibility(graph: GraphBuilder, query_positions: str, key_positions: str, context: int) -> str:
     """What is added to scores, [queries, keys]: 0 where 0 <= query - key < context and key >= 0, else -infinity."""
+    # An entry of a cache that is not filled yet has position -1. It is moved to the far future, which nothing sees.
     empty = graph.op("Less", key_positions, graph.constant(0, np.int32))
     far_ahead = graph.constant(np.iinfo(np.int32).max, np.int32)
     keys = graph.op("Where", empty, far_ahead, key_positions)
@@ -166,9 +166,7 @@ def dequantize(graph: GraphBuilder, codes: str, weights: DequantizerWeights) -> 
 def quantize(graph: GraphBuilder, x: str, counted: str, weights: QuantizerWeights) -> str:
     """[1, frames, features] -> int32 [1, frames, quantizers].
 
-    The nearest row by angle is the one with the largest product with the row of length 1; the length of what is
-    looked up does not matter. `counted` is 1 for each frame that counts, else 0, [frames, 1]: what is left of a
-    frame that does not count is nothing, at every codebook.
+    `counted`, [frames, 1], is 1 for each frame that counts and 0 for the others, which are searched for as zeros.
     """
     rest = affine(graph, x, "quantizer.input_proj", weights.input_proj_w, weights.input_proj_b)
     rest = graph.op("Mul", rest, counted)
@@ -177,7 +175,12 @@ def quantize(graph: GraphBuilder, x: str, counted: str, weights: QuantizerWeight
         name = f"quantizer.quantizers.{index}"
         looked_up = affine(graph, rest, f"{name}.in_proj", weights.in_proj_w[index], weights.in_proj_b[index])
         rows = graph.weight(f"{name}.codebook.weight", codebook)
-        likeness = graph.op("MatMul", looked_up, _unit_columns(graph, rows, name, codebook))
+        # The nearest row by angle has the largest product once all rows have length 1; the length of what is looked up
+        # does not matter. The runtime divides the rows once, when it loads the graph.
+        lengths = np.maximum(np.linalg.norm(codebook.astype(np.float64), axis=1, keepdims=True), ROW_EPSILON)
+        divisor = graph.weight(f"{name}.codebook.lengths", lengths.astype(np.float32))
+        unit_columns = graph.op("Transpose", graph.op("Div", rows, divisor), perm=[1, 0])
+        likeness = graph.op("MatMul", looked_up, unit_columns)
         codes.append(graph.op("ArgMax", likeness, axis=-1, keepdims=1))
         if index + 1 < len(weights.codebooks):
             row = graph.op("Gather", rows, graph.op("Squeeze", codes[-1], graph.constant([2])), axis=0)
@@ -190,10 +193,3 @@ def _by_heads(graph: GraphBuilder, x: str, heads: int, head_dim: int) -> str:
     """[1, tokens, ...] -> [1, heads, tokens, head_dim]."""
     apart = graph.op("Reshape", x, graph.constant([1, -1, heads, head_dim]))
     return graph.op("Transpose", apart, perm=[0, 2, 1, 3])
-
-
-def _unit_columns(graph: GraphBuilder, rows: str, name: str, codebook: Array) -> str:
-    """The codebook's rows, each of length 1, as columns. The runtime computes this once, when it loads the graph."""
-    lengths = np.linalg.norm(codebook.astype(np.float64), axis=1, keepdims=True)
-    divisor = graph.weight(f"{name}.codebook.lengths", np.maximum(lengths, ROW_EPSILON).astype(np.float32))
-    return graph.op("Transpose", graph.op("Div", rows, divisor), perm=[1, 0])

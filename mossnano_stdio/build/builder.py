@@ -1,11 +1,11 @@
-"""An ONNX graph as it grows, and how it becomes a file with its weights beside it.
+"""Adds nodes to an ONNX graph, and writes graphs as files with their weights beside them.
 
 Rules of this room:
 
-- A graph is written down in the order in which it runs. `op` adds one node and gives the name of its result, so
-  that a model reads like the arithmetic it does.
-- Weights are named and may be shared by several graphs; what several graphs share lies in one data file once.
-- A tensor of less than EXTERNAL_BYTES lies in the graph itself. Offsets follow each other without a gap.
+- Nodes are added in the order in which they run. `op` adds one and returns the name of its result, so that a model
+  reads like the arithmetic it does.
+- Weights have names. A weight that several graphs share lies in their data file once.
+- A tensor of less than EXTERNAL_BYTES lies in the graph itself. The others follow each other in the data file.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Nodes and values added inside are named name/..., which is what a profile shows."""
+        """Name the nodes and values added inside name/..., for profiles to show."""
         self._scopes.append(name)
         yield
         self._scopes.pop()
 
     def op(self, op_type: str, *inputs: str, result: str | None = None, domain: str = "", **attributes: Any) -> str:
-        """Add a node with one result; `result` names it where its name matters."""
+        """Add a node with one result, which `result` names where its name matters. Returns the result's name."""
         results = None if result is None else [result]
         return self.ops(op_type, *inputs, count=1, results=results, domain=domain, **attributes)[0]
 
@@ -81,7 +81,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> list[str]:
-        """Add a node with `count` results."""
+        """Add a node with `count` results. Returns their names."""
         if domain:
             self._domains[domain] = 1
         name = "/".join([*self._scopes, f"{op_type}_{len(self._nodes)}"])
@@ -90,7 +90,7 @@ class GraphBuilder:
         return outputs
 
     def weight(self, name: str, array: NDArray[Any]) -> str:
-        """A tensor that is learned; the same name always means the same tensor."""
+        """A learned tensor. The same name always means the same tensor."""
         if name not in self.weights:
             self.weights[name] = np.ascontiguousarray(array)
         return name
@@ -105,7 +105,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def model(self, places: Mapping[str, tuple[str, int]]) -> onnx.ModelProto:
-        """The graph as ONNX; `places` says for external weights in which file they lie and at which offset."""
+        """The graph as ONNX. `places` gives file and offset of each weight that lies outside."""
         tensors = [_tensor(name, array, places.get(name)) for name, array in self.weights.items()]
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=[*tensors, *self._constant_tensors]
@@ -115,7 +115,7 @@ class GraphBuilder:
 
 
 def save_graphs(folder: Path, graphs: Mapping[str, GraphBuilder], data_name: str) -> list[str]:
-    """Write the graphs, keyed by file name, and one data file with their weights. Gives the names of the files."""
+    """Write the graphs, keyed by file name, and one data file with their weights. Returns the files' names."""
     weights: dict[str, NDArray[Any]] = {}
     for graph in graphs.values():
         weights |= graph.weights

@@ -1,15 +1,15 @@
-"""A bundle, put together: every graph that can be built from some weights, the metadata, and our own notes beside it.
+"""Builds a weights folder: every graph that the weights give, the metadata, and `mossnano.json`.
 
 Rules of this room:
 
-- Everything is written into a folder of its own within the target and moved from there when it is whole and was
-  tried out. Of a failed build nothing stays, and what was there before does.
+- Everything is written into a folder within the target, tried out there, and then moved into the target. A failed
+  build leaves nothing behind and changes no file that was there before.
 - That folder is locked while its build runs, and the system unlocks it when the process ends in whatever way. So the
   next build removes what one left that was killed, and nothing of one that runs. (On Windows it cannot tell, and leaves
   both.)
-- `mossnano.json` comes last. Until it is there, what an older one says about sizes and SHA-256 does not fit the new
-  files, so a half-moved bundle is refused and never decoded.
-- Official files are never changed: built from a bundle, our graphs land beside its files, or beside copies of them.
+- `mossnano.json` is moved last. Until then an older one names sizes and SHA-256 that do not fit the new files, so a
+  bundle that is moved by half is refused and never decoded.
+- Official files are never changed: graphs built from a bundle are put beside its files, or beside copies of them.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ PUBLISHED_CHECKPOINT_NAME = published.CHECKPOINT.repository.rpartition("/")[2]
 
 
 def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Every graph that a checkpoint gives, into `folder`."""
+    """Build every graph that a checkpoint gives into `folder`."""
     name = checkpoint.resolve().name
     save_bundle(folder, load_checkpoint(checkpoint), name=name, checkpoint_name=name)
 
 
 def build_from_bundle(source: Path, folder: Path) -> None:
-    """Our own graphs into `folder`, their weights taken out of the official graphs in `source`; it may be the same."""
+    """Build our own graphs into `folder` from the weights in the official graphs of `source`, which may be `folder`."""
     bundle = load_bundle(source)
     if bundle.demo:
         raise BundleError(f"{source}: is the demo, whose graphs have no weights to take out; official files are needed")
@@ -72,7 +72,9 @@ def build_from_bundle(source: Path, folder: Path) -> None:
     with staged(folder) as stage:
         beside = folder.samefile(source)
         if not beside:
-            _copy_official_files(bundle, stage)
+            names = (name for name in ("decode_step", "decode_full", "encode") if bundle.has_graph(name))
+            for path in {file.path for name in names for file in bundle.graph(name).files}:
+                _copy(path, stage)
         graphs = _save_own_graphs(stage, weights)
         sidecar = replace(
             bundle.sidecar,
@@ -83,17 +85,23 @@ def build_from_bundle(source: Path, folder: Path) -> None:
         save_sidecar(stage, sidecar)
         _copy(bundle.folder / METADATA_NAME, stage)
         _try(bundle, load_bundle(stage))
-        if beside:
+        if beside:  # the metadata lay here for the trial only
             (stage / METADATA_NAME).unlink()
 
 
 def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str, trial: bool = True) -> None:
-    """All graphs into `folder`: those of the official contract, our own, metadata and `mossnano.json`.
+    """Build all graphs into `folder`: the official contract's, our own, metadata and `mossnano.json`.
 
-    Without a trial they are kept unheard, for who tries them anyway.
+    Without a trial nothing is run before it is kept: tests do that, which run the graphs themselves.
     """
     with staged(folder) as stage:
-        names = _save_official_graphs(stage, weights)
+        decode = {
+            DECODE_STEP_FILE: official.decode_step(weights.decoder),
+            DECODE_FULL_FILE: official.decode_full(weights.decoder),
+        }
+        names = save_graphs(stage, decode, DECODE_DATA)
+        if weights.maybe_encoder is not None:
+            names += save_graphs(stage, {ENCODE_FILE: official.encode(weights.maybe_encoder)}, ENCODE_DATA)
         streaming = official.streaming_decode(weights.decoder)
         metadata = build_metadata(checkpoint_name, weights.format, OFFICIAL_FILES, streaming, OPSET)
         with open_named(stage / METADATA_NAME) as file:
@@ -112,7 +120,7 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
 
 
 def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
-    """Make up a stand-in: its checkpoint in `folder`/checkpoint, and the bundle built from that in `folder`."""
+    """Write a checkpoint of random weights into `folder`/checkpoint, and build the bundle from it into `folder`."""
     with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
         save_standin(stage, SIZES[size], seed)
         save_bundle(
@@ -126,7 +134,7 @@ def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A folder to build in, whose files are moved into `folder` at the end and are gone where something failed."""
+    """Give a folder to build in. At the end its files are moved into `folder`; after a failure they are deleted."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         with told_as(cannot_write(folder)):
@@ -197,18 +205,6 @@ def _try(source: Bundle, built: Bundle) -> None:
         try_encoder(source, built)
 
 
-def _save_official_graphs(folder: Path, weights: CodecWeights) -> list[str]:
-    decoder, maybe_encoder = weights.decoder, weights.maybe_encoder
-    decode = {
-        DECODE_STEP_FILE: official.decode_step(decoder),
-        DECODE_FULL_FILE: official.decode_full(decoder),
-    }
-    names = save_graphs(folder, decode, DECODE_DATA)
-    if maybe_encoder is not None:
-        names += save_graphs(folder, {ENCODE_FILE: official.encode(maybe_encoder)}, ENCODE_DATA)
-    return names
-
-
 def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, GraphSpec]:
     graphs = {"fast": save_fast_graph(folder, weights.decoder)}
     if weights.maybe_encoder is not None:
@@ -218,12 +214,6 @@ def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, GraphSpec
 
 def _files_of(graphs: dict[str, GraphSpec]) -> list[str]:
     return [name for graph in graphs.values() for name in (graph.file, *graph.data)]
-
-
-def _copy_official_files(bundle: Bundle, folder: Path) -> None:
-    names = (name for name in ("decode_step", "decode_full", "encode") if bundle.has_graph(name))
-    for path in {file.path for name in names for file in bundle.graph(name).files}:
-        _copy(path, folder)
 
 
 def _copy(path: Path, folder: Path) -> None:

@@ -1,16 +1,16 @@
-"""The fast graph: the same decoder as `decode_step`, in fewer and larger nodes, with a contract of its own.
+"""The fast graph: the decoder of `decode_step` in fewer and larger nodes, with a contract of its own.
 
     rows       int32 [frames, quantizers]   row of each code in one table of all codebooks; the last row is all zeros
-    what the transformers have: see stack.py
+    what the transformers have: see transformers.py
     audio      float32 [samples, channels]
 
 Rules of this room:
 
-- Whatever is linear and stands side by side is one matrix, multiplied out here in float64: codebook projections,
-  output_proj, patch and input_proj; output_proj, patch and the next input_proj.
-- Each codebook row carries a 1, by which its bias is multiplied. The row of zeros, for a codebook that is left out,
-  therefore adds nothing, not even a bias: a prefix of the quantizers needs no other graph.
-- The nodes are what is to be run: the runtime loads this graph with its own optimisations off.
+- Linear parts that follow each other are multiplied out here, in float64, and are one matrix in the graph: codebook
+  projections, output_proj, patch and input_proj; then each output_proj, patch and the next input_proj.
+- Each codebook row ends with a 1, by which its bias is multiplied. The row of zeros stands for a codebook that is
+  left out and adds nothing, not even a bias. So the graph serves any prefix of the quantizers.
+- The runtime loads this graph with its own optimisations off, and runs these nodes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from mossnano_stdio.build.model import (
     DecoderWeights,
     DequantizerWeights,
     Module,
-    PatchStep,
     TransformerWeights,
     transformers,
 )
@@ -40,37 +39,33 @@ FAST_DATA = "mossnano_fast.data"
 def fast_decode_step(decoder: DecoderWeights) -> GraphBuilder:
     graph = GraphBuilder("decode_step_fast")
     stack = Stack(graph)
-    joints = list(_joints(decoder))
+    *joints, last_joint = _joints(decoder)
     x = _look_up(graph, decoder.dequantizer)
-    for joint, (index, module) in zip(joints[:-1], transformers(decoder.modules), strict=True):
+    for joint, (index, module) in zip(joints, transformers(decoder.modules), strict=True):
         name = f"decoder.{index}"
         with graph.scope(name):
-            x = stack.run(_through(graph, x, f"{name}.in", joint, module.model), name, module)
-    samples = linear(graph, x, "audio.weight", joints[-1].matrix)
+            x = linear(graph, x, f"{name}.in.weight", joint.matrix)
+            if joint.maybe_bias is not None:
+                x = graph.op("Add", x, graph.weight(f"{name}.in.bias", joint.maybe_bias.astype(np.float32)))
+            x = graph.op("Reshape", x, graph.constant([1, -1, module.model]))
+            x = stack.run(x, name, module)
+    samples = linear(graph, x, "audio.weight", last_joint.matrix)
     graph.op("Reshape", samples, graph.constant([-1, decoder.format.channels]), result="audio")
     graph.output("audio", np.float32, ["samples", decoder.format.channels])
     return graph
 
 
 def save_fast_graph(folder: Path, decoder: DecoderWeights) -> GraphSpec:
-    """Write the graph and its weights; gives what `mossnano.json` says about them."""
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
     save_graphs(folder, {FAST_FILE: fast_decode_step(decoder)}, FAST_DATA)
     return GraphSpec(file=FAST_FILE, data=(FAST_DATA,), facts=stack_facts(decoder.modules))
 
 
 class _Joint(NamedTuple):
-    """All that is linear between one place and the next: tokens -> `patch` times as many tokens, flattened."""
+    """One matrix for all linear parts in a row: tokens -> `patch` times as many tokens, flattened."""
 
     matrix: Exact  # [patch * out, in]
     maybe_bias: Exact | None  # [patch * out]
-
-
-def _through(graph: GraphBuilder, x: str, name: str, joint: _Joint, model: int) -> str:
-    """Tokens into `patch` times as many, [1, tokens, model]."""
-    x = linear(graph, x, f"{name}.weight", joint.matrix)
-    if joint.maybe_bias is not None:
-        x = graph.op("Add", x, graph.weight(f"{name}.bias", joint.maybe_bias.astype(np.float32)))
-    return graph.op("Reshape", x, graph.constant([1, -1, model]))
 
 
 def _look_up(graph: GraphBuilder, dequantizer: DequantizerWeights) -> str:
@@ -85,40 +80,27 @@ def _look_up(graph: GraphBuilder, dequantizer: DequantizerWeights) -> str:
 
 def _joints(decoder: DecoderWeights) -> Iterator[_Joint]:
     """One joint in front of each transformer, and one behind the last."""
-    dequantizer = decoder.dequantizer
-    basis = _dequantizer_basis(dequantizer)
-    maybe_bias: Exact | None = dequantizer.output_proj_b.astype(np.float64)[np.newaxis, np.newaxis]
+    quantizer = decoder.dequantizer
+    weights, biases = (tensor.astype(np.float64) for tensor in (quantizer.out_proj_w, quantizer.out_proj_b))
+    values = np.concatenate([weights, biases[:, :, np.newaxis]], axis=2)  # [quantizers, rvq_dim, codebook_dim + 1]
+    basis: Exact = values.transpose(0, 2, 1) @ quantizer.output_proj_w.T.astype(np.float64)
+    basis = basis.reshape(-1, 1, basis.shape[-1])  # what each looked-up value becomes, [values, 1, features]
+    maybe_bias: Exact | None = quantizer.output_proj_b.astype(np.float64)[np.newaxis, np.newaxis]
     for module in decoder.modules:
         basis = _carried(basis, module)
         maybe_bias = None if maybe_bias is None else _carried(maybe_bias, module)
         if isinstance(module, TransformerWeights):
-            yield _Joint(_flat(basis).T, None if maybe_bias is None else _flat(maybe_bias)[0])
+            yield _Joint(basis.reshape(len(basis), -1).T, None if maybe_bias is None else maybe_bias.reshape(-1))
             basis, maybe_bias = module.output_proj.T.astype(np.float64)[:, np.newaxis], None
-    yield _Joint(_flat(basis).T, None)
-
-
-def _dequantizer_basis(dequantizer: DequantizerWeights) -> Exact:
-    """What each value of the looked-up rows, and each of their ones, becomes: [values, 1, features]."""
-    weights, biases = (tensor.astype(np.float64) for tensor in (dequantizer.out_proj_w, dequantizer.out_proj_b))
-    values = np.concatenate([weights, biases[:, :, np.newaxis]], axis=2)  # [quantizers, rvq_dim, codebook_dim + 1]
-    basis: Exact = values.transpose(0, 2, 1) @ dequantizer.output_proj_w.T.astype(np.float64)
-    return basis.reshape(-1, 1, basis.shape[-1])
+    yield _Joint(basis.reshape(len(basis), -1).T, None)
 
 
 def _carried(basis: Exact, module: Module) -> Exact:
     """What vectors become, [vectors, tokens, features], in a patch or in a transformer's input_proj."""
-    if isinstance(module, PatchStep):
-        return _patched(basis, module)
-    projected: Exact = basis @ module.input_proj.T.astype(np.float64)
-    return projected
-
-
-def _patched(x: Exact, step: PatchStep) -> Exact:
-    vectors, tokens, features = x.shape
-    apart = x.reshape(vectors, tokens, features // step.patch, step.patch)
-    return apart.transpose(0, 1, 3, 2).reshape(vectors, tokens * step.patch, features // step.patch)
-
-
-def _flat(basis: Exact) -> Exact:
-    flat: Exact = basis.reshape(len(basis), -1)
-    return flat
+    if isinstance(module, TransformerWeights):
+        projected: Exact = basis @ module.input_proj.T.astype(np.float64)
+        return projected
+    vectors, tokens, features = basis.shape
+    width = features // module.patch
+    apart = basis.reshape(vectors, tokens, width, module.patch).transpose(0, 1, 3, 2)
+    return apart.reshape(vectors, tokens * module.patch, width)

@@ -1,14 +1,14 @@
-"""Weights out of a bundle in the official contract: by their place in the graphs, whoever exported them.
+"""Takes the weights out of a bundle in the official contract, whoever exported its graphs.
 
 Rules of this room:
 
-- A tensor is what it does: the matrix behind a layer's first norm is its in_proj, whatever it is called. Every step
-  back through a graph is checked against what must be there, so that a graph of another make is refused at the
-  node where it departs.
-- Sample rate, channels and samples per frame are the metadata's. All else is the graphs' own, and where the
-  metadata says the same thing, they must agree.
-- That the arithmetic between the places is the official one (masks, rotation, softmax) cannot be read here. What
-  is built from the weights is held against the bundle's own decoder instead: see trial.py.
+- A tensor is recognised by where it is used, not by its name: the matrix behind a layer's first norm is its in_proj.
+  Each step back through a graph checks what it finds, so that the error names the node where a graph of another
+  make departs.
+- Sample rate, channels and samples per frame are taken from the metadata. All else is read from the graphs, and
+  must agree with the metadata where that says it too.
+- The arithmetic between the sites (masks, rotation, softmax) is not checked here: trial.py runs what was built from
+  the weights beside the bundle's own decoder.
 """
 
 from __future__ import annotations
@@ -32,15 +32,24 @@ from mossnano_stdio.build.model import (
     frame_values,
     transformers,
 )
-from mossnano_stdio.build.places import Affine, Sites, affine, linear, only, scalars, shaped
-from mossnano_stdio.build.tracing import Site, TracedGraph
+from mossnano_stdio.build.tracing import (
+    Affine,
+    Site,
+    Sites,
+    TracedGraph,
+    affine,
+    linear,
+    only,
+    scalars,
+    shaped,
+)
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens.format import CodecFormat
 from mossnano_stdio.weights.folder import Bundle
 
 
 def extract_weights(bundle: Bundle) -> CodecWeights:
-    """The weights in a bundle's decode_step (or decode_full), and in its encode where that is there."""
+    """Read the weights out of a bundle's decode_step (or decode_full), and out of its encode where it has one."""
     name = "decode_step" if bundle.has_graph("decode_step") else "decode_full"
     decoder = _decoder(TracedGraph(bundle.graph(name).path), bundle)
     if not bundle.has_graph("encode"):
@@ -86,7 +95,7 @@ def _encoder(graph: TracedGraph, codec: CodecFormat) -> EncoderWeights:
 
 
 def _transformers(graph: TracedGraph, sources: Sites) -> tuple[list[TransformerWeights], Sites]:
-    """All transformers that end in `sources`, the first first, and what flows into the first."""
+    """Go back from `sources` through all transformers. Returns them first to last, and what flows into the first."""
     found: list[TransformerWeights] = []
     while sources and all(site.kind == "MatMul" for site in sources):
         transformer, sources = extract_transformer(graph, linear(graph, None, sources))
@@ -98,7 +107,7 @@ def _dequantizer(graph: TracedGraph, sources: Sites) -> DequantizerWeights:
     output_proj = affine(graph, None, sources)
     parts = [affine(graph, output_proj.site, [site]) for site in output_proj.sources]
     lookups = {part.site: only(graph, part.site, part.sources, "Gather") for part in parts}
-    columns = {_column(graph, lookups[part.site]): part for part in parts}
+    columns = {_column(graph, lookups[part.site]): part for part in parts}  # of the codes
     if sorted(columns) != list(range(len(parts))):
         raise graph.wrong(output_proj.site, f"{len(parts)} codebooks read the columns {sorted(columns)} of the codes")
     ordered = [columns[index] for index in range(len(parts))]
@@ -109,8 +118,9 @@ def _dequantizer(graph: TracedGraph, sources: Sites) -> DequantizerWeights:
 
 
 def _quantizer(graph: TracedGraph) -> tuple[QuantizerWeights, Sites]:
-    """The quantizer, and what flows into it. Each codebook sees what all codebooks before it left."""
+    """The quantizer, and what flows into it."""
     in_projs = [affine(graph, None, [site]) for site in graph.sources("audio_codes")]
+    # Each codebook is searched for what all codebooks before it left, so one more part flows into each in_proj.
     in_projs.sort(key=lambda part: len(part.sources))
     if not in_projs:
         raise graph.wrong(None, "no learned place before audio_codes")
@@ -127,7 +137,10 @@ def _quantizer(graph: TracedGraph) -> tuple[QuantizerWeights, Sites]:
         elif new:
             raise graph.wrong(part.site, "the first codebook must see input_proj only")
         tables.append((part.site, _searched_table(graph, part)))
-    _check_code_order(graph, in_projs)
+    order = [frozenset([part.site]) for part in in_projs]
+    joins = [node for node in graph.way_into("audio_codes") if node.op_type == "Concat"]
+    if not any([graph.sources(name) for name in join.input] == order for join in joins):
+        raise graph.wrong(None, "no Concat puts the codes together in the order of their codebooks")
     rvq = input_proj.matrix.shape[0]
     codebooks = _stacked(graph, tables)
     size = codebooks.shape[2]
@@ -138,7 +151,7 @@ def _quantizer(graph: TracedGraph) -> tuple[QuantizerWeights, Sites]:
 
 
 def _searched_table(graph: TracedGraph, in_proj: Affine) -> Array:
-    """The codebook in which the nearest row to in_proj's result is searched, rows as they are."""
+    """The codebook that is searched for the row nearest to in_proj's result, its rows not normalised."""
     searches = [node for node in graph.nodes("ArgMax") if graph.sources(node.output[0]) == {in_proj.site}]
     size = in_proj.matrix.shape[0]
     found: dict[int, Array] = {}
@@ -154,16 +167,8 @@ def _searched_table(graph: TracedGraph, in_proj: Affine) -> Array:
     return found.popitem()[1]
 
 
-def _check_code_order(graph: TracedGraph, in_projs: Sequence[Affine]) -> None:
-    order = [frozenset([part.site]) for part in in_projs]
-    for node in graph.way_into("audio_codes"):
-        if node.op_type == "Concat" and [graph.sources(name) for name in node.input] == order:
-            return
-    raise graph.wrong(None, "no Concat puts the codes together in the order of their codebooks")
-
-
 def _column(graph: TracedGraph, lookup: Site) -> int:
-    """Which column of the codes a codebook is read with."""
+    """Which column of the codes a codebook is looked up with."""
     for node in graph.way_into(lookup.node.input[1]):
         if node.op_type == "Gather" and (indices := scalars(graph, node)):
             return int(indices[0])
@@ -171,7 +176,7 @@ def _column(graph: TracedGraph, lookup: Site) -> int:
 
 
 def _stacked(graph: TracedGraph, tables: Iterable[tuple[Site, Array]]) -> Array:
-    """Tables of one shape, [many, rows, columns]."""
+    """Stack tables, which must have one shape, as [tables, rows, columns]."""
     checked: list[Array] = []
     for site, table in tables:
         shape = checked[0].shape if checked else (None, None)
@@ -186,14 +191,14 @@ def _stacked_projections(graph: TracedGraph, parts: Sequence[Affine], outputs: i
 
 
 def _ratio(graph: TracedGraph, larger: int, smaller: int) -> int:
-    """The size of a patch, which is read from the features before and after it."""
+    """The size of a patch, from the features before and after it."""
     if larger % smaller:
         raise graph.wrong(None, f"between modules {larger} features become {smaller}, which is no whole patch")
     return larger // smaller
 
 
 def _check_caches(graph: TracedGraph, modules: Sequence[Module], bundle: Bundle) -> None:
-    """The metadata's caches must be those of the transformers found: their places, contexts, heads and sizes."""
+    """Check that the metadata lists a cache for each layer found, with its context, heads and sizes."""
     layers = [(index, layer, module) for index, module in transformers(modules) for layer in range(len(module.layers))]
     found = [(index, layer, module.context) for index, layer, module in layers]
     said = [(cache.decoder_index, cache.layer_index, cache.context_tokens) for cache in bundle.caches]

@@ -2,9 +2,9 @@
 
 Rules of this room:
 
-- What flows into output_proj is the sum of all that was added on the way: input_proj, then two scaled changes per
-  layer. Every norm sees the sum so far, by which the changes are put in order and checked.
-- Heads, context and period are read from the way between in_proj and out_proj, alike in all layers.
+- What flows into output_proj is a sum: of input_proj and of two scaled changes per layer. Each norm sees the sum up
+  to its layer, which puts the changes in order and checks that none is missing.
+- Heads, context and period are read from the way between in_proj and out_proj, and must be the same in all layers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ import numpy as np
 import onnx
 
 from mossnano_stdio.build.model import LayerWeights, TransformerWeights
-from mossnano_stdio.build.places import Linear, Sites, kinds_of, linear, norm, scalars, shaped, target_shape
-from mossnano_stdio.build.tracing import Site, TracedGraph
+from mossnano_stdio.build.tracing import (
+    Linear,
+    Site,
+    Sites,
+    TracedGraph,
+    kinds_of,
+    linear,
+    norm,
+    scalars,
+    shaped,
+    target_shape,
+)
 
-# How an age is compared, whether for what is seen or for what is hidden, and by how much the context is larger.
+# The ways to compare an age with a limit, and what is to be added to that limit for the context. It is the same for
+# a mask of what is seen and for its opposite: age < 5 is seen, age >= 5 is hidden, a context of 5 tokens either way.
 COMPARISONS = {"Less": 0, "GreaterOrEqual": 0, "LessOrEqual": 1, "Greater": 1}
 
 
@@ -110,13 +121,11 @@ def _attention(graph: TracedGraph, out_proj: Linear, model: int) -> _AttentionSi
 
 
 def _heads(graph: TracedGraph, site: Site, model: int, way: Sequence[onnx.NodeProto]) -> tuple[int, int]:
-    """Count and size of the heads: how a Reshape splits the model's features in its last two dimensions.
-
-    Where the size is computed while the graph runs, the count alone tells.
-    """
+    """Count and size of the heads: how a Reshape splits the model's features in its last two dimensions."""
     shapes = [target_shape(graph, node, way) for node in way if node.op_type == "Reshape"]
     splits = [(shape[-2] or 0, shape[-1] or 0) for shape in shapes if len(shape) > 2]
     whole = [(count, size) for count, size in splits if count > 0 and size > 0 and count * size == model]
+    # Where the size is computed while the graph runs, it follows from the count.
     half = [(count, model // count) for count, size in splits if count > 0 >= size and model % count == 0]
     if not whole and not half:
         raise graph.wrong(site, f"no Reshape before it splits {model} features into heads")

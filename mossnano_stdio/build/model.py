@@ -1,12 +1,11 @@
-"""What a codec's weights are, whichever file they came from: the one shape that every graph is built from.
+"""A codec's weights, whichever file they came from. Every graph is built from these.
 
 Rules of this room:
 
 - Plain numpy, float32, nothing about files and nothing about onnx. checkpoint.py and extract.py make these,
-  official.py, fast.py and encode_step.py build from them.
+  official.py, decode_step.py and encode_step.py build from them.
 - Matrices lie as torch has them, [out, in]: y = W x. Weight norm is folded, a 1x1 convolution is a matrix.
-- Whatever follows from other numbers is computed here once: contexts in tokens, tokens per frame.
-- A `DecoderWeights` or `EncoderWeights` that exists fits together: each is checked as it is made.
+- `DecoderWeights` and `EncoderWeights` check as they are made that each module takes what the one before it gives.
 """
 
 from __future__ import annotations
@@ -114,8 +113,20 @@ class DecoderWeights:
     modules: tuple[Module, ...]  # patches are steps up; the last leaves one feature: interleaved samples
 
     def __post_init__(self) -> None:
-        features = self.dequantizer.output_proj_w.shape[0]
-        _check_decoder_chain(self.modules, features, frame_values(self.format))
+        features, tokens = self.dequantizer.output_proj_w.shape[0], 1
+        for index, module in enumerate(self.modules):
+            if isinstance(module, PatchStep):
+                if features % module.patch:
+                    raise BundleError(f"decoder {index}: a patch of {module.patch} does not divide {features} features")
+                features, tokens = features // module.patch, tokens * module.patch
+            else:
+                _check_inputs(module, features, tokens, f"decoder {index}")
+                features = module.outputs
+        if (tokens, features) != (frame_values(self.format), 1):
+            raise BundleError(
+                f"decoder: the modules end at {tokens} tokens of {features} features a frame; "
+                f"channels and samples per frame need {frame_values(self.format)} of 1"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +136,21 @@ class EncoderWeights:
     quantizer: QuantizerWeights
 
     def __post_init__(self) -> None:
-        features = self.quantizer.input_proj_w.shape[1]
-        _check_encoder_chain(self.modules, features, frame_values(self.format))
+        features, tokens = 1, frame_values(self.format)
+        for index, module in enumerate(self.modules):
+            if isinstance(module, PatchStep):
+                if tokens % module.patch:
+                    raise BundleError(f"encoder {index}: a patch of {module.patch} does not divide {tokens} tokens")
+                features, tokens = features * module.patch, tokens // module.patch
+            else:
+                _check_inputs(module, features, tokens, f"encoder {index}")
+                features = module.outputs
+        needed = self.quantizer.input_proj_w.shape[1]
+        if (tokens, features) != (1, needed):
+            raise BundleError(
+                f"encoder: the modules end at {tokens} tokens of {features} features a frame; "
+                f"the quantizer takes 1 of {needed}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,62 +175,16 @@ def transformers(modules: Sequence[Module]) -> list[tuple[int, TransformerWeight
     return [(index, module) for index, module in enumerate(modules) if isinstance(module, TransformerWeights)]
 
 
-def context_tokens(context_seconds: float, tokens_per_frame: int, frames_per_second: float) -> int:
-    """How many tokens a context lasts.
-
-    >>> context_tokens(10.0, 4, 12.5), context_tokens(4.0, 32, 12.5)
-    (500, 1600)
-    """
-    return round(context_seconds * tokens_per_frame * frames_per_second)
-
-
 def rope_exponents(head_dim: int, max_period: float) -> Array:
     """e_j with theta_j = exp(e_j), rounded as the official graph rounds them. [head_dim / 2]
 
-    The exponential is left to whoever uses them: how it is rounded is audible after minutes, so a graph takes
-    the runtime's own, as the official one does.
+    exp is not taken here: the official graph leaves it to the runtime, and how it rounds is audible after minutes.
 
     >>> rope_exponents(8, 10000.0).tolist()
     [-0.0, -2.3025851249694824, -4.605170249938965, -6.907755374908447]
     """
     step = np.float32(-2 * math.log(max_period)) * (np.float32(1) / np.float32(head_dim))
     return np.arange(head_dim // 2, dtype=np.float32) * step
-
-
-def _check_decoder_chain(modules: Sequence[Module], features: int, frame_values: int) -> None:
-    """From one token of `features` to `frame_values` tokens of one feature."""
-    tokens = 1
-    for index, module in enumerate(modules):
-        if isinstance(module, PatchStep):
-            if features % module.patch:
-                raise BundleError(f"decoder {index}: a patch of {module.patch} does not divide {features} features")
-            features, tokens = features // module.patch, tokens * module.patch
-        else:
-            _check_inputs(module, features, tokens, f"decoder {index}")
-            features = module.outputs
-    if (tokens, features) != (frame_values, 1):
-        raise BundleError(
-            f"decoder: the modules end at {tokens} tokens of {features} features a frame; "
-            f"channels and samples per frame need {frame_values} of 1"
-        )
-
-
-def _check_encoder_chain(modules: Sequence[Module], features: int, frame_values: int) -> None:
-    """From `frame_values` tokens of one feature to one token of `features`."""
-    tokens, width = frame_values, 1
-    for index, module in enumerate(modules):
-        if isinstance(module, PatchStep):
-            if tokens % module.patch:
-                raise BundleError(f"encoder {index}: a patch of {module.patch} does not divide {tokens} tokens")
-            width, tokens = width * module.patch, tokens // module.patch
-        else:
-            _check_inputs(module, width, tokens, f"encoder {index}")
-            width = module.outputs
-    if (tokens, width) != (1, features):
-        raise BundleError(
-            f"encoder: the modules end at {tokens} tokens of {width} features a frame; "
-            f"the quantizer takes 1 of {features}"
-        )
 
 
 def _check_inputs(module: TransformerWeights, features: int, tokens: int, where: str) -> None:

@@ -2,11 +2,11 @@
 
 Rules of this room:
 
-- decode_step concatenates cache and new tokens, attends, and gives the last `context` entries back: a window that
-  slides, oldest first. So stepping is the same arithmetic as decoding the whole, past every context too.
-- Every layer attends with its own offset and positions, as its caches are its own: a state that is lost, swapped or
-  fed twice is heard. A transformer's offset only counts its tokens.
-- decode_full and encode attend from everything to everything, which takes memory with the square of the length.
+- decode_step appends the new tokens to the cache, attends, and gives the last `context` entries back, oldest first.
+  So stepping is the same arithmetic as decoding the whole, past every context too.
+- Each layer attends with the offset and the positions of its own cache, so that a state which is lost, swapped or fed
+  twice is heard. A transformer's offset is only counted up.
+- decode_full and encode attend from every token to every token, so their memory grows with the square of the length.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ Cache = Mapping[str, Any]
 def decode_full(decoder: DecoderWeights) -> GraphBuilder:
     """Codes of a whole recording -> its audio."""
     graph = GraphBuilder("decode_full")
-    _codes_in(graph, decoder)
     _decode(graph, decoder, _WholeAttention)
-    _audio_out(graph, decoder)
     return graph
 
 
@@ -47,10 +45,6 @@ def decode_step(decoder: DecoderWeights) -> GraphBuilder:
     """Codes of the next frames and the states before them -> their audio and the states after them."""
     graph = GraphBuilder("decode_step")
     streaming = streaming_decode(decoder)
-    states = states_of(streaming)
-    _codes_in(graph, decoder)
-    for state in states:
-        graph.input(state.input_name, state.dtype, state.shape)
     caches = {(cache["decoder_index"], cache["layer_index"]): cache for cache in streaming["attention_caches"]}
     counters = {counter["decoder_index"]: counter for counter in streaming["transformer_offsets"]}
 
@@ -61,25 +55,32 @@ def decode_step(decoder: DecoderWeights) -> GraphBuilder:
         return _CachedAttention(module, count, own)
 
     _decode(graph, decoder, attention_of)
-    _audio_out(graph, decoder)
-    for state in states:
+    for state in states_of(streaming):
+        graph.input(state.input_name, state.dtype, state.shape)
         graph.output(state.output_name, state.dtype, state.shape)
     return graph
 
 
 def encode(encoder: EncoderWeights) -> GraphBuilder:
-    """The samples of a whole recording -> its codes. A last frame that is not full counts as silence from there."""
+    """The samples of a whole recording -> its codes. A last frame that is not full is filled up with silence."""
     codec = encoder.format
     graph = GraphBuilder("encode")
     waveform = graph.input("waveform", np.float32, [1, codec.channels, "waveform_length"])
     lengths = graph.input("input_lengths", np.int32, [1])
     with graph.scope("frames"):
-        whole = _pad_to_whole_frames(graph, waveform, codec.frame_samples)
+        length = graph.op("Gather", graph.op("Shape", waveform), graph.constant([2]), axis=0)
+        missing = graph.op("Mod", graph.op("Neg", length), graph.constant([codec.frame_samples]))
+        pads = graph.op("Concat", graph.constant([0, 0, 0, 0, 0]), missing, axis=0)
+        whole = graph.op("Pad", waveform, pads)
         x = graph.op("Reshape", graph.op("Transpose", whole, perm=[0, 2, 1]), graph.constant([1, -1, 1]))
     x = _run(graph, x, "encoder", encoder.modules, 1, _WholeAttention)
     graph.op("Div", lengths, graph.constant([codec.frame_samples], np.int32), result="audio_code_lengths")
     with graph.scope("quantizer"):
-        counted = _counted_frames(graph, x, "audio_code_lengths")
+        # 1 for each frame that `input_lengths` counts in, 0 for the others.
+        count = blocks.count_along(graph, x, axis=1)
+        frames = blocks.new_positions(graph, graph.constant([0], np.int32), count)
+        as_float = graph.op("Cast", graph.op("Less", frames, "audio_code_lengths"), to=FLOAT)
+        counted = graph.op("Unsqueeze", as_float, graph.constant([1]))
         codes = blocks.quantize(graph, x, counted, encoder.quantizer)
     graph.op("Identity", codes, result="audio_codes")
     graph.output("audio_codes", np.int32, [1, "code_length", codec.quantizers])
@@ -116,7 +117,7 @@ class _WholeAttention:
 
 
 class _CachedAttention:
-    """Attention of new tokens to a layer's cache and to each other. The cache moves on by as many tokens."""
+    """Attention of new tokens to a layer's cache and to each other. The cache then holds the last of both."""
 
     def __init__(self, module: TransformerWeights, count: str, caches: list[Cache]) -> None:
         self._module = module
@@ -134,21 +135,24 @@ class _CachedAttention:
         new_row = graph.op("Unsqueeze", new_positions, graph.constant([0]))
         positions = graph.op("Concat", old_positions, new_row, axis=1)
         graph.op("Add", offset, self._count, result=cache["offset_output_name"])
-        self._keep_last(graph, keys, 2, cache["cached_keys_output_name"])
-        self._keep_last(graph, values, 2, cache["cached_values_output_name"])
-        self._keep_last(graph, positions, 1, cache["cached_positions_output_name"])
+        for kept, axis, state in (
+            (keys, 2, "cached_keys"),
+            (values, 2, "cached_values"),
+            (positions, 1, "cached_positions"),
+        ):
+            start, end = graph.constant([-module.context]), graph.constant([np.iinfo(np.int64).max])
+            result = cache[f"{state}_output_name"]
+            graph.op("Slice", kept, start, end, graph.constant([axis]), result=result)
         key_positions = graph.op("Squeeze", positions, graph.constant([0]))
         visible = blocks.visibility(graph, new_positions, key_positions, module.context)
         return blocks.attend(graph, Heads(heads.queries, keys, values), visible, module.head_dim)
-
-    def _keep_last(self, graph: GraphBuilder, value: str, axis: int, result: str) -> None:
-        start, end = graph.constant([-self._module.context]), graph.constant([np.iinfo(np.int64).max])
-        graph.op("Slice", value, start, end, graph.constant([axis]), result=result)
 
 
 def _decode(graph: GraphBuilder, decoder: DecoderWeights, attention_of: AttentionOf) -> None:
     """audio_codes -> audio and audio_lengths."""
     codec = decoder.format
+    graph.input("audio_codes", np.int32, [1, "code_length", codec.quantizers])
+    graph.input("audio_code_lengths", np.int32, [1])
     with graph.scope("quantizer"):
         x = blocks.dequantize(graph, "audio_codes", decoder.dequantizer)
     x = _run(graph, x, "decoder", decoder.modules, decoder.dequantizer.output_proj_w.shape[0], attention_of)
@@ -156,6 +160,8 @@ def _decode(graph: GraphBuilder, decoder: DecoderWeights, attention_of: Attentio
     graph.op("Transpose", samples, perm=[0, 2, 1], result="audio")
     frame_samples = graph.constant([codec.frame_samples], np.int32)
     graph.op("Mul", "audio_code_lengths", frame_samples, result="audio_lengths")
+    graph.output("audio", np.float32, [1, codec.channels, "audio_length"])
+    graph.output("audio_lengths", np.int32, [1])
 
 
 def _run(
@@ -166,7 +172,12 @@ def _run(
         name = f"{side}.{index}"
         with graph.scope(name):
             if isinstance(module, TransformerWeights):
-                x = _transformer(graph, x, name, module, attention_of(graph, x, index, module))
+                attention = attention_of(graph, x, index, module)
+                x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.input_proj)
+                for number, layer in enumerate(module.layers):
+                    with graph.scope(f"layers.{number}"):
+                        x = _layer(graph, x, f"{name}.transformer.layers.{number}", layer, attention)
+                x = blocks.linear(graph, x, f"{name}.output_proj.weight", module.output_proj)
                 features = module.outputs
             elif side == "decoder":
                 x = blocks.patch_up(graph, x, module, features)
@@ -175,15 +186,6 @@ def _run(
                 x = blocks.patch_down(graph, x, module, features)
                 features *= module.patch
     return x
-
-
-def _transformer(graph: GraphBuilder, x: str, name: str, module: TransformerWeights, attention: Attention) -> str:
-    x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.input_proj)
-    for number, layer in enumerate(module.layers):
-        prefix = f"{name}.transformer.layers.{number}"
-        with graph.scope(f"layers.{number}"):
-            x = _layer(graph, x, prefix, layer, attention)
-    return blocks.linear(graph, x, f"{name}.output_proj.weight", module.output_proj)
 
 
 def _layer(graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: Attention) -> str:
@@ -196,28 +198,3 @@ def _layer(graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attentio
         normed = blocks.norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
         change = blocks.feed_forward(graph, normed, name, layer)
         return blocks.add_scaled(graph, x, change, f"{name}.layer_scale_2", layer.scale2)
-
-
-def _pad_to_whole_frames(graph: GraphBuilder, waveform: str, frame_samples: int) -> str:
-    length = graph.op("Gather", graph.op("Shape", waveform), graph.constant([2]), axis=0)
-    missing = graph.op("Mod", graph.op("Neg", length), graph.constant([frame_samples]))
-    pads = graph.op("Concat", graph.constant([0, 0, 0, 0, 0]), missing, axis=0)
-    return graph.op("Pad", waveform, pads)
-
-
-def _counted_frames(graph: GraphBuilder, x: str, counted: str) -> str:
-    """1 for each of the first `counted` frames, 0 for the others; float32 [frames, 1]."""
-    count = blocks.count_along(graph, x, axis=1)
-    frames = blocks.new_positions(graph, graph.constant([0], np.int32), count)
-    as_float = graph.op("Cast", graph.op("Less", frames, counted), to=FLOAT)
-    return graph.op("Unsqueeze", as_float, graph.constant([1]))
-
-
-def _codes_in(graph: GraphBuilder, decoder: DecoderWeights) -> None:
-    graph.input("audio_codes", np.int32, [1, "code_length", decoder.format.quantizers])
-    graph.input("audio_code_lengths", np.int32, [1])
-
-
-def _audio_out(graph: GraphBuilder, decoder: DecoderWeights) -> None:
-    graph.output("audio", np.float32, [1, decoder.format.channels, "audio_length"])
-    graph.output("audio_lengths", np.int32, [1])

@@ -1,11 +1,10 @@
-"""Stand-ins: checkpoints of seeded random weights in the true topology, for tests and measurements.
+"""Writes stand-ins: checkpoints of seeded random weights in the published model's topology, for tests and measurements.
 
 Rules of this room:
 
-- A stand-in has the shape of the published model and none of its sound. It is a checkpoint like any other, and all
-  that follows is built from it as from the real one.
-- It must count: attention is pointed enough that a lost, repeated or swapped piece of state changes the output by
-  many 16-bit steps, and tame enough that float rounding does not. It is as loud as music and does not clip.
+- What is built from a stand-in is built as from any other checkpoint.
+- Attention is pointed enough that a lost, repeated or swapped piece of state changes the output by many 16-bit steps,
+  and flat enough that float rounding does not. The output is as loud as music and does not clip.
 - The same size and seed give the same weights.
 """
 
@@ -24,14 +23,14 @@ from mossnano_stdio.build.model import Array
 
 QUERY_KEY_GAIN = 1.4  # scores with a deviation of 2: some thirty of 1,600 keys share most of the weight
 LAYER_SCALE = 0.4
-CODEBOOK_FALL = 0.8  # each codebook adds so much of what the one before it adds
+CODEBOOK_FALL = 0.8  # how loud each codebook is beside the one before it
 OUTPUT_LEVEL = 0.07  # of the last projection: about 0.1 RMS after all layers have added their part
 INPUT_GAIN = 6.0  # of the encoder's first projection: recordings of 0.15 RMS become about 1
 
 
 @dataclass(frozen=True)
 class Size:
-    """The dimensions of a codec: its decoder, from which the encoder follows as a mirror."""
+    """The dimensions of a codec's decoder. Its encoder has the same modules in the opposite order."""
 
     features: int
     model: int
@@ -63,6 +62,12 @@ def save_standin(folder: Path, size: Size, seed: int) -> None:
 def config(size: Size) -> dict[str, Any]:
     """config.json as the published model has it, in these dimensions."""
     decoder = _decoder_modules(size)
+    encoder = [
+        module | {"input_dimension": module["output_dimension"], "output_dimension": module["input_dimension"]}
+        if module["module_type"] == "Transformer"
+        else module
+        for module in reversed(decoder)
+    ]
     return {
         "architectures": ["MossAudioTokenizerModel"],
         "model_type": "moss-audio-tokenizer",
@@ -71,7 +76,7 @@ def config(size: Size) -> dict[str, Any]:
         "number_channels": size.channels,
         "enable_channel_interleave": True,
         "dtype": "float32",
-        "encoder_kwargs": [_mirrored(module) for module in reversed(decoder)],
+        "encoder_kwargs": encoder,
         "decoder_kwargs": decoder,
         "quantizer_type": "rlfq",
         "quantizer_kwargs": {
@@ -114,12 +119,6 @@ def _decoder_modules(size: Size) -> list[dict[str, Any]]:
         modules.append({"module_type": "PatchedPretransform", "patch_size": patch})
         features = outputs // patch
     return modules
-
-
-def _mirrored(module: dict[str, Any]) -> dict[str, Any]:
-    if "input_dimension" not in module:
-        return module
-    return module | {"input_dimension": module["output_dimension"], "output_dimension": module["input_dimension"]}
 
 
 def _tensors(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:
@@ -174,7 +173,7 @@ def _projection(
 
 
 def _matrix(outputs: int, inputs: int, random: np.random.Generator) -> Array:
-    """A matrix that keeps deviations as they are."""
+    """A matrix whose outputs deviate as its inputs do."""
     return _around(0.0, inputs**-0.5, (outputs, inputs), random)
 
 

@@ -1,4 +1,4 @@
-"""Transformers in a row, as our own streaming graphs have them: fewer and larger nodes than the official ones.
+"""The transformers of our own streaming graphs, in fewer and larger nodes than the official ones.
 
     per transformer t:
     cosines_t  float32 [slots, ring_dim/2]  RoPE of the token that goes into each slot; only those of new tokens count
@@ -10,10 +10,10 @@
 
 Rules of this room:
 
-- Attention is one GroupQueryAttention node: it rotates, appends keys and values to what lies in their slots, masks
-  by the sliding window and attends. Where inputs and outputs are bound to the same memory, nothing is copied.
-- Layer scales are multiplied into what they scale, in float64.
-- What a graph's inputs do not tell about its transformers is in `stack_facts`, which goes into `mossnano.json`.
+- Attention is one GroupQueryAttention node: it rotates, puts the new keys and values into their slots, masks by the
+  sliding window and attends. Where inputs and outputs are bound to the same memory, it copies nothing.
+- Layer scales are multiplied into the matrices before them, in float64.
+- `stack_facts`, which goes into `mossnano.json`, says what the graph's inputs do not say about its transformers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.build.blocks import norm
 from mossnano_stdio.build.builder import Dimension, GraphBuilder
 from mossnano_stdio.build.model import (
-    NORM_EPSILON,
     Array,
     LayerWeights,
     Module,
@@ -46,7 +46,7 @@ Exact = NDArray[np.float64]
 
 
 class Stack:
-    """The transformers of one graph, counted as they are added."""
+    """Adds transformers to one graph, and counts them."""
 
     def __init__(self, graph: GraphBuilder) -> None:
         self._graph = graph
@@ -54,18 +54,27 @@ class Stack:
         self._layers = 0
 
     def run(self, x: str, name: str, module: TransformerWeights) -> str:
-        """The layers of a transformer on [1, tokens, model]; its projections are the caller's."""
-        attention = _Attention(self._graph, self._transformers, module)
-        self._transformers += 1
+        """Add the layers of a transformer on [1, tokens, model], without its input_proj and output_proj."""
+        graph, number, ring_dim = self._graph, self._transformers, _ring_dim(module)
+        turns: list[Dimension] = [f"slots_{number}", ring_dim // 2]
+        ring: list[Dimension] = [1, module.heads, f"slots_{number}", ring_dim]
+        last, total = (graph.input(f"{kind}_{number}", np.int32, [1]) for kind in ("last", "total"))
+        cosines, sines = (graph.input(f"{kind}_{number}", np.float32, turns) for kind in ("cosines", "sines"))
         for index, layer in enumerate(module.layers):
-            with self._graph.scope(f"layers.{index}"):
-                x = _layer(self._graph, x, f"{name}.layers.{index}", layer, attention, self._layers)
+            keys, values = (graph.input(f"{kind}_{self._layers}", np.float32, ring) for kind in ("keys", "values"))
+            outputs = [f"{kind}_out_{self._layers}" for kind in ("keys", "values")]
+            slots = Slots(last, total, cosines, sines, keys, values)
+            with graph.scope(f"layers.{index}"):
+                x = _layer(graph, x, f"{name}.layers.{index}", module, layer, slots, outputs)
+            for output in outputs:
+                graph.output(output, np.float32, ring)
             self._layers += 1
+        self._transformers += 1
         return x
 
 
 def stack_facts(modules: Sequence[Module]) -> dict[str, Any]:
-    """What the code that runs such a graph has to know."""
+    """What `mossnano.json` says about the transformers, for the code that runs the graph."""
     return {
         "transformers": [
             {
@@ -82,13 +91,14 @@ def stack_facts(modules: Sequence[Module]) -> dict[str, Any]:
 
 
 def linear(graph: GraphBuilder, x: str, name: str, matrix: Array | Exact) -> str:
-    """W x of every token. The matrix is kept as [out, in]: so the runtime packs it faster when it loads the graph."""
+    """W x of every token."""
+    # The matrix lies as [out, in], which the runtime packs faster when it loads the graph.
     weight = graph.weight(name, matrix.astype(np.float32))
     return graph.op("FusedMatMul", x, weight, transB=1, domain=MICROSOFT)
 
 
 class Slots(NamedTuple):
-    """What attention finds in its slots, and where the new tokens go: inputs of the graph, the last two outputs too."""
+    """The inputs of an attention node that hold its slots. The last two are outputs of the graph too."""
 
     last: str
     total: str
@@ -98,60 +108,12 @@ class Slots(NamedTuple):
     values: str
 
 
-class _Attention:
-    """Attention in one transformer. What its layers share are inputs of the graph."""
-
-    def __init__(self, graph: GraphBuilder, number: int, module: TransformerWeights) -> None:
-        self._module = module
-        self._ring_dim = _ring_dim(module)
-        self._slots = f"slots_{number}"
-        turns: list[Dimension] = [self._slots, self._ring_dim // 2]
-        self._last, self._total = (graph.input(f"{name}_{number}", np.int32, [1]) for name in ("last", "total"))
-        self._cosines, self._sines = (
-            graph.input(f"{name}_{number}", np.float32, turns) for name in ("cosines", "sines")
-        )
-
-    def __call__(self, graph: GraphBuilder, x: str, name: str, layer: LayerWeights, layer_number: int) -> str:
-        module = self._module
-        shape: list[Dimension] = [1, module.heads, self._slots, self._ring_dim]
-        keys, values = (graph.input(f"{kind}_{layer_number}", np.float32, shape) for kind in ("keys", "values"))
-        outputs = [f"{kind}_out_{layer_number}" for kind in ("keys", "values")]
-        projected = linear(graph, x, f"{name}.in_proj", self._in_proj(layer))
-        slots = Slots(self._last, self._total, self._cosines, self._sines, keys, values)
-        attended = attend(
-            graph, projected, slots, outputs, heads=module.heads, head_dim=module.head_dim, context=module.context
-        )
-        for output in outputs:
-            graph.output(output, np.float32, shape)
-        return linear(graph, attended, f"{name}.out_proj", self._out_proj(layer))
-
-    def _in_proj(self, layer: LayerWeights) -> Exact:
-        """Rows for queries, keys and values, their heads padded to the ring's size.
-
-        A pair that RoPE turns is apart by half a head, not side by side: queries and keys are reordered alike, so
-        their products stay what they are.
-        """
-        heads, ring_dim = self._module.heads, self._ring_dim
-        queries, keys, values = layer.in_proj.reshape(3, heads, self._module.head_dim, -1)
-        padded = np.zeros((3, heads, ring_dim, layer.in_proj.shape[1]))
-        for part, turned in ((0, queries), (1, keys)):
-            for half in (0, 1):
-                rows = turned[:, half::2]
-                padded[part, :, half * ring_dim // 2 :][:, : rows.shape[1]] = rows
-        padded[2, :, : values.shape[1]] = values
-        return padded.reshape(3 * heads * ring_dim, -1)
-
-    def _out_proj(self, layer: LayerWeights) -> Exact:
-        scaled = _scaled(layer.out_proj, layer.scale1).reshape(-1, self._module.heads, self._module.head_dim)
-        missing = self._ring_dim - self._module.head_dim
-        return np.pad(scaled, ((0, 0), (0, 0), (0, missing))).reshape(len(scaled), -1)
-
-
 def attend(
     graph: GraphBuilder, projected: str, slots: Slots, outputs: list[str], *, heads: int, head_dim: int, context: int
 ) -> str:
     """Rotate and append new tokens, attend from them to at most `context` tokens. `outputs` names keys and values."""
-    # A sink that nothing falls into: with one, CPUs take the plain kernel. The tiled one needs twice the time here.
+    # The sink adds nothing to the softmax, but with one the runtime takes the plain kernel on CPUs. The tiled kernel
+    # that it takes otherwise needs twice the time here.
     sink = graph.constant(np.full(heads, NO_SINK), np.float32)
     optional = ["", ""]
     attended, *_ = graph.ops(
@@ -171,25 +133,43 @@ def attend(
 
 
 def _layer(
-    graph: GraphBuilder, x: str, name: str, layer: LayerWeights, attention: _Attention, layer_number: int
+    graph: GraphBuilder,
+    x: str,
+    name: str,
+    module: TransformerWeights,
+    layer: LayerWeights,
+    slots: Slots,
+    outputs: list[str],
 ) -> str:
-    normed = _norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
-    x = graph.op("Add", x, attention(graph, normed, name, layer, layer_number))
-    normed = _norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
-    return graph.op("Add", x, _feed_forward(graph, normed, name, layer))
+    heads, head_dim = module.heads, module.head_dim
+    normed = norm(graph, x, f"{name}.norm1", layer.norm1_w, layer.norm1_b)
+    projected = linear(graph, normed, f"{name}.in_proj", _ring_rows(layer.in_proj, module))
+    attended = attend(graph, projected, slots, outputs, heads=heads, head_dim=head_dim, context=module.context)
+    by_head = _scaled(layer.out_proj, layer.scale1).reshape(-1, heads, head_dim)
+    padded = np.pad(by_head, ((0, 0), (0, 0), (0, _ring_dim(module) - head_dim)))
+    x = graph.op("Add", x, linear(graph, attended, f"{name}.out_proj", padded.reshape(len(padded), -1)))
 
-
-def _feed_forward(graph: GraphBuilder, x: str, name: str, layer: LayerWeights) -> str:
-    hidden = len(layer.ffn_up)
-    padding = (0, PADDING_VALUES if hidden % CACHE_WAY_VALUES == 0 else 0)
-    wide = linear(graph, x, f"{name}.ffn_up", np.pad(layer.ffn_up, (padding, (0, 0))))
+    normed = norm(graph, x, f"{name}.norm2", layer.norm2_w, layer.norm2_b)
+    padding = (0, PADDING_VALUES if len(layer.ffn_up) % CACHE_WAY_VALUES == 0 else 0)
+    wide = linear(graph, normed, f"{name}.ffn_up", np.pad(layer.ffn_up, (padding, (0, 0))))
     gated = graph.op("Gelu", wide, domain=MICROSOFT)
-    return linear(graph, gated, f"{name}.ffn_down", np.pad(_scaled(layer.ffn_down, layer.scale2), ((0, 0), padding)))
+    ffn_down = np.pad(_scaled(layer.ffn_down, layer.scale2), ((0, 0), padding))
+    return graph.op("Add", x, linear(graph, gated, f"{name}.ffn_down", ffn_down))
 
 
-def _norm(graph: GraphBuilder, x: str, name: str, weight: Array, bias: Array) -> str:
-    names = graph.weight(f"{name}.weight", weight), graph.weight(f"{name}.bias", bias)
-    return graph.op("LayerNormalization", x, *names, axis=-1, epsilon=NORM_EPSILON)
+def _ring_rows(in_proj: Array, module: TransformerWeights) -> Exact:
+    """The rows of in_proj for queries, keys and values, their heads padded to the ring's size."""
+    ring_dim = _ring_dim(module)
+    queries, keys, values = in_proj.reshape(3, module.heads, module.head_dim, -1)
+    padded = np.zeros((3, module.heads, ring_dim, in_proj.shape[1]))
+    # The node rotates pairs that lie half a head apart, the model's lie side by side. Queries and keys are reordered
+    # alike, so their products stay what they are.
+    for part, turned in ((0, queries), (1, keys)):
+        for half in (0, 1):
+            rows = turned[:, half::2]
+            padded[part, :, half * ring_dim // 2 :][:, : rows.shape[1]] = rows
+    padded[2, :, : values.shape[1]] = values
+    return padded.reshape(3 * module.heads * ring_dim, -1)
 
 
 def _scaled(matrix: Array, scale: Array) -> Exact:
@@ -202,9 +182,7 @@ def _ring_dim(module: TransformerWeights) -> int:
 
 
 def _angles(module: TransformerWeights) -> list[float]:
-    """By how much a token's pairs turn further than those of the token before; 0 for pairs that only fill up.
-
-    float32, as the model was trained; what comes of them is computed in float64 by whoever runs the graph.
-    """
+    """How far each pair turns from one token to the next; 0 for the pairs that pad a head."""
+    # float32, as the model was trained. Who runs the graph multiplies them by positions in float64.
     angles = np.exp(rope_exponents(module.head_dim, module.max_period).astype(np.float64)).astype(np.float32)
     return [*map(float, angles), *[0.0] * (_ring_dim(module) // 2 - len(angles))]

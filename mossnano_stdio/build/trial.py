@@ -1,13 +1,12 @@
-"""Graphs of ours, tried against the official graphs beside which they are to stand, before they are kept.
+"""Runs our own graphs beside the official ones, before they are kept.
 
 Rules of this room:
 
-- Decoding: seeded codes of 15 s, past every context of the published model, in chunks of mixed sizes. What is heard
-  must be the sound of the bundle's own decode_step within MAX_ERROR. Random codes use every row of every codebook.
-- Encoding: 5 s of seeded noise and tones, as the whole-file graph needs memory with the square of the length. The
-  codes must be the bundle's own, but for a frame in MIN_FRAMES_PER_TIE, where two rows are equally near within float
-  rounding: a code chosen the other way changes the codes after it in its frame, and nothing else.
-- A departure is an error that says at which frame it begins and how large it is.
+- Decoding: seeded random codes of 15 s, which is longer than every context of the published model, in chunks of mixed
+  sizes. The audio must be that of the bundle's own decode_step within MAX_ERROR.
+- Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
+  MIN_FRAMES_PER_TIE.
+- The error for a departure says at which frame it begins and how large it is.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ from mossnano_stdio.tokens.format import CodecFormat, Codes
 from mossnano_stdio.weights.folder import Bundle
 
 DECODED_SECONDS = 15
-ENCODED_SECONDS = 5
+ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
 CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
+# Two rows can be equally near within float rounding. A code chosen the other way changes the codes after it in its
+# frame, and nothing else.
 MIN_FRAMES_PER_TIE = 50
 LEVEL = 0.1  # RMS of what is encoded
 PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
@@ -33,8 +34,10 @@ SEED = 0
 
 
 def try_decoder(source: Bundle, built: Bundle) -> None:
-    """Hold the fast graph of `built` against the decode_step of `source`."""
-    codes = _codes(source.format)
+    """Compare the fast graph of `built` with the decode_step of `source`."""
+    codec = source.format
+    shape = (round(DECODED_SECONDS * codec.frames_per_second), codec.quantizers)
+    codes = np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
     expected = _decoded(load_decoder(source, graph="official"), codes, CHUNK_FRAMES[-1:])
     found = _decoded(load_decoder(built, graph="fast"), codes, CHUNK_FRAMES)
     errors = np.abs(found - expected).reshape(len(codes), -1).max(axis=1)
@@ -48,7 +51,7 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
 
 
 def try_encoder(source: Bundle, built: Bundle) -> None:
-    """Hold the streaming encoder of `built` against the whole-file encode of `source`."""
+    """Compare the streaming encoder of `built` with the whole-file encode of `source`."""
     audio = _recording(source.format)
     expected = load_full_encoder(source).encode(audio)
     found = load_encoder_runtime(built).new_encoder().step(audio)
@@ -58,12 +61,6 @@ def try_encoder(source: Bundle, built: Bundle) -> None:
             f"the streaming encoder departs from {source.graph('encode').path} at frame {other[0]} "
             f"(in {other.size} of {len(expected)} frames; allowed is one in {MIN_FRAMES_PER_TIE}), so it is not kept"
         )
-
-
-def _codes(codec: CodecFormat) -> Codes:
-    frames = round(DECODED_SECONDS * codec.frames_per_second)
-    shape = (frames, codec.quantizers)
-    return np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
 
 
 def _recording(codec: CodecFormat) -> NDArray[np.float32]:

@@ -1,16 +1,13 @@
-"""The alphabet of the demo codec, and the function that writes notes in it.
+"""The codes of the demo codec, and the function that writes notes as codes.
 
 Rules of this room:
 
-- The demo codec knows sixteen partials, one per codebook, each with its own place between left and right. A code
+- The demo codec has sixteen partials, one per codebook, each with its own place between left and right. A code
   is a pitch and a level of its partial; code 0 is silence. Pitches are the semitones of a piano, levels go down
-  in steps of 3 dB: 93 x 11 + 1 = 1,024 codes, none unused.
-- The numbers here are the only ones there are: graph/demo.py puts these tables into its graphs.
-- No codes whatever can clip: all partials at their loudest add up to full scale on either side.
-- A pitch is a multiple of 2**-13 cycles a frame (0.0015 Hz), so that a phase, which adds up halves of them, is a
-  multiple of 2**-14 cycles. Float32 holds both without rounding: a stream of days is in tune with itself, and the
-  sizes of its chunks leave no trace.
-- numpy only: whoever wants a tune needs no `onnx`.
+  in steps of 3 dB: 93 x 11 + 1 = 1,024 codes, all of them used.
+- synth.py puts the tables made here into its graphs.
+- No codes can clip: all partials at their loudest add up to full scale on either side.
+- Writing notes needs numpy only, no `onnx`.
 """
 
 from __future__ import annotations
@@ -67,12 +64,15 @@ def pitch_of_codes() -> NDArray[np.float32]:
     for code in range(1, FORMAT.codebook_size):
         note = LOWEST_NOTE + (code - 1) // LEVELS
         hertz = 440.0 * 2.0 ** ((note - 69) / 12)
+        # A multiple of 2**-13 cycles a frame (0.0015 Hz). Phases add up halves of pitches, so they are multiples of
+        # 2**-14 cycles. Float32 holds both without rounding, so the sound does not depend on the sizes of chunks.
         pitches[code] = round(hertz / FORMAT.frames_per_second * 2**13) / 2**13
     return pitches
 
 
 def level_of_codes() -> NDArray[np.float32]:
     """[1024]: the amplitude of a partial before it is panned; 0 for silence."""
+    # The loudest partials, all sixteen of them, reach full scale on the side on which they add up to more.
     loudest = 1.0 / max(math.fsum(side) for side in zip(*_gains(), strict=True))
     levels = np.zeros(FORMAT.codebook_size, dtype=np.float32)
     for code in range(1, FORMAT.codebook_size):
@@ -94,7 +94,7 @@ def _gains() -> list[tuple[float, float]]:
 
 
 def codes_for_notes(notes: Iterable[Note], frames: int | None = None) -> Codes:
-    """Write notes as codes [frames, 16]: each harmonic of each note takes a partial that is silent just then.
+    """Write notes as codes [frames, 16]. Each harmonic of each note takes a partial that is silent at that time.
 
     A note fades in over its first frame and out over the frame after its last. `frames` defaults to what the
     notes need. When more than sixteen harmonics would sound at once, that is a UsageError.
@@ -116,11 +116,15 @@ def codes_for_notes(notes: Iterable[Note], frames: int | None = None) -> Codes:
             partial = _silent_partial(codes, next_partial, start, len(line))
             codes[start : start + len(line), partial] = line
             next_partial = (partial + 1) % FORMAT.quantizers
-    return codes if frames is None else _fit(codes, frames)
+    if frames is None:
+        return codes
+    fitted = np.zeros((frames, FORMAT.quantizers), dtype=np.uint16)
+    fitted[: len(codes)] = codes[:frames]
+    return fitted
 
 
 def _line(note: Note, semitones: int, start_db: float, frames: int) -> list[int]:
-    """One harmonic, frame by frame, until its note ends or it has become too soft to be written."""
+    """The codes of one harmonic, frame by frame, until its note ends or its level falls below the softest code."""
     line = []
     for frame in range(frames):
         level_db = start_db - note.decay_db_per_second * frame / FORMAT.frames_per_second
@@ -132,7 +136,8 @@ def _line(note: Note, semitones: int, start_db: float, frames: int) -> list[int]
 
 
 def _silent_partial(codes: Codes, first: int, start: int, frames: int) -> int:
-    """A partial that is silent before, during and after, the first such from `first` on: none glides into another."""
+    """The first partial from `first` on that is silent during these frames and in the frames before and after."""
+    # So no note glides into another.
     for step in range(FORMAT.quantizers):
         partial = (first + step) % FORMAT.quantizers
         if not codes[max(0, start - 1) : start + frames + 1, partial].any():
@@ -141,9 +146,3 @@ def _silent_partial(codes: Codes, first: int, start: int, frames: int) -> int:
         f"more than {FORMAT.quantizers} harmonics sound in frame {start} ({start / FORMAT.frames_per_second:.2f} s): "
         "use fewer notes at once, shorter ones, or fewer harmonics"
     )
-
-
-def _fit(codes: Codes, frames: int) -> Codes:
-    fitted = np.zeros((frames, FORMAT.quantizers), dtype=np.uint16)
-    fitted[: len(codes)] = codes[:frames]
-    return fitted

@@ -1,18 +1,17 @@
-"""The demo weights: a sinusoidal codec in the official contract, small enough to be shipped inside the package.
+"""Writes the demo weights: a sinusoidal codec in the official contract, small enough to be part of the package.
 
     python -m mossnano_stdio.demo.synth [FOLDER]     writes all files of mossnano_stdio/demo/ anew
 
 Rules of this room:
 
-- What is written is the same to the last byte, whenever and wherever it is written: a test holds the files in
-  mossnano_stdio/demo/ against it. Whoever changes a graph writes them anew.
-- A frame takes every partial from the pitch and the levels of the frame before to its own, along straight lines, and
-  the phase runs on. A partial that fades in starts at its own pitch, one that fades out keeps its last.
-- What the next frame needs lies in the one cache entry: keys hold the phase (cycles, 0 .. 1) and the pitch (cycles a
-  frame) of each partial, values its levels left and right. They count only when the cached position is the one just
-  before the offset; else all was silent. So no state tensor can be lost, swapped or fed twice without being heard.
-- Phases are added up in float64, where every sum is exact (see notes.py), and wrapped before they become float32.
-- The graphs are written as text, in the notation of `onnx.parser`, so that they can be read.
+- The files have the same bytes whenever and wherever they are written: a test compares those in mossnano_stdio/demo/.
+  After a change of a graph, write them anew.
+- In each frame the pitch and the levels of each partial go along straight lines from those of the frame before to its
+  own, and the phase runs on. A partial that fades in starts at its own pitch, one that fades out keeps its last.
+- The state for the next frame is one cache entry: keys hold the phase (cycles, 0 .. 1) and the pitch (cycles a frame)
+  of each partial, values its levels left and right. They count only when the cached position is the one just before
+  the offset, else all was silent. So a state tensor that is lost, swapped or fed twice is heard.
+- The graphs are written as text, in the notation of `onnx.parser`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from mossnano_stdio.demo.notes import (
 )
 from mossnano_stdio.protocol.messages import Kind, encode_message
 from mossnano_stdio.tokens.artifact import Artifact, build_artifact
-from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.tokens.packing import pack_frames
 from mossnano_stdio.weights.folder import DEMO_FOLDER
 from mossnano_stdio.weights.metadata import METADATA_NAME, build_cache, build_metadata, build_streaming
@@ -106,8 +104,8 @@ demo_decode_step (
 }
 """
 
-# Shapes: [1, frames, 16 partials, 1 pitch or 2 levels or 3840 samples]. What depends on no input, the time within a
-# frame, is computed while the graph is loaded.
+# Shapes: [1, frames, 16 partials, 1 pitch or 2 levels or 3840 samples]. The time within a frame depends on no input,
+# so the runtime computes it once, when it loads the graph.
 _SOUND = """
     sample_numbers = Range (no_samples, all_samples, one_sample)
     time64 = Div (sample_numbers, all_samples)
@@ -129,7 +127,8 @@ _SOUND = """
     from_pitch32 = Where (fades_in, pitch, pitch_before)
     to_pitch32 = Where (fades_out, pitch_before, pitch)
 
-    # Phase at time t of a frame, 0 <= t < 1: start + from_pitch t + bend t^2.
+    # Phase at time t of a frame, 0 <= t < 1: start + from_pitch t + bend t^2. Phases are added up in float64, where
+    # every sum is exact (see notes.py), and wrapped before they become float32.
     from_pitch = Cast <to = 11> (from_pitch32)
     to_pitch = Cast <to = 11> (to_pitch32)
     change = Sub (to_pitch, from_pitch)
@@ -166,8 +165,8 @@ def save_demo(folder: Path) -> None:
     """Write all files of the demo into `folder`: its weights, and a melody as artifact and as framed input."""
     weights = folder / WEIGHTS_FOLDER
     weights.mkdir(parents=True, exist_ok=True)
-    (weights / FULL_NAME).write_bytes(full_graph().SerializeToString())
-    (weights / STEP_NAME).write_bytes(step_graph().SerializeToString())
+    (weights / FULL_NAME).write_bytes(_model(_FULL_GRAPH).SerializeToString())
+    (weights / STEP_NAME).write_bytes(_model(_STEP_GRAPH).SerializeToString())
     (weights / METADATA_NAME).write_bytes(json.dumps(metadata(), indent=2).encode() + b"\n")
     save_sidecar(
         weights,
@@ -179,18 +178,21 @@ def save_demo(folder: Path) -> None:
         ),
     )
     codes = codes_for_notes(melody())
-    (folder / ARTIFACT_NAME).write_bytes(build_artifact(_artifact(codes)))
-    (folder / STREAM_NAME).write_bytes(_framed(codes))
-
-
-def full_graph() -> onnx.ModelProto:
-    """Codes of a whole file -> audio."""
-    return _model(_FULL_GRAPH)
-
-
-def step_graph() -> onnx.ModelProto:
-    """Codes of a chunk, and the state -> audio, and the state after it."""
-    return _model(_STEP_GRAPH)
+    artifact = Artifact(
+        sample_rate=FORMAT.sample_rate,
+        channels=FORMAT.channels,
+        original_samples=len(codes) * FORMAT.frame_samples - CUT_SAMPLES,
+        quantizers=FORMAT.quantizers,
+        frames=len(codes),
+        codebook_size=FORMAT.codebook_size,
+        codes=codes,
+    )
+    (folder / ARTIFACT_NAME).write_bytes(build_artifact(artifact))
+    messages = [
+        encode_message(Kind.TOKENS, pack_frames(codes[start : start + MESSAGE_FRAMES], FORMAT.codebook_size))
+        for start in range(0, len(codes), MESSAGE_FRAMES)
+    ]
+    (folder / STREAM_NAME).write_bytes(b"".join([*messages, encode_message(Kind.END)]))
 
 
 def _model(text: str) -> onnx.ModelProto:
@@ -230,7 +232,7 @@ def _constants() -> dict[str, Any]:
 
 
 def metadata() -> dict[str, Any]:
-    """What the official bundle says about itself, in its words, for this one."""
+    """The metadata of this bundle, with the keys of the official one."""
     cache = build_cache(0, 0, 0, context=1, heads=FORMAT.quantizers, head_dim=FORMAT.channels)
     files = {"decode_full": (FULL_NAME,), "decode_step": (STEP_NAME,)}
     return build_metadata("mossnano-stdio demo", FORMAT, files, build_streaming([], [cache]), opset=17)
@@ -263,27 +265,6 @@ def melody() -> list[Note]:
 
 def _note(start_quavers: int, quavers: int, pitch: int, loudness_db: float, harmonics: int) -> Note:
     return Note(start_quavers * QUAVER_SECONDS, quavers * QUAVER_SECONDS, pitch, loudness_db, harmonics)
-
-
-def _artifact(codes: Codes) -> Artifact:
-    return Artifact(
-        sample_rate=FORMAT.sample_rate,
-        channels=FORMAT.channels,
-        original_samples=len(codes) * FORMAT.frame_samples - CUT_SAMPLES,
-        quantizers=FORMAT.quantizers,
-        frames=len(codes),
-        codebook_size=FORMAT.codebook_size,
-        codes=codes,
-    )
-
-
-def _framed(codes: Codes) -> bytes:
-    """TOKENS of four frames each, then END."""
-    messages = [
-        encode_message(Kind.TOKENS, pack_frames(codes[start : start + MESSAGE_FRAMES], FORMAT.codebook_size))
-        for start in range(0, len(codes), MESSAGE_FRAMES)
-    ]
-    return b"".join([*messages, encode_message(Kind.END)])
 
 
 if __name__ == "__main__":
