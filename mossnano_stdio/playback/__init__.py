@@ -2,18 +2,18 @@
 
 Rules of this room:
 
-- The only room that speaks sounddevice, and it is imported inside functions: its import wakes PortAudio, which
-  most users of this package neither have nor need.
+- Only this room uses sounddevice. It is imported inside functions, because its import starts PortAudio, which most
+  users of this package neither have nor need.
 - The callback takes no lock, waits for nothing, writes no log and allocates nothing but the small views of a slice.
-  It owns the ring's read counter and the tallies; whoever pushes owns the write counter and the wishes (end, drop,
-  stop). Each value has one writer, so that neither side can ever keep the other from its work.
-- Whatever was pushed is played, in order, sample by sample, or was dropped because somebody said flush or abort.
-  A producer that comes late costs silence, never a sample.
-- Counts are *samples* (one instant on all channels). The ring holds them as the device wants them: resampling,
-  mixing and volume are the pushing side's work.
+  It writes the ring's read counter and the tallies; the pushing side writes the write counter and the wishes (end,
+  drop, stop). Each value has one writer, so neither side ever waits for the other.
+- Every pushed sample is played, in order, unless flush or abort drops it. A producer that comes late causes silence;
+  no sample is lost.
+- Counts are *samples* (one instant on all channels). The pushing side resamples, mixes and applies the volume, so
+  the ring holds samples as the device takes them.
 
-ring.py is the ring, feed.py what the callback does with it, devices.py what there is to play on, convert.py how PCM
-is made to fit, player.py all of it together.
+ring.py is the ring, feed.py fills the device's blocks from it, devices.py finds devices and their formats, convert.py
+makes PCM fit the device, and player.py puts these together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ __all__ = ["ALL", "Latency", "OutputDevice", "Player", "ShouldStop", "output_dev
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when they are asked for: a process that plays nothing wants the defaults of its flags only."""
+    """Import the player when one of its names is first used."""
+    # A process that plays nothing imports this package too, for the defaults of its flags.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mossnano_stdio.playback import devices, player

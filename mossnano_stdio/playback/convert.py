@@ -2,7 +2,7 @@
 
 Rules of this room:
 
-- PCM that the device takes as it is, at volume 1, goes through untouched, to the bit.
+- PCM that the device takes as it is passes through unchanged, to the bit, at volume 1.
 - soxr is imported only where something has to be resampled.
 """
 
@@ -19,7 +19,7 @@ from mossnano_stdio.tokens.format import SAMPLE_BYTES
 
 
 class Converter:
-    """Carries a resampler's state along one stream."""
+    """Converts one stream after the other, and keeps the resampler's state between the pieces of a stream."""
 
     def __init__(self, rate: int, channels: int, device_rate: int, device_channels: int, volume: float) -> None:
         self.device_rate = device_rate
@@ -39,7 +39,7 @@ class Converter:
         return _scale(samples, self._volume)
 
     def finish(self) -> Samples:
-        """What the resampler still holds back. The next `convert` begins a stream of its own."""
+        """Return what the resampler still holds back, and begin a new stream."""
         tail = self.convert(b"", is_last=True)
         self.reset()
         return tail

@@ -1,4 +1,4 @@
-"""What a player does where nobody chose, for flags too, which import neither numpy nor a sound card."""
+"""The defaults of a player and of its flags. The flags must not load numpy or a sound card, so nothing is imported."""
 
 from __future__ import annotations
 

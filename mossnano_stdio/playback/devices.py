@@ -1,14 +1,14 @@
-"""What there is to play on: sounddevice, its devices, and the format that one of them takes.
+"""Imports sounddevice, lists its devices, and finds the format that one of them takes.
 
 Rules of this room:
 
-- Whatever is missing (sounddevice, PortAudio, a device) is a DeviceError that says what to install or to choose.
-- A device is asked before it is opened, and the nearest format that it takes is taken: rather its channels changed
-  than its sample rate.
+- A missing sounddevice, PortAudio or device raises a DeviceError that says what to install or to choose.
+- A device is asked which formats it takes before it is opened. Other channels are tried before another sample rate.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,13 +19,13 @@ CHOOSE_ANOTHER = "choose another one with --device (`mossnano play --list-device
 
 @dataclass(frozen=True)
 class OutputDevice:
-    """A device that can be played on."""
+    """A device with output channels, as PortAudio describes it."""
 
     index: int
     name: str
     host_api: str
     channels: int  # at most
-    sample_rate: int  # what it likes best
+    sample_rate: int  # its default
     is_default: bool
 
 
@@ -44,7 +44,7 @@ def import_sounddevice() -> ModuleType:
 
 
 def output_devices() -> list[OutputDevice]:
-    """Everything that can be played on, in PortAudio's order; at least one."""
+    """List the devices with output channels, in PortAudio's order; raise DeviceError where there is none."""
     sounddevice = import_sounddevice()
     host_apis = sounddevice.query_hostapis()
     default_index = sounddevice.default.device[1]
@@ -69,7 +69,7 @@ def output_devices() -> list[OutputDevice]:
 
 
 def find_device(asked: int | str | None) -> OutputDevice:
-    """The device with this index (a text of digits is one too), the one whose name holds this text, or the default."""
+    """Find the device by its index (also as digits in a text) or by a part of its name; None finds the default."""
     sounddevice = import_sounddevice()
     devices = output_devices()
     try:
@@ -84,23 +84,16 @@ def find_device(asked: int | str | None) -> OutputDevice:
 
 
 def nearest_format(device: OutputDevice, sample_rate: int, channels: int) -> tuple[int, int]:
-    """The sample rate and channels in which the device takes 16-bit PCM."""
+    """Return the sample rate and channels nearest to these in which the device takes 16-bit PCM."""
+    sounddevice = import_sounddevice()
     for rate in dict.fromkeys((sample_rate, device.sample_rate, 48_000, 44_100)):
         for count in dict.fromkeys((channels, 2, 1)):
-            if _takes(device, rate, count):
+            if count > device.channels:
+                continue
+            with contextlib.suppress(sounddevice.PortAudioError):
+                sounddevice.check_output_settings(device=device.index, samplerate=rate, channels=count, dtype="int16")
                 return rate, count
     raise DeviceError(
         f"{device.name} takes no 16-bit PCM, neither at {sample_rate} Hz nor at {device.sample_rate} Hz, neither "
         f"stereo nor mono: is another program using it? If so end that one, or {CHOOSE_ANOTHER}"
     )
-
-
-def _takes(device: OutputDevice, sample_rate: int, channels: int) -> bool:
-    sounddevice = import_sounddevice()
-    if channels > device.channels:
-        return False
-    try:
-        sounddevice.check_output_settings(device=device.index, samplerate=sample_rate, channels=channels, dtype="int16")
-    except sounddevice.PortAudioError:
-        return False
-    return True

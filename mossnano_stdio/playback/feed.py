@@ -1,11 +1,11 @@
-"""What the callback does, block by block, without a word about devices.
+"""Fills the blocks that the callback is given, and decides when to wait and when to play. It knows no device.
 
 Rules of this room:
 
-- A feed *waits*, giving silence until enough lies in the ring, or it plays until the ring is dry.
-- Dry at the end of a stream is as it should be. Dry inside a stream is an underrun as soon as more of that stream
-  comes, and the wait is then for twice as much. What is there is always played before the silence.
-- Wishes are written by the pushing side only, tallies by the callback only.
+- A feed *waits*, giving silence, until enough lies in the ring; then it plays until the ring is dry.
+- A ring that runs dry inside a stream is an underrun as soon as more of that stream comes. The feed then waits for
+  twice as much. At the end of a stream, a dry ring is no underrun.
+- The pushing side alone writes the wishes, the callback alone the tallies.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.playback.ring import PcmRing, Samples
 
-_LEAST_PREBUFFER_SECONDS = 0.020  # what follows 0 when it is to be doubled
-_MAX_LEAD_SECONDS = 5.0  # a driver that claims to be further ahead than this is not believed
+_LEAST_PREBUFFER_SECONDS = 0.020  # the first underrun stretches the prebuffer to at least this: 0 doubled stays 0
+_MAX_LEAD_SECONDS = 5.0  # some drivers report nonsense: a longer lead than this is ignored
 _TIMED_MARKS = 4096
 
 
 class Outlook(Enum):
-    """What the callback tells the device after a block."""
+    """How the callback goes on after a block."""
 
     GO_ON = auto()
     PLAYED_OUT = auto()  # the last sample was heard
@@ -38,15 +38,15 @@ class Feed:
         self.ring = ring
         self.sample_rate = sample_rate
         self.latency_samples = 0  # what the device buffers by itself; known once it is open
-        # Wishes: written by the pushing side only.
+        # Wishes: the pushing side alone writes them.
         self.ended_at = 0  # everything before this position belongs to streams that are whole
-        self._ends: deque[int] = deque()  # where streams end that were not played to their end; taken by the callback
-        self._drop_until = 0  # everything before this position is not wanted any more
+        self._ends: deque[int] = deque()  # where the streams end that are not played out; the callback removes them
+        self._drop_until = 0  # everything before this position is to be dropped
         self.stopping = False
         self.aborting = False
         self.mark_at = -1  # the position whose way to the speaker is to be timed
         self.mark_since = 0.0
-        # Tallies: written by the callback only.
+        # Tallies: the callback alone writes them.
         self.prebuffer_samples = prebuffer_samples
         self.waiting = True
         self.underruns = 0
@@ -63,23 +63,23 @@ class Feed:
         self._max_prebuffer_samples = max_prebuffer_samples
         self._primed = False
         self._dry_inside = False  # the ring ran dry while a stream was open
-        self._last_end = 0  # the last of the ends that playing has reached
-        self._silence_run = 0  # silent samples since the last one that was not
+        self._last_end = 0  # the end of a stream that playing reached last
+        self._silence_run = 0  # silent samples given since the last one from the ring
         self._heard_until = 0.0
 
     def end_stream(self) -> None:
-        """What was written is whole. The pushing side's."""
+        """Mark what was written so far as whole streams. The pushing side calls this."""
         if self.ended_at != self.ring.written:
             self._ends.append(self.ring.written)
             self.ended_at = self.ring.written
 
     def drop_stream(self) -> None:
-        """What was written and not yet played is not wanted, and what is written next is a new stream. Likewise."""
+        """Drop what was written and not yet played, and begin a new stream. The pushing side calls this."""
         self._drop_until = self.ring.written
         self.end_stream()
 
     def is_ready(self) -> bool:
-        """Whether what lies in the ring is enough to start, or to go on after a wait."""
+        """Whether enough lies in the ring to start, or to go on after a wait."""
         ring = self.ring
         if self.ended_at > ring.read:
             return True
@@ -100,13 +100,17 @@ class Feed:
         count = self._play(out, now + lead_seconds) if self._is_primed(len(out), lead_seconds) else 0
         out[count:] = 0
         self._silence_run = len(out) - count + (0 if count else self._silence_run)
-        if self.stopping and self.ring.filled == 0 and self._was_heard(now):
+        # Whether the last sample has left the device. The clock alone does not tell: some devices have none, and some
+        # drivers discard their buffer when they are stopped (ALSA's way to PulseAudio does). So as much silence must
+        # follow it as the device buffers: then a stop cuts off silence only.
+        was_heard = self._silence_run >= self.latency_samples and now >= self._heard_until
+        if self.stopping and self.ring.filled == 0 and was_heard:
             self.maybe_played_out_at = now
             return Outlook.PLAYED_OUT
         return Outlook.GO_ON
 
     def drop_what_is_not_wanted(self) -> None:
-        """The callback's; the pushing side's while there is none."""
+        """Skip what `drop_stream` marked. The callback calls this; before it runs, the pushing side does."""
         unwanted = self._drop_until - self.ring.read
         if unwanted > 0:
             self.ring.read += unwanted
@@ -116,18 +120,16 @@ class Feed:
             self.mark_answered = self.mark_at
 
     def _is_primed(self, block_samples: int, lead_seconds: float) -> bool:
-        """Whether the device's own buffer is full.
-
-        A device that starts with an empty one swallows a good part of the prebuffer at once. It is given silence
-        instead, so that the prebuffer remains for a producer who comes late.
-        """
+        """Whether the device's own buffer is full."""
+        # A device that starts with an empty buffer would take a good part of the prebuffer at once. It is given silence
+        # instead, so that the prebuffer still covers a producer that comes late.
         if not self._primed:
             given_samples = max(self._silence_run, lead_seconds * self.sample_rate) + block_samples
             self._primed = given_samples >= self.latency_samples
         return self._primed
 
     def _play(self, out: Samples, heard_at: float) -> int:
-        if self.waiting and not self._go_on():
+        if self.waiting and not self._end_wait():
             return 0
         start = self.ring.read
         count = self.ring.read_into(out)
@@ -138,9 +140,9 @@ class Feed:
             self._note_heard(start, count, heard_at)
         return count
 
-    def _go_on(self) -> bool:
+    def _end_wait(self) -> bool:
         if self._last_end == self.ring.read:
-            self._dry_inside = False  # nothing followed but the end: no silence inside the stream after all
+            self._dry_inside = False  # only the end followed, so the silence was not inside the stream
         if not self.is_ready():
             return False
         if self._dry_inside:
@@ -165,12 +167,3 @@ class Feed:
             self.latencies_seconds[self.latency_count % len(self.latencies_seconds)] = mark_heard_at - self.mark_since
             self.latency_count += 1
             self.mark_answered = self.mark_at
-
-    def _was_heard(self, now: float) -> bool:
-        """Whether the last sample has left the device.
-
-        Measured twice. By the clock, as the device foretold it; and by as much silence behind it as the device
-        buffers, for devices without a clock and for drivers that throw their buffer away when they are stopped
-        (ALSA's way to PulseAudio does). So whatever a stop cuts off is silence.
-        """
-        return self._silence_run >= self.latency_samples and now >= self._heard_until

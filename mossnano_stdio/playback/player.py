@@ -1,13 +1,13 @@
-"""The player: PCM is pushed in at one end and comes out of the speaker at the other.
+"""Plays the PCM that is pushed to it.
 
 Rules of this room:
 
 - One thread pushes, ends, flushes and finishes; only `abort` may come from another one.
-- Every wait is a short sleep, never a lock that the callback would have to release: an interrupt, an abort, a lost
-  device are all seen within a few milliseconds.
-- The callback is asked to stop before PortAudio is told to: ALSA's own abort cancels the thread that runs the callback,
-  wherever in the interpreter it happens to be.
-- Underruns are counted by the callback and named in the log by the pushing side.
+- The pushing side waits by short sleeps, never for a lock that the callback would have to release, so it sees an
+  interrupt or an abort within a few milliseconds.
+- Closing asks the callback to stop before it calls PortAudio: ALSA's own abort cancels the thread that runs the
+  callback, wherever in the interpreter that is.
+- The callback counts underruns; the pushing side logs them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mossnano_stdio.playback.ring import PcmRing, Samples
 Latency = Literal["low", "high"] | float  # one of PortAudio's two proposals for the device, or milliseconds
 ShouldStop = Callable[[], bool]
 
-ALL: Final = float("inf")  # as prebuffer_ms: nothing is played before the stream's end is there
+ALL: Final = float("inf")  # as prebuffer_ms: a stream is played once its end was pushed
 
 _MAX_PREBUFFER_MS: Final = 2_000.0  # how far underruns can stretch the prebuffer
 _MIN_RING_MS: Final = 4_000.0
@@ -46,10 +46,10 @@ _log = logging.getLogger("mossnano")
 
 
 class Player:
-    """Plays PCM16 as soon as enough of it was pushed.
+    """Plays PCM16, beginning when enough of it was pushed.
 
     `prebuffer_ms` is what must lie in the ring before the first sound (`ALL`: a whole stream), `latency` what the
-    device buffers by itself. Leaving the `with` block stops at once, so whoever wants the end heard says `finish()`.
+    device buffers by itself. Leaving the `with` block stops at once, so call `finish()` to hear the end.
 
         with Player(48000, 2) as player:
             for pcm in chunks:
@@ -85,7 +85,9 @@ class Player:
         self._maybe_bug: Exception | None = None  # what escaped in the callback
         self._stream = self._open_stream(latency, device_channels)
         self._feed.latency_samples = round(self._stream.latency * self._device_rate)
-        self._closing = threading.Lock()  # between a pusher and an abort from elsewhere; the callback never takes it
+        self._closing = (
+            threading.Lock()
+        )  # held by the pushing thread or by an abort from another one; the callback never takes it
         self._closed = False
         self._maybe_started_at: float | None = None
         self._maybe_first_since: float | None = None
@@ -100,24 +102,27 @@ class Player:
     ) -> None:
         self.abort()
 
-    # --- what a pusher does -------------------------------------------------------------------------
+    # --- pushing ------------------------------------------------------------------------------------
 
     def push(self, pcm: bytes, should_stop: ShouldStop | None = None, since: float | None = None) -> bool:
         """Queue whole samples, waiting while the ring is full. False: `should_stop` or an abort cut it short.
 
-        `since` is the instant, by time.monotonic(), from which the way to the speaker is timed: when the tokens of
-        this PCM came in, say. Without it that is now.
+        `since` is the instant, by time.monotonic(), from which the latency to the speaker is measured, for example
+        when the tokens of this PCM came in. None means now.
         """
         self._refuse_if_finished()
         since = time.monotonic() if since is None else since
         if self._maybe_first_since is None:
             self._maybe_first_since = since
         samples = self._converter.convert(pcm)
-        self._time_the_way_of(samples, since)
+        feed = self._feed
+        if len(samples) and feed.mark_answered == feed.mark_at:  # one position is timed at a time
+            feed.mark_since = since
+            feed.mark_at = feed.ring.written
         return self._write(samples, should_stop)
 
     def end_stream(self, should_stop: ShouldStop | None = None) -> bool:
-        """Say that a stream is whole: it is played however short it is, and the silence after it is no underrun."""
+        """End the stream: it is played even if shorter than the prebuffer, and silence after it is no underrun."""
         self._refuse_if_finished()
         if not self._write(self._converter.finish(), should_stop):
             return False
@@ -126,7 +131,7 @@ class Player:
         return True
 
     def flush(self) -> None:
-        """Drop what is queued. The device goes on with what it holds itself, then with silence."""
+        """Drop what is queued. The device plays what it has taken already, then silence."""
         self._refuse_if_finished()
         self._converter.reset()
         self._feed.drop_stream()
@@ -134,7 +139,7 @@ class Player:
             self._feed.drop_what_is_not_wanted()
 
     def finish(self, should_stop: ShouldStop | None = None) -> bool:
-        """Play out to the last sample, then close. False: `should_stop` or an abort cut it short."""
+        """Play everything to the last sample, then close. False: `should_stop` or an abort cut it short."""
         if not self.end_stream(should_stop) or not self._play_out(should_stop):
             self.abort()
             return False
@@ -143,15 +148,15 @@ class Player:
         return True
 
     def abort(self) -> None:
-        """Stop at once and close. What is queued is dropped, and so is what the device still holds."""
+        """Stop at once and close. Drop what is queued and what the device still holds."""
         self._feed.aborting = True
         self._close()
 
-    # --- what can be asked --------------------------------------------------------------------------
+    # --- questions ----------------------------------------------------------------------------------
 
     @property
     def underruns(self) -> int:
-        """How often silence came into a stream because its PCM was late."""
+        """How often a stream was interrupted by silence because its PCM came late."""
         return self._feed.underruns
 
     @property
@@ -165,7 +170,7 @@ class Player:
 
     @property
     def prebuffer_ms(self) -> float:
-        """What must lie in the ring before sound starts: what was asked for, doubled by each underrun."""
+        """What must lie in the ring before sound starts. Each underrun doubles it."""
         return self._to_ms(self._feed.prebuffer_samples)
 
     @property
@@ -173,7 +178,7 @@ class Player:
         return self._to_ms(self._feed.latency_samples)
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far, as JSON can hold it. Latencies count from the `since` of a push to the speaker."""
+        """The counts so far, as values for JSON. A latency runs from the `since` of a push to the speaker."""
         feed = self._feed
         return {
             "device": self.device.name,
@@ -192,22 +197,18 @@ class Player:
     # --- the pushing side ---------------------------------------------------------------------------
 
     def _write(self, samples: Samples, should_stop: ShouldStop | None) -> bool:
+        feed, ring = self._feed, self._feed.ring
         while not self._is_told_to_stop(should_stop):
             self._raise_if_lost()
-            self._grow_for(samples)
-            samples = samples[self._feed.ring.write(samples) :]
+            if feed.prebuffer_samples == ALL and self._maybe_started_at is None and ring.free <= len(samples):
+                ring.grow(2 * (ring.filled + len(samples)))  # a full ring would start before the stream's end
+            samples = samples[ring.write(samples) :]
             self._start_when_ready()
             self._log_trouble()
             if not len(samples):
                 return True
             time.sleep(_NAP_SECONDS)
         return False
-
-    def _grow_for(self, samples: Samples) -> None:
-        """Where everything is to be there first, the ring must hold everything, and room to spare: full, it starts."""
-        ring = self._feed.ring
-        if self._feed.prebuffer_samples == ALL and self._maybe_started_at is None and ring.free <= len(samples):
-            ring.grow(2 * (ring.filled + len(samples)))
 
     def _start_when_ready(self) -> None:
         if self._maybe_started_at is not None or not self._feed.is_ready():
@@ -261,7 +262,7 @@ class Player:
                 f"Restart that, or {CHOOSE_ANOTHER}"
             )
 
-    # --- what is told -------------------------------------------------------------------------------
+    # --- log and stats ------------------------------------------------------------------------------
 
     def _log_format(self, device_channels: int) -> None:
         if self._device_rate != self.sample_rate:
@@ -293,14 +294,8 @@ class Player:
     def _to_ms(self, samples: float) -> float:
         return 1000 * samples / self._device_rate
 
-    def _time_the_way_of(self, samples: Samples, since: float) -> None:
-        feed = self._feed
-        if len(samples) and feed.mark_answered == feed.mark_at:
-            feed.mark_since = since
-            feed.mark_at = feed.ring.written
-
     def _first_sound(self) -> dict[str, float | None]:
-        """When sound began: milliseconds after the first `since`, and by the clock that other processes have too."""
+        """When sound began: in milliseconds after the first `since`, and as the Unix time, which processes share."""
         maybe_since, maybe_heard = self._maybe_first_since, self._feed.maybe_first_heard_at
         if maybe_since is None or maybe_heard is None:
             return {"first_sound_ms": None, "first_sound_unix_seconds": None}
@@ -334,12 +329,12 @@ class Player:
             raise DeviceError(f"{self.device.name} cannot be opened: {error}; {CHOOSE_ANOTHER}") from error
 
     def _fill_block(self, out: Samples, samples: int, times: Any, status: Any) -> None:
-        """The callback, on PortAudio's own thread."""
+        """The callback, which PortAudio calls on its own thread."""
         try:
             if status.output_underflow:
                 self._feed.device_underflows += 1
             verdict = self._feed.fill(out, time.monotonic(), times.outputBufferDacTime - times.currentTime)
-        except Exception as bug:  # noqa: BLE001 - it is raised where somebody can see it
+        except Exception as bug:  # noqa: BLE001 - the pushing side raises it
             self._maybe_bug = bug
             verdict = Outlook.ABORTED
         if verdict is Outlook.PLAYED_OUT:
@@ -358,7 +353,7 @@ class Player:
                 self._close_by_force()
 
     def _close_by_force(self) -> None:
-        """For a device that does not ask for sound any more: it must not hang this process too."""
+        """Close a device that has stopped calling back, on a thread: closing it may never return."""
 
         def abort_and_close() -> None:
             self._stream.abort(ignore_errors=True)
@@ -368,7 +363,7 @@ class Player:
         closer.start()
         closer.join(_HUNG_PATIENCE_SECONDS)
         if closer.is_alive():
-            atexit.unregister(self._sounddevice._exit_handler)  # it would wait for the same device
+            atexit.unregister(self._sounddevice._exit_handler)  # at exit it would wait for the same device
 
 
 def _build_feed(prebuffer_ms: float, sample_rate: int, channels: int) -> Feed:

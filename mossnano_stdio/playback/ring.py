@@ -1,10 +1,10 @@
-"""The ring: bounded PCM between one thread that writes and one that reads, without a lock.
+"""The ring: bounded PCM that one thread writes and another reads, without a lock.
 
 Rules of this room:
 
-- Both counters only ever grow, and each has one writer, which moves it after the copy is done. What lies between
-  them is valid at any instant, whoever looks.
-- Nothing is allocated after the start, except by `grow`, which is for the time before anybody reads.
+- Both counters only grow. Each is written by one thread, which moves it after its copy is done, so the samples between
+  the two are valid for either thread at any instant.
+- Only the constructor and `grow` allocate, and `grow` is called before anybody reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Samples = NDArray[np.int16]  # [samples, channels]
 
 
 class PcmRing:
-    """Takes what fits, gives what is there, and says each time how much that was.
+    """`write` takes the samples that fit, `read_into` gives those that are there; both return how many that were.
 
     >>> ring = PcmRing(capacity_samples=3, channels=1)
     >>> ring.write(np.array([[1], [2], [3], [4]], np.int16)), ring.filled
@@ -44,7 +44,7 @@ class PcmRing:
         return len(self._pcm) - self.filled
 
     def write(self, samples: Samples) -> int:
-        """Take as many samples as there is room for. The writing thread's."""
+        """Take as many samples as there is room for. Only the writing thread calls this."""
         count = min(len(samples), self.free)
         start = self.written % len(self._pcm)
         until_wrap = min(count, len(self._pcm) - start)
@@ -54,7 +54,7 @@ class PcmRing:
         return count
 
     def read_into(self, out: Samples) -> int:
-        """Move as many samples into `out` as there are. The reading thread's."""
+        """Move as many samples into `out` as there are. Only the reading thread calls this."""
         count = min(len(out), self.filled)
         start = self.read % len(self._pcm)
         until_wrap = min(count, len(self._pcm) - start)
@@ -64,7 +64,7 @@ class PcmRing:
         return count
 
     def grow(self, capacity_samples: int) -> None:
-        """Make room for more. Only while nobody reads."""
+        """Make room for more. Call it only while nobody reads."""
         kept = np.empty((self.filled, self._pcm.shape[1]), np.int16)
         written = self.written
         self.read_into(kept)
