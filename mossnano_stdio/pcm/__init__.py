@@ -1,4 +1,4 @@
-"""Sound as numbers and as files: samples and PCM16, WAV and what the extra `audio` reads, recordings compared.
+"""Converts samples to and from PCM16, reads and writes audio files, and compares recordings.
 
 Rules of this room:
 

@@ -1,12 +1,12 @@
-"""How far one recording is from another, and whether the joins between its chunks can be heard.
+"""Measures how far one recording is from another, and whether the joins between its chunks can be heard.
 
 Rules of this room:
 
 - Everything is measured in 16-bit steps, in float64, over all channels. Noise is candidate minus reference.
-- Recordings of unequal length are compared as far as both go; the lengths are part of the answer.
-- A join is judged against its own recording: the jump from the last sample of a chunk to the first of the next,
-  beside the jumps that samples inside of chunks make anyway. The reference's jump at the same place tells a click
-  from a sound that happens to begin there.
+- Recordings of unequal length are compared up to the end of the shorter one. The answer holds both lengths.
+- A join is the jump from the last sample of a chunk to the first of the next. It is compared with the jumps inside
+  the candidate's chunks, and with the reference's jump at the same place: where that is as large, a sound begins
+  there and the join is no click.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Join:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What there is to say about two recordings."""
+    """The differences between a candidate and its reference."""
 
     sample_rate: int
     channels: int
     reference_samples: int
     candidate_samples: int
     max_error_steps: float
-    max_error_sample: int | None  # where it is; None: there is no error at all
+    max_error_sample: int | None  # where the largest error is; None: there is no error
     rms_error_steps: float
     snr_db: float  # infinite: no noise; minus infinite: nothing but noise
     differing_values: int
@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def loud_joins(self) -> tuple[Join, ...]:
-        """Those that jump further than samples inside of chunks do, and further than the reference does there."""
+        """The joins that jump further than samples inside of chunks do, and further than the reference does there."""
         if self.inside_jump_steps is None:
             return ()
         return tuple(
@@ -73,7 +73,7 @@ class Comparison:
 def compare_recordings(
     reference: Recording, candidate: Recording, maybe_chunk_samples: int | None = None
 ) -> Comparison:
-    """`maybe_chunk_samples`: how many samples a chunk of the candidate has; None: joins are not looked at.
+    """Compare sample by sample. `maybe_chunk_samples`: how many samples a chunk has; None: do not look at joins.
 
     >>> reference = Recording(48000, np.array([[0], [3], [-3]], dtype=np.int16))
     >>> candidate = Recording(48000, np.array([[0], [3], [-1]], dtype=np.int16))
@@ -95,6 +95,7 @@ def compare_recordings(
         place = int(error.argmax())
         if error[place] > max_error:
             max_error, maybe_place = float(error[place]), start + place
+    signal_db = 10 * math.log10(signal_power / noise_power) if signal_power and noise_power else -math.inf
     joins, maybe_inside = _joins(reference, candidate, samples, maybe_chunk_samples)
     channels = candidate.samples.shape[1]
     return Comparison(
@@ -105,7 +106,7 @@ def compare_recordings(
         max_error_steps=max_error,
         max_error_sample=maybe_place,
         rms_error_steps=math.sqrt(noise_power / (samples * channels)) if samples else 0.0,
-        snr_db=_decibels(signal_power, noise_power),
+        snr_db=signal_db if noise_power else math.inf,
         differing_values=differing,
         joins=joins,
         inside_jump_steps=maybe_inside,
@@ -123,12 +124,6 @@ def _check_comparable(reference: Recording, candidate: Recording) -> None:
             )
 
 
-def _decibels(signal_power: float, noise_power: float) -> float:
-    if noise_power == 0:
-        return math.inf
-    return 10 * math.log10(signal_power / noise_power) if signal_power else -math.inf
-
-
 def _joins(
     reference: Recording, candidate: Recording, samples: int, maybe_chunk_samples: int | None
 ) -> tuple[tuple[Join, ...], float | None]:
@@ -137,21 +132,18 @@ def _joins(
     if maybe_chunk_samples < 1:
         raise UsageError(f"a chunk of {maybe_chunk_samples} samples, allowed is 1 or more")
     places = range(maybe_chunk_samples, samples, maybe_chunk_samples)
-    joins = tuple(Join(place, _jump_to(candidate, place), _jump_to(reference, place)) for place in places)
-    jumps = _jumps(candidate, samples)
-    inside = np.delete(jumps, np.arange(maybe_chunk_samples, samples, maybe_chunk_samples) - 1)
+    joins = tuple(
+        Join(place, float(_jumps(candidate, place, place + 1)[0]), float(_jumps(reference, place, place + 1)[0]))
+        for place in places
+    )
+    inside = np.delete(_jumps(candidate, 1, samples), np.arange(maybe_chunk_samples, samples, maybe_chunk_samples) - 1)
     return joins, float(np.percentile(inside, INSIDE_PERCENTILE)) if inside.size else 0.0
 
 
-def _jump_to(recording: Recording, sample: int) -> float:
-    """How far a sample is from the one before it, on the channel where that is furthest."""
-    return float(np.abs(np.diff(recording.steps_between(sample - 1, sample + 1), axis=0)).max())
-
-
-def _jumps(recording: Recording, samples: int) -> NDArray[np.float64]:
-    """The same of each sample but the first."""
-    jumps = np.empty(max(0, samples - 1), dtype=np.float64)
-    for start in range(0, len(jumps), BLOCK_SAMPLES):
-        steps = recording.steps_between(start, min(start + BLOCK_SAMPLES + 1, samples))
-        jumps[start : start + BLOCK_SAMPLES] = np.abs(np.diff(steps, axis=0)).max(axis=1)
+def _jumps(recording: Recording, first: int, stop: int) -> NDArray[np.float64]:
+    """How far each sample from `first` to `stop` is from the one before it, on the channel where that is furthest."""
+    jumps = np.empty(max(0, stop - first), dtype=np.float64)
+    for start in range(first, stop, BLOCK_SAMPLES):
+        steps = recording.steps_between(start - 1, min(start + BLOCK_SAMPLES, stop))
+        jumps[start - first : start - first + BLOCK_SAMPLES] = np.abs(np.diff(steps, axis=0)).max(axis=1)
     return jumps

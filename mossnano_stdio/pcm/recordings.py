@@ -1,9 +1,9 @@
-"""Audio files, read: WAVs, and with the extra `audio` whatever libsndfile reads; at the rate that is wanted.
+"""Reads audio files, WAVs or with the extra `audio` whatever libsndfile reads, and resamples them.
 
 Rules of this room:
 
-- A file is read block by block. What is 16 bits in the file stays so until floats are asked for.
-- NaN and infinity are errors that name their place.
+- A file is read block by block. Samples of 16 bits stay integers until floats are asked for.
+- NaN and infinity raise an error that names the place of the first.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ WIDEST_PCM_BYTES: Final = 4
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What a file holds: 16-bit integers where it holds those, else floats. [samples, channels]"""
+    """The samples of a file, [samples, channels]: 16-bit integers where it holds those, else floats."""
 
     sample_rate: int
     samples: NDArray[np.int16] | NDArray[np.float32]
 
     @property
     def audio(self) -> NDArray[np.float32]:
-        """As floats, full scale is 1."""
+        """The samples as floats; full scale is 1."""
         if self.samples.dtype == np.int16:
             return as_float(self.samples.astype(np.int16, copy=False))
         return self.samples.astype(np.float32, copy=False)
@@ -50,22 +50,22 @@ class Recording:
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """An audio file whose header was read, and whose samples are read while they are used: [samples, channels]."""
+    """An audio file whose header was read. Its samples, [samples, channels], are read as its blocks are used."""
 
     sample_rate: int
     channels: int
     samples: int  # as its header says
     dtype: type[np.int16] | type[np.float32]
-    stored: Iterator[NDArray[Any]]  # block by block, found finite
+    stored: Iterator[NDArray[Any]]  # block by block; all values are finite
 
     @property
     def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """As floats."""
+        """The blocks as floats."""
         return (Recording(self.sample_rate, block).audio for block in self.stored)
 
 
 def read_audio(file: BinaryIO, name: str) -> Recording:
-    """A WAV, or whatever else the extra `audio` reads (FLAC, OGG, MP3, ...). `name` is for the errors."""
+    """Read a WAV, or any format that the extra `audio` reads (FLAC, OGG, MP3, ...). `name` is for the errors."""
     sound = read_sound(file, name)
     return Recording(sound.sample_rate, np.concatenate([np.empty((0, sound.channels), sound.dtype), *sound.stored]))
 
@@ -84,10 +84,7 @@ def read_sound(file: BinaryIO, name: str) -> Sound:
 def resampled(
     blocks: Iterable[NDArray[np.float32]], channels: int, sample_rate: int, wanted_rate: int
 ) -> Iterator[NDArray[np.float32]]:
-    """The same sound at another rate. n samples become n * wanted_rate / sample_rate, half up, for any blocks.
-
-    A block is resampled piece by piece: from a low rate to a high one it would grow as much, at once.
-    """
+    """Resample. n samples become n * wanted_rate / sample_rate, rounded half up, however the blocks are cut."""
     if sample_rate == wanted_rate:
         yield from blocks
         return
@@ -99,6 +96,7 @@ def resampled(
             "pip install 'mossnano-stdio[audio]'"
         ) from None
     stream = soxr.ResampleStream(sample_rate, wanted_rate, channels, dtype="float32")
+    # A block is resampled piece by piece: from a low rate to a high one, a whole one would grow large.
     piece_samples = max(1, BLOCK_SAMPLES * sample_rate // wanted_rate)
     for block in blocks:
         for start in range(0, len(block), piece_samples):
@@ -107,9 +105,10 @@ def resampled(
 
 
 class _Patient:
-    """A file as libsndfile is given it. A damaged header makes it ask for places that no file has: nothing moves then,
-    where a file's own error would be printed from inside the library, and still not stop it.
-    """
+    """A file for libsndfile whose seek never raises: seeking to an impossible place leaves it where it is."""
+
+    # A damaged header makes libsndfile seek to places that no file has. An exception there would be printed from inside
+    # the library, which then goes on all the same.
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -117,7 +116,7 @@ class _Patient:
         self.tell = file.tell
 
     def __repr__(self) -> str:
-        return "it"  # as libsndfile's errors call it, behind a name that ours have
+        return "it"  # libsndfile's errors hold this; ours name the file before it
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         with contextlib.suppress(ValueError, OSError):
@@ -135,23 +134,20 @@ def _read_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Sound:
     def blocks() -> Iterator[NDArray[Any]]:
         start = 0
         with sound:
-            while len(block := _next_block(soundfile, sound, dtype.__name__, name, start)):
+            while True:
                 try:
+                    block: NDArray[Any] = sound.read(BLOCK_SAMPLES, dtype=dtype.__name__, always_2d=True)
                     check_finite(block, start)
+                except soundfile.SoundFileError as error:
+                    raise InputError(f"{name} cannot be read on from sample {start}: {error}") from None
                 except NonFiniteError as error:
                     raise InputError(f"{name}: {error}") from None
+                if not len(block):
+                    return
                 yield block
                 start += len(block)
 
     return Sound(sound.samplerate, sound.channels, sound.frames, dtype, blocks())
-
-
-def _next_block(soundfile: ModuleType, sound: Any, dtype: str, name: str, start: int) -> NDArray[Any]:
-    try:
-        block: NDArray[Any] = sound.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise InputError(f"{name} cannot be read on from sample {start}: {error}") from None
-    return block
 
 
 def _read_by_wave(file: BinaryIO, name: str) -> Sound:

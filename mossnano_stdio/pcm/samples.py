@@ -1,12 +1,12 @@
-"""Float samples <-> PCM16.
+"""Converts float samples to PCM16 and back.
 
 Rules of this room:
 
 - Audio is float32 [samples, channels] in memory, whatever its strides. PCM is bytes: 16 bits, little-endian,
   channels interleaved.
 - A float becomes the integer nearest to x * 32767 after clipping to [-1, 1], ties to even, computed exactly. An
-  integer becomes v / 32767, and comes back as itself. (-32768 never leaves here; read, it counts as -32767.)
-- NaN and infinity are named by their place, never converted.
+  integer becomes v / 32767, and converts back to itself. -32768 is never written; read, it counts as -32767.
+- NaN and infinity are never converted: the error names the place of the first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A WAV of 16 bits, written.
+"""Writes WAVs of 16 bits.
 
 Rules of this room:
 
-- A WAV whose length is not known when it begins says so with the largest size there is, which readers take as "to
-  the end of the file"; where the file can seek, the true size is filled in at the end.
+- A WAV whose length is not known when it begins holds the largest size instead, which readers take as "to the end of
+  the file". Where the file can seek, the true size is written at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PCM: Final = 1
 
 
 def wav_header(sample_rate: int, channels: int, maybe_pcm_bytes: int | None = None) -> bytes:
-    """The 44 bytes before the PCM. None, or more than a WAV can count: to the end of the file.
+    """The 44 bytes before the PCM. For None, or for more than a WAV can count, the size says "to the end of the file".
 
     >>> wav_header(48000, 2, 8).hex()[:16]
     '524946462c000000'
@@ -39,7 +39,7 @@ def wav_header(sample_rate: int, channels: int, maybe_pcm_bytes: int | None = No
 
 
 def _sizes(maybe_pcm_bytes: int | None) -> tuple[int, int]:
-    """What stands in the RIFF chunk's and in the data chunk's size."""
+    """The sizes of the RIFF chunk and of the data chunk."""
     before_pcm_bytes = _HEADER.size - _RIFF_SIZE_AT - 4
     if maybe_pcm_bytes is None or maybe_pcm_bytes + before_pcm_bytes > UNKNOWN_BYTES:
         return UNKNOWN_BYTES, UNKNOWN_BYTES
@@ -47,7 +47,7 @@ def _sizes(maybe_pcm_bytes: int | None) -> tuple[int, int]:
 
 
 class WavWriter:
-    """A WAV, written as its PCM comes, to a file or to a pipe.
+    """Writes a WAV to a file or a pipe while its PCM comes.
 
     >>> import io
     >>> file = io.BytesIO()
@@ -59,7 +59,7 @@ class WavWriter:
     """
 
     def __init__(self, file: BinaryIO, sample_rate: int, channels: int, maybe_samples: int | None = None) -> None:
-        """`maybe_samples`: how many will come, where that is known: then even a pipe gets the true size."""
+        """`maybe_samples`: how many samples will come, if that is known. Then a pipe gets the true size too."""
         self._file = file
         self._announced_bytes = None if maybe_samples is None else maybe_samples * SAMPLE_BYTES * channels
         self._pcm_bytes = 0
@@ -72,7 +72,7 @@ class WavWriter:
         self._pcm_bytes += len(pcm)
 
     def finish(self) -> None:
-        """All PCM is written: the header says how much it was, where that can still be said."""
+        """Write the true size into the header, if the file can seek and the header does not hold it yet."""
         if not self._seekable or self._pcm_bytes == self._announced_bytes:
             return
         riff_size, data_size = _sizes(self._pcm_bytes)
