@@ -1,4 +1,4 @@
-"""Codes: the numbers of a codec, frames packed into bytes, artifacts, plain files, callers' arrays.
+"""Holds codes in all their forms: in arrays, packed into bytes, in artifacts and in plain files.
 
 Rules of this room:
 

@@ -1,4 +1,4 @@
-"""How what a caller gives is read: arrays of codes and of audio, in whatever order their axes lie, and times.
+"""Reads what a caller gives: arrays of codes and of audio, in any order of their axes, and times.
 
 The quantizers' axis of an array is as long as the weights have quantizers, or as long as `num_quantizers` asks for.
 It is the first axis or the last one:
@@ -6,12 +6,12 @@ It is the first axis or the last one:
     (quantizers, frames) or (frames, quantizers)
     (quantizers, batch, frames) or (batch, frames, quantizers)
 
-Where both ends fit, the first axis is taken, the canonical order; except that, where `num_quantizers` is less than the
-whole length of one end only, that end is taken: whoever asks for a prefix has more than the prefix.
+Where both ends fit, the first axis is taken. But where `num_quantizers` is asked for and only one end is longer than
+that, the longer end is taken: a caller who asks for a prefix has more quantizers than the prefix.
 
 Rules of this room:
 
-- An array is read in one way or refused. Whatever is wrong with it is a ValueError that says what was found.
+- Every array is read in one way or refused with a ValueError that says what was found.
 - Inside, codes of a batch are (quantizers, batch, frames), and audio is float32 [samples, channels].
 """
 
@@ -35,7 +35,7 @@ def is_whole_number(value: Any) -> bool:
 
 
 def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
-    """How many quantizers are asked for; None: all.
+    """Return how many quantizers are asked for; None asks for all.
 
     >>> checked_quantizers(None, 16), checked_quantizers(8, 16)
     (16, 8)
@@ -48,7 +48,7 @@ def checked_quantizers(num_quantizers: int | None, quantizers: int) -> int:
 
 
 def checked_rate(sample_rate: int) -> int:
-    """A sample rate, in Hz.
+    """Return a sample rate in Hz, if resampling supports it.
 
     >>> checked_rate(44100)
     44100
@@ -85,7 +85,7 @@ def normalised_codes(
 
 
 def integer_array(values: Any, name: str) -> NDArray[np.integer]:
-    """An array of integers, from whatever numpy takes for one."""
+    """Convert to an array of integers; refuse an empty or ragged one."""
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -121,7 +121,7 @@ def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
     if not array.size:
         raise ValueError(f"wave: empty, the shape is {array.shape}")
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=False)  # in which a large float64 is infinity
+        array = array.astype(np.float32, copy=False)  # a large float64 becomes infinity
     if not np.isfinite(array).all():
         raise ValueError("wave: holds NaN or infinity, allowed are numbers that are finite in float32")
     planar = np.broadcast_to(array, (channels, array.shape[1]))
@@ -129,7 +129,7 @@ def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:
 
 
 def sample_range(start: float, duration: float | None, total_samples: int, sample_rate: int) -> range:
-    """The samples from `start` seconds on, for `duration` seconds or, as far as there are any, to the end.
+    """The samples from `start` seconds on, for `duration` seconds but not beyond the end; None: to the end.
 
     >>> sample_range(1.5, 1.0, 48000 * 10, 48000), sample_range(9.5, None, 48000 * 10, 48000)
     (range(72000, 120000), range(456000, 480000))
@@ -144,7 +144,7 @@ def sample_range(start: float, duration: float | None, total_samples: int, sampl
 
 
 def warm_up_frames(seconds: float, frames_per_second: float) -> int:
-    """As many whole frames as it takes.
+    """The fewest whole frames that last so many seconds.
 
     >>> warm_up_frames(1.0, 12.5)
     13
@@ -164,5 +164,5 @@ def _quantizers_come_first(shape: tuple[int, ...], quantizers: int, wanted: int,
             f"{name}: the shape is {shape}, neither the first nor the last axis has {allowed} quantizers{few}"
         )
     if fits_first and fits_last and wanted < max(first, last):
-        return first >= last  # the prefix is taken from the longer end; from the first, where both are as long
+        return first >= last  # the longer end holds the quantizers; of equal ends, the first
     return fits_first

@@ -1,16 +1,16 @@
-"""`.mossnano`: one recording as codes, with all that is needed to play it.
+"""Builds and parses `.mossnano` files: one recording as codes, with what is needed to play it.
 
     "MOSSNANO", then u32 little-endian: sample_rate, channels, original_samples, quantizers, frames, codebook_size;
     then the codes in [quantizer, frame] order, packed without gaps, least significant bit first.
 
 Rules of this room:
 
-- A header checks its fields when it is made, so parsing and building refuse the same.
-- The body is exactly as long as the header says. Sizes are computed before anything is allocated, and memory is
+- `ArtifactHeader` checks its fields when it is made, so parsing and building refuse the same values.
+- The body must be exactly as long as the header says. Sizes are computed before anything is allocated, and memory is
   taken only for bytes that came.
-- Whatever is wrong is one ArtifactError that names the field, the value found and what is allowed, the same for
-  every split of the input.
-- `check_fits` says whether an artifact is for these weights: a file can be right and be for others.
+- Every fault raises one ArtifactError that names the field, the value found and what is allowed, however the input
+  is split.
+- `check_fits` checks apart whether weights can decode an artifact: a valid file may be made for other weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HEADER_BYTES: Final = len(MAGIC) + _FIELDS.size
 
 @dataclass(frozen=True, eq=False)
 class ArtifactHeader:
-    """What stands before the codes, field by field in the order of the file.
+    """The fields before the codes, in the order of the file.
 
     >>> header = ArtifactHeader(48000, 2, 5000, quantizers=16, frames=2, codebook_size=1024)
     >>> header.bits_per_code, header.body_bytes, header.file_bytes
@@ -82,7 +82,7 @@ class ArtifactHeader:
         return self.original_samples / self.sample_rate
 
     def check_fits(self, weights: CodecFormat, prefix_allowed: bool) -> None:
-        """Can these weights decode it? With `prefix_allowed`, fewer quantizers than theirs will do."""
+        """Raise ArtifactError unless these weights decode it. `prefix_allowed`: with fewer quantizers, too."""
         for name in ("sample_rate", "channels", "codebook_size"):
             found, needed = getattr(self, name), getattr(weights, name)
             if found != needed:
@@ -138,7 +138,7 @@ def parse_artifact(data: bytes | bytearray | memoryview, max_bytes: int = MAX_AR
 
 
 def load_artifact(file: BinaryIO, name: str) -> Artifact:
-    """Read it from an open file, no further than its header allows. `name` is for the errors."""
+    """Read an artifact from an open file, and refuse it at the first byte too many. `name` is for the errors."""
     reader = ArtifactReader()
     try:
         while piece := file.read(PIECE_BYTES):
@@ -149,7 +149,7 @@ def load_artifact(file: BinaryIO, name: str) -> Artifact:
 
 
 class ArtifactReader:
-    """A file that comes in pieces.
+    """Parses a file that comes in pieces.
 
     >>> reader = ArtifactReader()
     >>> reader.push(b"MOSS")
@@ -165,23 +165,26 @@ class ArtifactReader:
     def __init__(self, max_bytes: int = MAX_ARTIFACT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._received = bytearray()
-        self.maybe_header: ArtifactHeader | None = None  # there as soon as its 32 bytes are, and were found right
+        self.maybe_header: ArtifactHeader | None = None  # None until its 32 bytes have come and were checked
 
     @property
     def missing_bytes(self) -> int:
-        """How many bytes are still to come; until the header is there, how many of it."""
+        """How many bytes are still to come; before the header is complete, how many of the header."""
         expected_bytes = HEADER_BYTES if self.maybe_header is None else self.maybe_header.file_bytes
         return expected_bytes - len(self._received)
 
     def push(self, data: bytes | bytearray | memoryview) -> int:
-        """Take the next bytes; answers how many are still missing."""
+        """Take the next bytes and return `missing_bytes`."""
         data = memoryview(data)
         if self.maybe_header is None:
             rest_of_header = data[: self.missing_bytes]
             self._received += rest_of_header
             if self.missing_bytes:
                 return self.missing_bytes
-            self.maybe_header = _parse_header(self._received, self._max_bytes)
+            _check_magic(self._received)
+            header = ArtifactHeader(*_FIELDS.unpack_from(self._received, len(MAGIC)))
+            _check_size(header, self._max_bytes)
+            self.maybe_header = header
             data = data[len(rest_of_header) :]
         if len(data) > self.missing_bytes:
             raise ArtifactError(
@@ -191,35 +194,22 @@ class ArtifactReader:
         return self.missing_bytes
 
     def artifact(self) -> Artifact:
-        """The whole of it; what is not whole is an ArtifactError."""
-        header = self.maybe_header
+        """Return the artifact; raise ArtifactError while bytes of it are missing."""
+        header, found_bytes = self.maybe_header, len(self._received)
         if header is None:
             _check_magic(self._received)
-        if header is None or self.missing_bytes:
-            raise ArtifactError(self._what_is_cut())
-        return Artifact(**vars(header), codes=_parse_body(header, memoryview(self._received)[HEADER_BYTES:]))
-
-    def _what_is_cut(self) -> str:
-        found_bytes = len(self._received)
-        if self.maybe_header is None:
-            return f"the artifact is cut inside its header: {found_bytes} of {HEADER_BYTES} bytes are there"
-        return f"the artifact is cut: {found_bytes} of {self.maybe_header.file_bytes} bytes are there"
-
-
-def _parse_header(data: bytearray, max_bytes: int) -> ArtifactHeader:
-    _check_magic(data)
-    header = ArtifactHeader(*_FIELDS.unpack_from(data, len(MAGIC)))
-    _check_size(header, max_bytes)
-    return header
-
-
-def _parse_body(header: ArtifactHeader, body: memoryview) -> Codes:
-    """A frame-major view of the order in the file: a long artifact is not held twice."""
-    try:
-        codes = unpack_codes(body, header.bits_per_code, header.quantizers * header.frames)
-    except TokenError as error:
-        raise ArtifactError(f"the artifact's body: {error}") from None
-    return codes.reshape(header.quantizers, header.frames).T
+            raise ArtifactError(
+                f"the artifact is cut inside its header: {found_bytes} of {HEADER_BYTES} bytes are there"
+            )
+        if self.missing_bytes:
+            raise ArtifactError(f"the artifact is cut: {found_bytes} of {header.file_bytes} bytes are there")
+        body = memoryview(self._received)[HEADER_BYTES:]
+        try:
+            codes = unpack_codes(body, header.bits_per_code, header.quantizers * header.frames)
+        except TokenError as error:
+            raise ArtifactError(f"the artifact's body: {error}") from None
+        # A frame-major view of the order in the file, so that the codes of a long artifact are held once only.
+        return Artifact(**vars(header), codes=codes.reshape(header.quantizers, header.frames).T)
 
 
 def _check_magic(start: bytearray) -> None:

@@ -1,9 +1,9 @@
-"""The numbers that everybody must agree on about a codec, and the orders in which its codes lie in arrays.
+"""Holds the numbers of a codec, and orders its codes as the wire, the artifact and the graph need them.
 
 Rules of this room:
 
-- `CodecFormat` is read from weights or from a header, never assumed. Whatever follows from its numbers (bits per
-  code, bytes per frame, ...) is computed here and nowhere else.
+- The numbers of a `CodecFormat` come from weights or from a header; none is assumed. What follows from them (bits per
+  code, bytes per frame, ...) is computed here.
 - Codes lie frame-major, [frames, quantizers], everywhere inside the process and on the wire. Only the artifact
   is quantizer-major, [quantizers, frames], and only the graph has a batch axis, int32 [1, frames, quantizers].
 """
@@ -22,7 +22,7 @@ SAMPLE_BYTES = 2  # PCM16
 
 @dataclass(frozen=True)
 class CodecFormat:
-    """What an encoder and a decoder must have in common.
+    """The numbers that an encoder and a decoder must have in common.
 
     >>> nano = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
     >>> nano.bits_per_code, nano.frame_bytes, nano.frame_pcm_bytes, nano.frames_per_second

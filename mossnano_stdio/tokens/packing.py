@@ -1,15 +1,15 @@
-"""Codes of any width from 1 to 16 bits, packed without gaps, least significant bit first.
+"""Packs codes of 1 to 16 bits without gaps, least significant bit first, and unpacks them.
 
 Rules of this room:
 
 - Bit k of the packed bytes is bit `k % 8` of byte `k // 8`; a code's lowest bit comes first.
 - A row of codes is padded with zero bits to a whole byte. `pack_codes` packs one row of any length, an artifact's
   body; `pack_frames` packs every frame as a row of its own, as TOKENS carries them.
-- Unpacking rejects bytes that packing cannot produce: another size, padding that is not zero, or a code that no
-  codebook entry has is a TokenError.
-- Both ways run over the columns of many equal rows at once, shifting bits through one number per row. Where rows have
-  no padding of their own, as few codes make a row as fill whole bytes: 4 codes of 10 bits, 5 bytes.
-- Work goes by blocks, so that what is needed beside input and output stays below a MiB whatever their size.
+- Unpacking rejects bytes that packing cannot produce: another size, padding that is not zero, or a code without an
+  entry in the codebook is a TokenError.
+- Packing and unpacking run over the columns of many equal rows at once, and shift bits through one number per row. A
+  row without padding is cut into the shortest rows that fill whole bytes: 4 codes of 10 bits fill 5 bytes.
+- Rows are worked on in blocks, so that memory beside input and output stays below a MiB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLOCK_CODES = 1 << 16  # measured best for speed
 
 
 def pack_codes(codes: NDArray[np.integer], bits: int) -> bytes:
-    """One row of codes, `bits` bits each.
+    """Pack one row of codes, `bits` bits each.
 
     >>> pack_codes(np.array([1, 2, 3]), bits=4).hex()
     '2103'
@@ -46,7 +46,7 @@ def pack_codes(codes: NDArray[np.integer], bits: int) -> bytes:
 
 
 def unpack_codes(packed: Bytes, bits: int, count: int) -> NDArray[np.uint16]:
-    """`count` codes of `bits` bits each, out of exactly the bytes that they fill.
+    """Unpack `count` codes of `bits` bits each from exactly the bytes that they fill.
 
     >>> unpack_codes(bytes.fromhex("2103"), bits=4, count=3).tolist()
     [1, 2, 3]
@@ -120,7 +120,7 @@ def first_outside(codes: NDArray[np.integer], codebook_size: int) -> tuple[int, 
 def _equal_rows(
     codes: NDArray[np.integer], packed: NDArray[np.uint8], bits: int
 ) -> Iterator[tuple[NDArray[np.integer], NDArray[np.uint8]]]:
-    """One long row as many short ones that end with a byte, and then what is left: each with the bytes it fills."""
+    """Cut one long row into short ones that end with a byte, then what is left over: codes, and the bytes they fill."""
     together = 8 // math.gcd(bits, 8)
     rows = len(codes) // together
     whole, whole_bytes = rows * together, rows * together * bits // 8
@@ -131,7 +131,7 @@ def _equal_rows(
 
 
 def _pack_rows(codes: NDArray[np.integer], packed: NDArray[np.uint8], bits: int) -> None:
-    """[rows, columns] codes into [rows, bytes]."""
+    """Pack [rows, columns] codes into [rows, bytes]."""
     block_rows = max(1, BLOCK_CODES // codes.shape[1])
     for start in range(0, len(codes), block_rows):
         block, out = codes[start : start + block_rows], packed[start : start + block_rows]
@@ -150,7 +150,7 @@ def _pack_rows(codes: NDArray[np.integer], packed: NDArray[np.uint8], bits: int)
 
 
 def _unpack_rows(packed: NDArray[np.uint8], codes: NDArray[np.integer], bits: int) -> None:
-    """[rows, bytes] into [rows, columns] codes. What is left over of a row is its padding, and must be zero."""
+    """Unpack [rows, bytes] into [rows, columns] codes. The bits left over in a row are its padding: they must be 0."""
     block_rows = max(1, BLOCK_CODES // codes.shape[1])
     for start in range(0, len(codes), block_rows):
         block, out = packed[start : start + block_rows], codes[start : start + block_rows]
@@ -190,6 +190,7 @@ def _check_width(bits: int) -> None:
 
 
 def _check_codes(codes: NDArray[np.integer], codebook_size: int) -> None:
+    """Raise TokenError for the first code below 0 or without an entry in the codebook, and name its place."""
     if not np.issubdtype(codes.dtype, np.integer):
         raise UsageError(f"codes are {codes.dtype} numbers, allowed are integers")
     if place := first_outside(codes, codebook_size):

@@ -1,12 +1,11 @@
-"""Codes as plain files, for programs that know nothing of `.mossnano`.
+"""Saves codes as plain files and loads them, for programs that cannot read `.mossnano`.
 
 Rules of this room:
 
 - Three forms: `.u16le` is little-endian 16-bit codes in [quantizer, frame] order and nothing else, `.npy` is numpy's
   own, [frames, quantizers], and `.json` is a list of frames, each a list of codes.
-- A `.npy` is read by its header, and its size must be what the header says, so that nothing is executed, and no
-  memory taken for what a file only claims.
-- Codes are 16 bits. Whether they fit a codebook is not known here: the artifact that is made of them says so.
+- Loading executes nothing that a file holds, and checks a `.npy`'s size against its header before it allocates.
+- Codes are 16 bits. Whether they fit a codebook is checked later, when an artifact is made of them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mossnano_stdio.tokens.packing import first_outside
 
 FORMS: Final = ("u16le", "npy", "json")
 LARGEST_CODE: Final = 0xFFFF
-JSON_BLOCK_FRAMES: Final = 1 << 12  # made into Python's numbers at a time, which are large
+JSON_BLOCK_FRAMES: Final = 1 << 12  # converted at a time, as Python's numbers need much memory
 
 _NPY_HEADER_READERS: Final = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -36,7 +35,7 @@ _NPY_HEADER_READERS: Final = {
 
 
 def form_of(path: str, maybe_form: str | None) -> str:
-    """The form that was asked for, or the one that the name ends with.
+    """Return the form that was asked for, or else the one that the name ends with.
 
     >>> form_of("speech.npy", None), form_of("-", "json")
     ('npy', 'json')
@@ -66,7 +65,7 @@ def save_codes(codes: Codes, form: str) -> bytes:
 
 
 def load_codes(data: bytes, form: str, quantizers: int) -> Codes:
-    """The bytes of a file -> [frames, quantizers]. `quantizers` is needed by forms that do not say.
+    """The bytes of a file -> [frames, quantizers]. `quantizers` is for the forms that do not hold it.
 
     >>> load_codes(b"[[1, 2], [3, 4]]", "json", quantizers=16).tolist()
     [[1, 2], [3, 4]]
