@@ -1,13 +1,13 @@
-"""`mossnano_stdio.Codec`: the codec for those who import it.
+"""Decodes and encodes in the caller's own process: `mossnano_stdio.Codec`.
 
 Rules of this room:
 
-- Arrays of codes come in any sensible order (shapes.py has the rule). What leaves has one order: codes are
+- Arrays of codes may come in any order that tokens/arrays.py reads. Results have one order: codes are
   [quantizers, frames], audio is float32 [channels, samples], with the batch in front where there is more than one.
-- An argument that makes no sense is a ValueError that says which and why. What is wrong with weights, with a file's
-  content, or with a run, is a MossnanoError. A file that cannot be read at all speaks for itself, as an OSError.
-- A Codec has no stream. Every call steps a decoder of its own over the graph that all share, so calls may come from
-  any number of threads. No call's memory grows with the length of what it decodes, but for the result.
+- A wrong argument raises a ValueError that says which and why. A fault in weights, in a file's content, or in a run
+  raises a MossnanoError. Failing to open an input raises the plain OSError.
+- A Codec has no stream. Every call steps a decoder of its own over one shared graph, so calls may come from any number
+  of threads. Beside its result, a call needs no memory that grows with the length of what it decodes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from mossnano_stdio.tokens.arrays import (
     normalised_wave,
     sample_range,
 )
-from mossnano_stdio.tokens.artifact import Artifact, ArtifactHeader, build_artifact, load_artifact
+from mossnano_stdio.tokens.artifact import FIELD_LIMITS, Artifact, ArtifactHeader, build_artifact, load_artifact
 from mossnano_stdio.tokens.format import CodecFormat, Codes, to_quantizer_major
 from mossnano_stdio.weights.folder import Bundle, find_weights, load_bundle
 
@@ -56,12 +56,12 @@ if TYPE_CHECKING:
 
 Audio = NDArray[np.float32]
 
-STEP_FRAMES = 8  # of decoding what is there as a whole
+STEP_FRAMES = 8  # decoded at a time, where all frames are there
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedAudio(ArtifactHeader):
-    """A recording as codes, [quantizers, frames], and what the header of its file says.
+    """A recording as codes, [quantizers, frames], with the fields of its file's header.
 
     >>> encoded = EncodedAudio(48000, 2, 5000, 16, 2, 1024, codes=np.zeros((16, 2), np.uint16))
     >>> encoded.original_samples, encoded.duration_seconds, encoded.artifact.codes.shape
@@ -72,19 +72,12 @@ class EncodedAudio(ArtifactHeader):
 
     @classmethod
     def of(cls, artifact: Artifact) -> Self:
-        return cls(
-            sample_rate=artifact.sample_rate,
-            channels=artifact.channels,
-            original_samples=artifact.original_samples,
-            quantizers=artifact.quantizers,
-            frames=artifact.frames,
-            codebook_size=artifact.codebook_size,
-            codes=to_quantizer_major(artifact.codes),
-        )
+        fields = {name: getattr(artifact, name) for name in FIELD_LIMITS}
+        return cls(**fields, codes=to_quantizer_major(artifact.codes))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """A `.mossnano` file."""
+        """Read a `.mossnano` file."""
         with open_input(path) as file:
             return cls.of(load_artifact(file, str(path)))
 
@@ -95,16 +88,9 @@ class EncodedAudio(ArtifactHeader):
 
     @property
     def artifact(self) -> Artifact:
-        """The same, frame by frame, as the rest of this package has it."""
-        return Artifact(
-            sample_rate=self.sample_rate,
-            channels=self.channels,
-            original_samples=self.original_samples,
-            quantizers=self.quantizers,
-            frames=self.frames,
-            codebook_size=self.codebook_size,
-            codes=np.asarray(self.codes).T,  # uncast: it is checked as it is
-        )
+        """The same recording with frame-major codes, as the rest of this package uses it."""
+        fields = {name: getattr(self, name) for name in FIELD_LIMITS}
+        return Artifact(**fields, codes=np.asarray(self.codes).T)  # not cast, so that Artifact checks what is there
 
 
 class Codec:
@@ -131,7 +117,7 @@ class Codec:
         threads: int | None = None,
         graph: GraphName | None = None,
     ) -> Self:
-        """Load `weights`: a folder, "demo", or None for the places that `mossnano fetch` writes to."""
+        """Load `weights`: a folder, "demo", or None for the folders that `mossnano fetch` writes to."""
         bundle = load_bundle(find_weights(None if weights is None else os.fspath(weights)))
         try:
             return cls(bundle, load_runtime(bundle, provider=provider, threads=threads, graph=graph))
@@ -139,7 +125,7 @@ class Codec:
             raise ValueError(str(error)) from None
 
     def close(self) -> None:
-        """Let go of the graphs. Calls that are under way finish."""
+        """Release the graphs. Calls that are under way finish."""
         self._maybe_runtime = self._maybe_encoder = None
 
     def __enter__(self) -> Self:
@@ -178,14 +164,14 @@ class Codec:
 
     @property
     def context_seconds(self) -> float:
-        """How far the layer that looks back furthest does; the longest `chunk_duration`."""
+        """How far back the layer with the longest context looks. `chunk_duration` may be as long."""
         return self._seconds(max(self._runtime.layer_context_frames))
 
     @property
     def warm_up_seconds(self) -> float:
-        """How far back all layers together look: what decoding from the middle has to begin with.
+        """How far back all layers together look. Decoding from the middle decodes so much before it.
 
-        Infinity for the demo, whose tones go on from where they were since the start.
+        Infinity for the demo, whose tones depend on all frames since the start.
         """
         maybe_frames = maybe_warm_up_frames(self._runtime)
         return math.inf if maybe_frames is None else self._seconds(maybe_frames)
@@ -196,7 +182,7 @@ class Codec:
         """Codes -> float32 [channels, samples]; for a batch of B > 1, [B, channels, samples].
 
         `codes`: integers (quantizers, frames) or (frames, quantizers), with a batch (quantizers, B, frames) or
-        (B, frames, quantizers); or an EncodedAudio, which comes back as long as the recording was.
+        (B, frames, quantizers); or an EncodedAudio: its audio is as long as the recording was.
         `num_quantizers`: decode only the first so many.
         `chunk_duration`: seconds decoded at a time. The result is the same.
 
@@ -205,14 +191,17 @@ class Codec:
         ((2, 96000), (3, 2, 96000))
         """
         batch = self._batch(codes, num_quantizers)
-        step_frames = self._step_frames(chunk_duration, batch.shape[1])
+        if chunk_duration is not None and batch.shape[1] > 1:
+            raise ValueError(f"chunk_duration is for one stream, the codes are a batch of {batch.shape[1]}")
+        step_frames = self._chunk_frames(chunk_duration)
         runtime = self._runtime
-        decoded = [self._decoded(runtime.new_decoder(), item, step_frames) for item in _frame_major_items(batch)]
+        frame_major = batch.transpose(1, 2, 0)  # [batch, frames, quantizers]
+        decoded = [self._decoded(runtime.new_decoder(), frames, step_frames) for frames in frame_major]
         audio = decoded[0] if len(decoded) == 1 else np.stack(decoded)
         return audio[..., : _original_samples(codes)]
 
     def batch_decode(self, codes_list: Iterable[Any], num_quantizers: int | None = None) -> list[Audio]:
-        """Decode one after the other; each may have another length, none may be a batch itself.
+        """Decode one after the other. Their lengths may differ; none may be a batch itself.
 
         >>> with Codec.load("demo") as codec:
         ...     [audio.shape for audio in codec.batch_decode([np.zeros((16, 3), int), np.zeros((16, 5), int)])]
@@ -220,16 +209,15 @@ class Codec:
         """
         entries = list(codes_list)
         for number, entry in enumerate(entries):
-            self._single(entry, num_quantizers, f"entry {number}")  # all are looked at before the first is decoded
+            self._single(entry, num_quantizers, f"entry {number}")  # all are checked before the first is decoded
         return [self.decode(entry, num_quantizers) for entry in entries]
 
     def streaming_decode(self, codes: Any, chunk_frames: int = 1, num_quantizers: int | None = None) -> Iterator[Audio]:
-        """Decode bit by bit: a generator of float32 [channels, samples], `chunk_frames` frames each but for the last.
+        """Decode chunk by chunk: yield float32 [channels, samples] of `chunk_frames` frames, or fewer at the end.
 
-        `codes`: whatever `decode` takes (an EncodedAudio, too: its frames are whole, so the last one is not cut to
-        the recording's length), or anything else that gives one frame of codes after the other, for as long as it
-        likes. Lists and tuples are read as arrays; for one of frames, give `iter(frames)`. Closing the generator is
-        all that is needed to stop half way.
+        `codes`: whatever `decode` takes, or any other iterable of frames of codes, of any length. The last frame of an
+        EncodedAudio is not cut to the recording's length. Lists and tuples are read as arrays; for one of frames,
+        give `iter(frames)`. Close the generator to stop half way.
 
         >>> with Codec.load("demo") as codec:
         ...     [audio.shape for audio in codec.streaming_decode(np.zeros((16, 5), int), chunk_frames=2)]
@@ -237,7 +225,8 @@ class Codec:
         """
         if not is_whole_number(chunk_frames) or chunk_frames < 1:
             raise ValueError(f"chunk_frames is {chunk_frames!r}, allowed is a whole number from 1")
-        if _is_whole(codes):
+        # What is neither a recording nor an array, nor read as one, gives frame after frame.
+        if isinstance(codes, list | tuple | ArtifactHeader) or hasattr(codes, "__array__"):
             frames: Iterable[Codes] = self._single(codes, num_quantizers)
         else:
             wanted = self._wanted_quantizers(num_quantizers)
@@ -255,8 +244,8 @@ class Codec:
     ) -> Audio:
         """Decode `duration` seconds (None: all that is left) from `start` seconds on: float32 [channels, samples].
 
-        The frames before it are decoded, too, for what they leave behind: `warm_up` seconds of them, by default as
-        many as it takes to be within one 16-bit step of a decode from the start (`warm_up_seconds`).
+        To restore the decoder's state, `warm_up` seconds of frames before it are decoded too. The default is long
+        enough to be within one 16-bit step of a decode from the start (`warm_up_seconds`).
 
         >>> with Codec.load("demo") as codec:
         ...     codec.decode_range(np.zeros((16, 50), int), start=1.0, duration=0.5).shape
@@ -283,20 +272,20 @@ class Codec:
         num_quantizers: int | None = None,
         chunk_duration: float | None = None,
     ) -> EncodedAudio:
-        """float32 [channels, samples], full scale 1 -> codes, and all that the header of their file says.
+        """float32 [channels, samples], full scale 1 -> codes, with the fields of their file's header.
 
-        `wave`: of one channel, [samples] or [1, samples], it goes to all channels.
-        `sample_rate`: that of the wave, where it is not the codec's: then it is resampled.
+        `wave`: mono, [samples] or [1, samples], is copied to all channels.
+        `sample_rate`: that of the wave; None: the codec's. Any other is resampled.
         `num_quantizers`: keep only the first so many.
         `chunk_duration`: seconds encoded at a time. The result is the same.
 
-        A last frame that is not full is filled up. `original_samples` remembers the length, so that `decode` gives as
-        many samples as came in.
+        The last frame is padded. `original_samples` holds the length without padding, and `decode` cuts the audio to
+        it.
         """
         audio = normalised_wave(wave, self.channels)
         rate = self.sample_rate if sample_rate is None else checked_rate(sample_rate)
         quantizers = checked_quantizers(num_quantizers, self.quantizers)
-        chunk_frames = STEP_FRAMES if chunk_duration is None else self._chunk_frames(chunk_duration)
+        chunk_frames = self._chunk_frames(chunk_duration)
         encoder = self._encoder
         if chunk_duration is not None and not isinstance(encoder, EncoderRuntime):
             raise BundleError(
@@ -313,10 +302,10 @@ class Codec:
         num_quantizers: int | None = None,
         chunk_duration: float | None = None,
     ) -> list[EncodedAudio]:
-        """Encode one after the other; each may have another length."""
+        """Encode the waves one after the other; their lengths may differ."""
         return [self.encode(wave, sample_rate, num_quantizers, chunk_duration) for wave in waves]
 
-    # --- how ------------------------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------------------------------
 
     @property
     def _runtime(self) -> Runtime:
@@ -327,7 +316,7 @@ class Codec:
 
     @property
     def _encoder(self) -> EncoderRuntime | FullEncoder:
-        """Loaded when it is first asked for: whoever only decodes does without."""
+        """The encoder, loaded when it is first used."""
         engine = self._runtime.engine
         with self._encoder_lock:
             if self._maybe_encoder is None:
@@ -335,7 +324,7 @@ class Codec:
             return self._maybe_encoder
 
     def _batch(self, codes: Any, num_quantizers: int | None, name: str = "codes") -> Codes:
-        """(num_quantizers, batch, frames), whatever came in."""
+        """Codes in any form that is allowed -> (num_quantizers, batch, frames)."""
         if isinstance(codes, ArtifactHeader):
             codes.check_fits(self.format, self._runtime.decodes_prefix)
             wanted = checked_quantizers(num_quantizers, codes.quantizers)
@@ -344,7 +333,7 @@ class Codec:
         return normalised_codes(codes, self.quantizers, self.codebook_size, wanted, name)
 
     def _single(self, codes: Any, num_quantizers: int | None, name: str = "codes") -> Codes:
-        """[frames, num_quantizers] of one stream."""
+        """Codes of one stream in any form that is allowed -> [frames, num_quantizers]."""
         batch = self._batch(codes, num_quantizers, name)
         if batch.shape[1] > 1:
             raise ValueError(f"{name}: a batch of {batch.shape[1]}, allowed is one stream")
@@ -360,7 +349,7 @@ class Codec:
         return wanted
 
     def _frame(self, frame: Any, wanted: int, number: int) -> Codes:
-        """One frame of an iterable, checked: [num_quantizers]."""
+        """Check one frame of an iterable -> [num_quantizers]."""
         array = integer_array(frame, f"frame {number}")
         if array.shape not in ((wanted,), (self.quantizers,)):
             raise ValueError(f"frame {number}: the shape is {array.shape}, allowed is ({self.quantizers},)")
@@ -378,7 +367,7 @@ class Codec:
             yield np.ascontiguousarray(decoder.step(np.stack(chunk)).T)
 
     def _decoded(self, decoder: SeekingDecoder, frames: Codes, step_frames: int) -> Audio:
-        """[frames, quantizers] -> [channels, samples], in steps that end in one array."""
+        """Decode [frames, quantizers] step by step into one array, [channels, samples]."""
         audio = np.empty((self.channels, len(frames) * self.frame_samples), dtype=np.float32)
         for first in range(0, len(frames), step_frames):
             step = frames[first : first + step_frames]
@@ -386,15 +375,10 @@ class Codec:
             audio[:, start : start + len(step) * self.frame_samples] = decoder.step(step).T
         return audio
 
-    def _step_frames(self, chunk_duration: float | None, batch: int) -> int:
+    def _chunk_frames(self, chunk_duration: float | None) -> int:
+        """How many frames `chunk_duration` seconds are: a whole number, within the context."""
         if chunk_duration is None:
             return STEP_FRAMES
-        if batch > 1:
-            raise ValueError(f"chunk_duration is for one stream, the codes are a batch of {batch}")
-        return self._chunk_frames(chunk_duration)
-
-    def _chunk_frames(self, chunk_duration: float) -> int:
-        """Whole frames in `chunk_duration` seconds, within the context."""
         if not 0 < chunk_duration <= self.context_seconds:
             raise ValueError(f"chunk_duration is {chunk_duration}, allowed is above 0 and up to {self.context_seconds}")
         samples = round(chunk_duration * self.sample_rate)
@@ -411,10 +395,10 @@ class Codec:
 def encode_blocks(
     encoder: EncoderRuntime | FullEncoder, blocks: Iterable[Audio], quantizers: int, chunk_frames: int = STEP_FRAMES
 ) -> EncodedAudio:
-    """A recording that comes block by block, [samples, channels] at the codec's rate: its codes, and its length."""
+    """Encode a recording that comes block by block, [samples, channels] at the codec's rate."""
     if isinstance(encoder, EncoderRuntime):
         chunks = EncodingChunks(encoder.new_encoder(), Fixed(chunk_frames))
-        codes = np.concatenate([_no_codes(encoder.format), *_recorded(chunks, blocks)])
+        codes = np.concatenate([np.zeros((0, encoder.format.quantizers), np.uint16), *_recorded(chunks, blocks)])
         samples = chunks.original_samples
     else:
         audio = np.concatenate([np.zeros((0, encoder.format.channels), np.float32), *blocks])
@@ -431,7 +415,7 @@ def encode_blocks(
 
 
 def _recorded(chunks: EncodingChunks, blocks: Iterable[Audio]) -> Iterator[Codes]:
-    """Chunk after chunk, while the blocks come."""
+    """Encode chunk after chunk, while the blocks come."""
     for block in blocks:
         chunks.push(block)
         while (codes := chunks.step()) is not None:
@@ -439,21 +423,6 @@ def _recorded(chunks: EncodingChunks, blocks: Iterable[Audio]) -> Iterator[Codes
     chunks.finish()
     while (codes := chunks.step()) is not None:
         yield codes
-
-
-def _no_codes(codec: CodecFormat) -> Codes:
-    return np.zeros((0, codec.quantizers), dtype=np.uint16)
-
-
-def _frame_major_items(batch: Codes) -> Iterator[Codes]:
-    """(quantizers, batch, frames) -> each [frames, quantizers]."""
-    for number in range(batch.shape[1]):
-        yield batch[:, number].T
-
-
-def _is_whole(codes: Any) -> bool:
-    """Are all frames there? What is neither an array, or made into one, nor a recording gives frame after frame."""
-    return isinstance(codes, list | tuple | ArtifactHeader) or hasattr(codes, "__array__")
 
 
 def _quantizer_major(recording: ArtifactHeader) -> Codes:
