@@ -1,4 +1,4 @@
-"""A decoder in a process of its own, for Python programs: `Decoder` for threads, `AsyncDecoder` for asyncio.
+"""Runs a decoder in a process of its own for a Python program: `Decoder` for threads, `AsyncDecoder` for asyncio.
 
     with Decoder(weights="demo") as decoder:
         stream = decoder.feed(frames)  # [frames, quantizers], or packed bytes
@@ -8,14 +8,15 @@
 
 Rules of this room:
 
-- What is said and what an answer means is `Exchange`, sans-IO and without a lock. Both clients drive the same one, and
-  differ only in how they wait.
-- Nobody deadlocks. What is fed waits here as tokens, which are small, and never makes the caller wait: what would be
-  more than `queue_bytes` is refused, whole. What comes back is read until `buffer_bytes` wait to be taken; then the
-  process is left to wait, unless somebody here waits for something that stands behind them.
+- `Exchange` builds every message and reads every answer, without IO and without a lock. Both clients use it, and differ
+  in how they wait.
+- Neither side blocks the other for good. Feeding never waits: frames are queued here, and frames that would exceed
+  `queue_bytes` are refused as a whole. Answers are read until `buffer_bytes` wait to be taken; then reading stops,
+  unless a caller waits for an answer behind them.
 - `cancel` ends every stream that was not read to its end, at once. What still comes of them is dropped.
-- A process that died takes with it what it had not answered. Who reads one of those streams, or feeds it, is told, also
-  when the next process is there already. The next stream starts that, or with `restart` its death does.
+- Streams that a process had not answered when it died are lost. Reading or feeding one of them raises
+  DecoderDiedError, even when the next process runs already. The next stream starts a new process; with `restart`, the
+  death itself does.
 - After `close` there is no process, no thread and no descriptor left.
 """
 

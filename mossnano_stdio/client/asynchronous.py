@@ -1,4 +1,4 @@
-"""The client for asyncio: one task that writes, one that reads, and whoever awaits."""
+"""The client for asyncio: one task writes to the process, one reads from it, one reads its log; callers await."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from mossnano_stdio.client.exchange import (
     QUEUE_BYTES,
     Exchange,
     Facts,
+    FedStream,
     Frames,
     NotReadyError,
-    Played,
     State,
-    StreamEnd,
-    StreamState,
 )
 from mossnano_stdio.client.launch import (
     READ_BYTES,
@@ -36,25 +34,13 @@ from mossnano_stdio.errors import UsageError
 Found = TypeVar("Found")
 
 
-class AsyncStream:
-    """What comes back of the frames that were fed to it: `async for` gives its PCM, piece by piece, as it comes.
+class AsyncStream(FedStream):
+    """A stream to feed: `async for` gives its PCM, piece by piece, as it comes.
 
-    An ERROR of the process is raised where it came. If the stream goes on after it, so does the iteration.
+    The iteration raises an ERROR at the place where it came. If the stream goes on after it, so does the iteration.
     """
 
-    def __init__(self, link: _AsyncLink, state: StreamState) -> None:
-        self._link = link
-        self._state = state
-
-    def feed(self, frames: Frames) -> None:
-        """More of it: [frames, quantizers], or packed bytes. QueueFullError if too much waits."""
-        with self._link.changing() as exchange:
-            exchange.feed(self._state, frames)
-
-    def finish(self) -> None:
-        """That was all of it."""
-        with self._link.changing() as exchange:
-            exchange.finish(self._state)
+    _link: _AsyncLink
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -66,29 +52,15 @@ class AsyncStream:
         return pcm
 
     async def read(self) -> bytes:
-        """All the rest of it."""
+        """Read to the end, and return all PCM that was not taken yet."""
         return b"".join([pcm async for pcm in self])
-
-    @property
-    def was_cancelled(self) -> bool:
-        return self._state.was_cancelled
-
-    @property
-    def played(self) -> Played:
-        """Its number, and how many samples of it were handed out."""
-        return self._link.exchange.played(self._state)
-
-    @property
-    def maybe_end(self) -> StreamEnd | None:
-        """What it came to, once the process has said so."""
-        return self._state.maybe_end
 
 
 class AsyncDecoder(Facts):
-    """A decoder process: fed with frames, heard as PCM. `async with` starts it and ends it; so do start and close.
+    """A decoder process that is fed with frames and returns PCM. `async with` or start and close start and end it.
 
-    What is awaited may have to start a process, or waits for an answer; the rest never waits. The log of the process
-    goes line by line to `log`, or where `stderr` says, or else to our own stderr. `restart` is what it is for Decoder.
+    Methods that are awaited may start a process or wait for an answer; the others never wait. The log of the process
+    goes line by line to `log`, or to `stderr`, or else to our own stderr. `restart` does the same as for Decoder.
     """
 
     def __init__(
@@ -107,7 +79,7 @@ class AsyncDecoder(Facts):
         program = command_line(None if weights is None else os.fspath(weights), arguments, command)
         self._launch = Launch(program, start_seconds, buffer_bytes, queue_bytes, log, stderr)
         self._restarts = Restarts(restart)
-        self._links: list[_AsyncLink] = []  # the newest is the last; those before died, but may still be read
+        self._links: list[_AsyncLink] = []  # the newest is the last; the others died, but may still be read
         self._maybe_starter: asyncio.Task[None] | None = None
         self._settings: dict[str, int | None] = {}
         self._earlier_handshake: Mapping[str, Any] = {}
@@ -116,31 +88,31 @@ class AsyncDecoder(Facts):
         self._is_closed = False
 
     async def start(self) -> None:
-        """Start the process, and wait for its HANDSHAKE."""
+        """Start the process and wait for its HANDSHAKE."""
         await self._alive()
 
     @property
     def state(self) -> State:
-        """What there is: `starting`, `ready`, `failed` (`maybe_failure` says why), or before and after all `closed`."""
+        """`starting`, `ready`, `failed` (`maybe_failure` says why), or `closed`, which it is before the start too."""
         if self._maybe_starter is not None and not self._is_closed:
             return "starting"
         if self._is_closed or not (self._links or self._maybe_failure):
             return "closed"
-        return "ready" if self._links and self._links[-1].is_alive else "failed"
+        return "ready" if self._links and self._links[-1].exchange.is_alive else "failed"
 
     @property
     def maybe_failure(self) -> Exception | None:
-        """Why the last process that failed did not start, or died."""
+        """Why the process that failed last did not start, or died."""
         return self._maybe_failure
 
     @property
     def restarts(self) -> int:
-        """How many processes were replaced."""
+        """How many processes replaced one that died."""
         return max(0, self._starts - 1)
 
     @property
     def handshake(self) -> Mapping[str, Any]:
-        """What the newest process said, or while it has said none, the one before."""
+        """The HANDSHAKE of the newest process; until that has come, of the one before."""
         said = self._link.exchange.handshake or self._earlier_handshake
         if not said:
             raise self._not_started()
@@ -148,7 +120,7 @@ class AsyncDecoder(Facts):
 
     @property
     def queued_bytes(self) -> int:
-        """What waits here to be sent, of the `queue_bytes` that may: payloads, and 64 bytes for each message."""
+        """How much of `queue_bytes` waits to be sent: payloads, and 64 bytes for each message."""
         return self._link.exchange.queued_bytes
 
     @property
@@ -158,13 +130,13 @@ class AsyncDecoder(Facts):
     # --- streams ---------------------------------------------------------------------------------
 
     async def open(self) -> AsyncStream:
-        """A stream to feed."""
+        """Open a stream to feed."""
         link = await self._link_for_a_new_stream()
         with link.changing() as exchange:
             return AsyncStream(link, exchange.open())
 
     async def feed(self, frames: Frames) -> AsyncStream:
-        """Frames for the open stream, or for a new one: [frames, quantizers], or packed bytes."""
+        """Feed the open stream, or a new one: [frames, quantizers], or packed bytes."""
         link = self._maybe_link_with_open_stream() or await self._link_for_a_new_stream()
         with link.changing() as exchange:
             state = exchange.maybe_open
@@ -174,7 +146,7 @@ class AsyncDecoder(Facts):
             return AsyncStream(link, state)
 
     def finish(self) -> None:
-        """The open stream has all its frames."""
+        """End the open stream behind the frames that were fed."""
         maybe_link = self._maybe_link_with_open_stream()
         if maybe_link is None:
             raise UsageError("no stream is open: feed opens one") if self._links else self._not_started()
@@ -183,20 +155,20 @@ class AsyncDecoder(Facts):
                 exchange.finish(exchange.maybe_open)
 
     async def feed_artifact(self, artifact: bytes) -> AsyncStream:
-        """A whole `.mossnano`, as a stream of its own."""
+        """Feed a whole `.mossnano` as a stream of its own."""
         link = await self._link_for_a_new_stream()
         with link.changing() as exchange:
             return AsyncStream(link, exchange.feed_artifact(artifact))
 
     async def decode(self, frames: Frames) -> bytes:
-        """The PCM of one whole stream."""
+        """Decode one whole stream, and return its PCM."""
         stream = await self.open()
         stream.feed(frames)
         stream.finish()
         return await stream.read()
 
     def cancel(self) -> None:
-        """Barge-in: every stream that was not read to its end is over now."""
+        """End every stream that was not read to its end, at once: barge-in."""
         if not self._links:
             raise self._not_started()
         for link in self._links:
@@ -205,7 +177,7 @@ class AsyncDecoder(Facts):
     # --- beside streams --------------------------------------------------------------------------
 
     async def ping(self) -> float:
-        """The seconds until the process had dealt with all that was said before."""
+        """Measure the seconds until the process has worked off all messages before this one."""
         started = time.monotonic()
         link = await self._alive()
         with link.changing() as exchange:
@@ -214,14 +186,14 @@ class AsyncDecoder(Facts):
         return time.monotonic() - started
 
     async def settle(self, **settings: int | None) -> Mapping[str, Any]:
-        """Change `chunk_frames` or `quantizers` for the streams to come; the HANDSHAKE that says what holds."""
+        """Change `chunk_frames` or `quantizers` for the streams to come, and return the new HANDSHAKE."""
         link = await self._alive()
         await link.settle(settings)
         self._settings |= settings
         return self.handshake
 
     async def close(self) -> None:
-        """End the process. What was not read is lost."""
+        """End the process. PCM that was not read is lost."""
         self._is_closed = True
         if self._maybe_starter is not None:
             self._maybe_starter.cancel()
@@ -255,7 +227,7 @@ class AsyncDecoder(Facts):
         return NotReadyError(self._maybe_failure)
 
     async def _alive(self) -> _AsyncLink:
-        """The link to a process that lives: the first one, or if it has died, a new one."""
+        """The link to a process that lives. If there is none, start one."""
         if self._is_closed:
             raise UsageError("this decoder is closed")
         if self.state in ("closed", "failed"):
@@ -271,7 +243,7 @@ class AsyncDecoder(Facts):
         return self._link
 
     async def _link_for_a_new_stream(self) -> _AsyncLink:
-        """The same. Who was not told yet that his stream is lost has given it up."""
+        """The link to a process that lives. Streams that are open in dead processes are given up."""
         alive = await self._alive()
         for link in self._links:
             if link is not alive:
@@ -279,11 +251,11 @@ class AsyncDecoder(Facts):
         return alive
 
     def _maybe_link_with_open_stream(self) -> _AsyncLink | None:
-        """Where a stream takes frames, or in a process that died, would have taken them: its feeder is to be told."""
+        """The link with the open stream. Its process may have died: feeding then raises its death."""
         return next((link for link in self._links if link.exchange.takes_frames), None)
 
     def _begin(self, maybe_pause_seconds: float | None = None) -> None:
-        """Start a process in the background: after this pause, if it is to replace one that crashed."""
+        """Start a process in the background; in place of one that crashed, after this pause."""
         self._maybe_starter = asyncio.create_task(self._start(maybe_pause_seconds), name="mossnano-client-starter")
 
     async def _start(self, maybe_pause_seconds: float | None) -> None:
@@ -297,7 +269,7 @@ class AsyncDecoder(Facts):
             self._maybe_starter = None
 
     async def _starts_well(self, pause_seconds: float) -> bool:
-        """A new process, with the settings that held in the one before; or why there is none in `maybe_failure`."""
+        """Start a process with the settings of the one before. If that fails, keep the reason in `maybe_failure`."""
         await asyncio.sleep(pause_seconds)
         for dead in self._links[-1:]:
             await dead.close()
@@ -307,16 +279,16 @@ class AsyncDecoder(Facts):
                 self._earlier_handshake = self._links[-1].exchange.handshake or self._earlier_handshake
             self._links = [*(dead for dead in self._links if dead.exchange.has_unread), link]
             await link.get_ready(self._launch.start_seconds, self._settings)
-        except Exception as error:  # noqa: BLE001 - raised again for who waits
+        except Exception as error:  # noqa: BLE001 - raised again for the callers who wait
             self._maybe_failure = error
             return False
         self._starts += 1
         return True
 
     def _bury(self, dead: _AsyncLink) -> None:
-        """A process is gone. If nobody wanted that, another one is started, as far as `restart` allows."""
+        """Take note that a process ended. If nobody closed it, start another one, as far as `restart` allows."""
         if self._is_closed or self._maybe_starter is not None or dead is not self._links[-1]:
-            return  # who starts one sees by himself that it died
+            return  # whoever is starting a process sees its death itself
         self._maybe_failure = dead.exchange.maybe_death
         if dead.exchange.ended_streams:
             self._restarts.begin_a_row()
@@ -326,7 +298,7 @@ class AsyncDecoder(Facts):
 
 
 class _Bell:
-    """Wakes everybody who waits for it."""
+    """Wakes all tasks that wait for it."""
 
     def __init__(self) -> None:
         self._rung = asyncio.Event()
@@ -340,7 +312,7 @@ class _Bell:
 
 
 class _AsyncLink:
-    """One process, the two tasks that carry its bytes, and its exchange."""
+    """One process, its exchange, and the three tasks that carry its bytes."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, launch: Launch, on_end: Callable[[_AsyncLink], None]
@@ -356,7 +328,7 @@ class _AsyncLink:
 
     @classmethod
     async def start(cls, launch: Launch, on_end: Callable[[_AsyncLink], None]) -> _AsyncLink:
-        """A process that has yet to say its HANDSHAKE."""
+        """Start a process, without waiting for its HANDSHAKE."""
         try:
             with standard_descriptors_taken():
                 process = await asyncio.create_subprocess_exec(*launch.command, **launch.process_options())
@@ -365,7 +337,7 @@ class _AsyncLink:
         return cls(process, launch, on_end)
 
     async def get_ready(self, start_seconds: float, settings: Mapping[str, int | None]) -> None:
-        """Wait for its HANDSHAKE, and settle. It is ended if it does not come that far."""
+        """Wait for its HANDSHAKE, then settle. End the process if either fails."""
         try:
             await asyncio.wait_for(self.wait_for(self.exchange.maybe_handshake), start_seconds)
             if settings:
@@ -375,10 +347,6 @@ class _AsyncLink:
             await self.close()
             raise
 
-    @property
-    def is_alive(self) -> bool:
-        return self.exchange.maybe_death is None and bool(self.exchange.handshake)
-
     async def settle(self, settings: Mapping[str, int | None]) -> None:
         with self.changing() as exchange:
             answer = exchange.settle(settings)
@@ -386,38 +354,38 @@ class _AsyncLink:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Exchange]:
-        """The exchange, for whoever says something."""
+        """Give the exchange to speak through, and wake those who wait once that is done."""
         try:
             yield self.exchange
         finally:
             self._changed.ring()
 
     async def wait_for(self, maybe_find: Callable[[], Found | None]) -> Found:
-        """Wait until there is something to find."""
+        """Wait until `maybe_find` returns something, and return that."""
         self.exchange.waiting += 1
-        self._changed.ring()  # the reader goes on for us
+        self._changed.ring()  # so that the reader goes on
         try:
             while (maybe_found := maybe_find()) is None:
                 await self._changed.wait()
             return maybe_found
         finally:
             self.exchange.waiting -= 1
-            self._changed.ring()  # there may be room to read on
+            self._changed.ring()  # there may be room again to read on
 
     def cancel(self) -> None:
         with self.changing() as exchange:
             exchange.cancel()
 
     async def close(self) -> None:
-        """End the process, and leave nothing behind."""
+        """End the process, its tasks and its pipes."""
         is_at_rest = self.exchange.is_at_rest
         self._is_closing = True
-        if self.exchange.maybe_death is None:  # else its streams have yet to be told of it
+        if self.exchange.maybe_death is None:  # else its streams keep its death, and raise it
             self.cancel()
         assert self.process.stdin is not None
         if not is_at_rest:
             with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()  # it may be busy for as long as what waits takes
+                self.process.terminate()  # else it would first work off all that waits
         self.process.stdin.close()
         await self._wait_or_kill()
         await asyncio.gather(self._writer, self._reader, self._logger)
@@ -443,13 +411,13 @@ class _AsyncLink:
                 self.process.stdin.write(maybe_data)
                 await self.process.stdin.drain()
             except OSError:
-                return  # it is gone, as the reader finds out
+                return  # the process is gone; the reader sees that too, and reports it
 
     async def _log_all(self, maybe_log: Callable[[str], None] | None) -> None:
         if maybe_log is None:
             return
         assert self.process.stderr is not None
-        loop = asyncio.get_running_loop()  # what `log` raises is for its exception handler, and not for us
+        loop = asyncio.get_running_loop()  # calls `log`, so that what it raises goes to the loop's handler
         lines = LogLines()
         while data := await self.process.stderr.read(READ_BYTES):
             for line in lines.feed(data):
@@ -460,7 +428,7 @@ class _AsyncLink:
     async def _read_all(self) -> None:
         try:
             await self._read_to_the_end()
-        finally:  # whatever went wrong, those who wait hear of it
+        finally:  # after any error too, so that nobody waits forever
             self.exchange.end(await self._wait_or_kill())
             self._on_end(self)
             self._changed.ring()

@@ -1,4 +1,4 @@
-"""The client for threads: one that writes, one that reads, and whoever calls."""
+"""The client for threads: one writes to the process, one reads from it, one reads its log; callers wait."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from typing import IO, Any, Final, TypeVar
 from mossnano_stdio.client.exchange import (
     BUFFER_BYTES,
     QUEUE_BYTES,
-    DecoderError,
     Exchange,
     Facts,
+    FedStream,
     Frames,
     NotReadyError,
-    Played,
     State,
-    StreamEnd,
     StreamState,
 )
 from mossnano_stdio.client.launch import (
@@ -38,31 +36,22 @@ from mossnano_stdio.client.launch import (
 )
 from mossnano_stdio.errors import UsageError
 
-WAKE_SECONDS: Final = 0.2 if sys.platform == "win32" else None  # there Ctrl-C does not wake who sleeps
+WAKE_SECONDS: Final = 0.2 if sys.platform == "win32" else None  # on Windows, Ctrl-C does not wake a thread that sleeps
 
 Found = TypeVar("Found")
 
 
-class Stream:
-    """What comes back of the frames that were fed to it: iterate it for its PCM, piece by piece, as it comes.
+class Stream(FedStream):
+    """A stream to feed: iterate it for its PCM, piece by piece, as it comes.
 
-    An ERROR of the process is raised where it came. If the stream goes on after it, so does the iteration.
+    The iteration raises an ERROR at the place where it came. If the stream goes on after it, so does the iteration.
     """
 
+    _link: _Link
+
     def __init__(self, decoder: Decoder, link: _Link, state: StreamState) -> None:
-        self._decoder = decoder  # it ends its process when nobody holds it any more
-        self._link = link
-        self._state = state
-
-    def feed(self, frames: Frames) -> None:
-        """More of it: [frames, quantizers], or packed bytes. Never waits; QueueFullError if too much waits."""
-        with self._link.changing() as exchange:
-            exchange.feed(self._state, frames)
-
-    def finish(self) -> None:
-        """That was all of it."""
-        with self._link.changing() as exchange:
-            exchange.finish(self._state)
+        super().__init__(link, state)
+        self._decoder = decoder  # held, because a Decoder that nobody holds ends its process
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -74,36 +63,22 @@ class Stream:
         return pcm
 
     def read(self) -> bytes:
-        """All the rest of it."""
+        """Read to the end, and return all PCM that was not taken yet."""
         return b"".join(self)
-
-    @property
-    def was_cancelled(self) -> bool:
-        return self._state.was_cancelled
-
-    @property
-    def played(self) -> Played:
-        """Its number, and how many samples of it were handed out."""
-        return self._link.exchange.played(self._state)
-
-    @property
-    def maybe_end(self) -> StreamEnd | None:
-        """What it came to, once the process has said so."""
-        return self._state.maybe_end
 
 
 class Decoder(Facts):
-    """A decoder process: fed with frames, heard as PCM. It is there when the constructor returns.
+    """A decoder process that is fed with frames and returns PCM. It is ready when the constructor returns.
 
     `command` replaces the program, `arguments` are added to it. Its log goes line by line to `log`, which is called on
-    a thread of its own, or where `stderr` says, or else to our own stderr.
+    a thread of its own, or to `stderr`, or else to our own stderr.
 
-    If it dies, the next stream starts another, or with `restart`, we do, at once and up to so many times in a row: a
-    stream that comes to its end ends the row, and the pauses grow from 0.25 s to 8 s. What it had not answered is lost,
-    as is told to who reads or feeds it.
+    If the process dies, the next stream starts another. With `restart`, its death does, up to so many times in a row,
+    after pauses that grow from 0.25 s to 8 s; a stream that comes to its end ends the row. What the process had not
+    answered is lost, and reading or feeding that raises DecoderDiedError.
 
-    Who needs a process waits for it to be there, unless `wait_for_start` is False: then nothing waits, the constructor
-    included, and what comes too early is refused with NotReadyError. Ask `state`, or call `wait_until_ready`.
+    Calls that need a process wait until it is ready. If `wait_for_start` is False, neither they nor the constructor
+    wait, and a call that comes too early raises NotReadyError. Ask `state`, or call `wait_until_ready`.
     """
 
     def __init__(
@@ -134,21 +109,21 @@ class Decoder(Facts):
 
     @property
     def state(self) -> State:
-        """What there is: `starting`, `ready`, `failed` (`maybe_failure` says why) or `closed`."""
+        """`starting`, `ready`, `failed` (`maybe_failure` says why) or `closed`."""
         return self._household.state
 
     @property
     def maybe_failure(self) -> Exception | None:
-        """Why the last process that failed did not start, or died."""
+        """Why the process that failed last did not start, or died."""
         return self._household.maybe_failure
 
     @property
     def restarts(self) -> int:
-        """How many processes were replaced."""
+        """How many processes replaced one that died."""
         return max(0, self._household.starts - 1)
 
     def wait_until_ready(self, timeout_seconds: float | None = None) -> None:
-        """Wait for the process that is being started. Why it failed is raised; TimeoutError if it takes longer."""
+        """Wait until the process is ready. Raise why it failed, or TimeoutError if it takes longer."""
         self._household.wait_until_ready(timeout_seconds)
 
     @property
@@ -157,7 +132,7 @@ class Decoder(Facts):
 
     @property
     def queued_bytes(self) -> int:
-        """What waits here to be sent, of the `queue_bytes` that may: payloads, and 64 bytes for each message."""
+        """How much of `queue_bytes` waits to be sent: payloads, and 64 bytes for each message."""
         return self._household.newest.exchange.queued_bytes
 
     @property
@@ -167,14 +142,14 @@ class Decoder(Facts):
     # --- streams ---------------------------------------------------------------------------------
 
     def open(self) -> Stream:
-        """A stream to feed."""
+        """Open a stream to feed."""
         link = self._household.link_for_a_new_stream()
         with link.changing() as exchange:
             return Stream(self, link, exchange.open())
 
     def feed(self, frames: Frames) -> Stream:
-        """Frames for the open stream, or for a new one: [frames, quantizers], or packed bytes. Never waits, but for a
-        new process where one died, and `wait_for_start` holds."""
+        """Feed the open stream, or a new one: [frames, quantizers], or packed bytes. Waits only for the start of a new
+        process, unless `wait_for_start` is False."""
         link = self._household.maybe_link_with_open_stream() or self._household.link_for_a_new_stream()
         with link.changing() as exchange:
             state = exchange.maybe_open
@@ -184,7 +159,7 @@ class Decoder(Facts):
             return Stream(self, link, state)
 
     def finish(self) -> None:
-        """The open stream has all its frames. Never waits."""
+        """End the open stream behind the frames that were fed. Never waits."""
         maybe_link = self._household.maybe_link_with_open_stream()
         if maybe_link is None:
             raise UsageError("no stream is open: feed opens one")
@@ -193,26 +168,27 @@ class Decoder(Facts):
                 exchange.finish(exchange.maybe_open)
 
     def feed_artifact(self, artifact: bytes) -> Stream:
-        """A whole `.mossnano`, as a stream of its own."""
+        """Feed a whole `.mossnano` as a stream of its own."""
         link = self._household.link_for_a_new_stream()
         with link.changing() as exchange:
             return Stream(self, link, exchange.feed_artifact(artifact))
 
     def decode(self, frames: Frames) -> bytes:
-        """The PCM of one whole stream."""
+        """Decode one whole stream, and return its PCM."""
         stream = self.open()
         stream.feed(frames)
         stream.finish()
         return stream.read()
 
     def cancel(self) -> None:
-        """Barge-in: every stream that was not read to its end is over now. Never waits."""
+        """End every stream that was not read to its end, at once: barge-in. Never waits."""
         self._household.cancel()
 
     # --- beside streams --------------------------------------------------------------------------
 
     def ping(self, timeout_seconds: float | None = None) -> float:
-        """The seconds until the process had dealt with all that was said before. TimeoutError where it takes longer."""
+        """Measure the seconds until the process has worked off all messages before this one. Raise TimeoutError if it
+        takes longer."""
         started = time.monotonic()
         link = self._household.ready_link()
         with link.changing() as exchange:
@@ -221,14 +197,14 @@ class Decoder(Facts):
         return time.monotonic() - started
 
     def settle(self, **settings: int | None) -> Mapping[str, Any]:
-        """Change `chunk_frames` or `quantizers` for the streams to come; the HANDSHAKE that says what holds."""
+        """Change `chunk_frames` or `quantizers` for the streams to come, and return the new HANDSHAKE."""
         link = self._household.ready_link()
         link.settle(settings)
         self._household.settings |= settings
         return self.handshake
 
     def close(self) -> None:
-        """End the process. What was not read is lost."""
+        """End the process. PCM that was not read is lost."""
         self._finalizer.detach()
         self._household.close()
 
@@ -245,9 +221,9 @@ def _warn_and_close(household: _Household) -> None:
 
 
 class _Household:
-    """The process of today, those that died but whose streams may still be read, and the thread that starts the next.
+    """The newest process, dead ones whose streams may still be read, and the thread that starts the next.
 
-    All that changes, in the exchanges too, is under one lock, which nobody holds while he waits.
+    One lock guards all of their state, the exchanges too. A thread that waits releases it.
     """
 
     def __init__(self, launch: Launch, restarts: Restarts, waits: bool) -> None:
@@ -271,7 +247,7 @@ class _Household:
                 return "closed"
             if self._is_starting:
                 return "starting"
-            return "ready" if self._links and self._links[-1].is_alive else "failed"
+            return "ready" if self._links and self._links[-1].exchange.is_alive else "failed"
 
     @property
     def newest(self) -> _Link:
@@ -283,7 +259,7 @@ class _Household:
 
     @property
     def handshake(self) -> Mapping[str, Any]:
-        """What the newest process said, or while it has said none, the one before."""
+        """The HANDSHAKE of the newest process; until that has come, of the one before."""
         with self._changed:
             said = (self._links[-1].exchange.handshake if self._links else None) or self._earlier_handshake
             if not said:
@@ -291,7 +267,7 @@ class _Household:
             return said
 
     def ready_link(self) -> _Link:
-        """The link to a process that lives. If it has died, another is started."""
+        """The link to a process that lives. If it has died, start another."""
         with self._changed:
             if self.state == "failed":
                 self._restarts.begin_a_row()
@@ -301,7 +277,7 @@ class _Household:
         return self.wait_until_ready()
 
     def link_for_a_new_stream(self) -> _Link:
-        """The same. Who was not told yet that his stream is lost has given it up."""
+        """The link to a process that lives. Streams that are open in dead processes are given up."""
         link = self.ready_link()
         with self._changed:
             for dead in self._links:
@@ -310,7 +286,7 @@ class _Household:
         return link
 
     def maybe_link_with_open_stream(self) -> _Link | None:
-        """Where a stream takes frames, or in a process that died, would have taken them: its feeder is to be told."""
+        """The link with the open stream. Its process may have died: feeding then raises its death."""
         with self._changed:
             return next((link for link in self._links if link.exchange.takes_frames), None)
 
@@ -344,7 +320,7 @@ class _Household:
             maybe_starter.join()
 
     def begin(self, maybe_pause_seconds: float | None = None) -> None:
-        """Start a process in the background: after this pause, if it is to replace one that crashed."""
+        """Start a process in the background; in place of one that crashed, after this pause."""
         with self._changed:
             self._is_starting = True
             self._maybe_starter = threading.Thread(
@@ -364,7 +340,8 @@ class _Household:
                 link.close()
             maybe_failure = self._maybe_fail_to_start()
             with self._changed:
-                maybe_failure = maybe_failure or self._maybe_death()
+                if self._links:
+                    maybe_failure = maybe_failure or self._links[-1].exchange.maybe_death
                 maybe_pause_seconds = self._restarts.maybe_pause_seconds() if maybe_failure and is_restart else None
                 self.maybe_failure = maybe_failure or self.maybe_failure
                 if self._is_closed or maybe_pause_seconds is None:
@@ -374,7 +351,7 @@ class _Household:
                     return
 
     def _maybe_fail_to_start(self) -> Exception | None:
-        """A new process, with the settings that held in the one before; or why there is none."""
+        """Start a process with the settings of the one before. If that fails, return the reason."""
         try:
             link = _Link(self._launch, self._changed, self._bury)
         except Exception as error:  # noqa: BLE001 - raised again for who waits
@@ -384,7 +361,7 @@ class _Household:
                 self._earlier_handshake = self._links[-1].exchange.handshake or self._earlier_handshake
             self._links = [*(dead for dead in self._links if dead.exchange.has_unread), link]
             is_closed = self._is_closed
-        if is_closed:  # in the meantime, and did not know of this one
+        if is_closed:  # while this one was being made, so `close` did not see it
             link.close()
         try:
             link.wait_for(link.exchange.maybe_handshake, self._launch.start_seconds)
@@ -395,13 +372,10 @@ class _Household:
             return error
         return None
 
-    def _maybe_death(self) -> DecoderError | None:
-        return self._links[-1].exchange.maybe_death if self._links else None
-
     def _bury(self, dead: _Link) -> None:
-        """A process is gone. If nobody wanted that, another one is started, as far as `restart` allows."""
+        """Take note that a process ended. If nobody closed it, start another one, as far as `restart` allows."""
         if self._is_closed or self._is_starting or dead is not self._links[-1]:
-            return  # who starts one sees by himself that it died
+            return  # whoever is starting a process sees its death itself
         self.maybe_failure = dead.exchange.maybe_death
         if dead.exchange.ended_streams:
             self._restarts.begin_a_row()
@@ -411,7 +385,7 @@ class _Household:
 
 
 class _Link:
-    """One process, the threads that carry its bytes, and its exchange."""
+    """One process, its exchange, and the threads that carry its bytes."""
 
     def __init__(self, launch: Launch, changed: threading.Condition, on_end: Callable[[_Link], None]) -> None:
         self.exchange = launch.exchange()
@@ -436,10 +410,6 @@ class _Link:
             )
             self._maybe_logger.start()
 
-    @property
-    def is_alive(self) -> bool:
-        return self.exchange.maybe_death is None and bool(self.exchange.handshake)
-
     def settle(self, settings: Mapping[str, int | None], timeout_seconds: float | None = None) -> None:
         with self.changing() as exchange:
             answer = exchange.settle(settings)
@@ -447,7 +417,7 @@ class _Link:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Exchange]:
-        """The exchange, for whoever says something."""
+        """Give the exchange to speak through, and wake those who wait once that is done."""
         with self._changed:
             try:
                 yield self.exchange
@@ -455,32 +425,32 @@ class _Link:
                 self._changed.notify_all()
 
     def wait_for(self, maybe_find: Callable[[], Found | None], timeout_seconds: float | None = None) -> Found:
-        """Sleep until there is something to find."""
+        """Sleep until `maybe_find` returns something, and return that."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         with self._changed:
             self.exchange.waiting += 1
-            self._changed.notify_all()  # the reader goes on for us
+            self._changed.notify_all()  # so that the reader goes on
             try:
                 while (maybe_found := maybe_find()) is None:
                     self._changed.wait(_nap_seconds(deadline))
                 return maybe_found
             finally:
                 self.exchange.waiting -= 1
-                self._changed.notify_all()  # there may be room to read on
+                self._changed.notify_all()  # there may be room again to read on
 
     def close(self) -> None:
-        """End the process, and leave nothing behind."""
+        """End the process, its threads and its pipes."""
         with self._changed:
             is_at_rest = self.exchange.is_at_rest
             self._is_closing = True
-            if self.exchange.maybe_death is None:  # else its streams have yet to be told of it
+            if self.exchange.maybe_death is None:  # else its streams keep its death, and raise it
                 self.exchange.cancel()
             self._changed.notify_all()
         if not is_at_rest:
-            self.process.terminate()  # it may be busy for as long as what waits takes
+            self.process.terminate()  # else it would first work off all that waits
         self._writer.join(STOP_SECONDS)
         if self._writer.is_alive():
-            self.process.kill()  # its input is full, and it does not read on
+            self.process.kill()  # its input is full and it does not read, so the writer would hang
             self._writer.join()
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(OSError):
@@ -500,10 +470,10 @@ class _Link:
                 while left:
                     left = left[os.write(fd, left) :]
             except OSError:
-                return  # it is gone, as the reader finds out
+                return  # the process is gone; the reader sees that too, and reports it
 
     def _next_outgoing(self) -> bytes | None:
-        """The next message; None when we close."""
+        """Wait for the next message to send. Return None when the link closes or the process has died."""
         with self._changed:
             while not self._is_closing:
                 maybe_data = self.exchange.next_outgoing()
@@ -517,7 +487,7 @@ class _Link:
     def _read_all(self) -> None:
         try:
             self._read_to_the_end()
-        finally:  # whatever went wrong, those who wait hear of it
+        finally:  # after any error too, so that nobody waits forever
             status = self._wait_or_kill()
             with self._changed:
                 self.exchange.end(status)
@@ -548,7 +518,7 @@ class _Link:
             _log_line(log, line)
 
     def _wait_or_kill(self) -> int:
-        """The exit status of the process, which should end."""
+        """Return the exit status of the process; kill it if it does not end in time."""
         try:
             return self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -559,7 +529,7 @@ class _Link:
 def _log_line(log: Callable[[str], None], line: str) -> None:
     try:
         log(line)
-    except Exception as bug:  # noqa: BLE001 - shown as any thread's, and the process, whose log must flow, lives on
+    except Exception as bug:  # noqa: BLE001 - shown like any thread's; reading goes on, as a full pipe stops the process
         threading.excepthook(threading.ExceptHookArgs([type(bug), bug, bug.__traceback__, threading.current_thread()]))
 
 
@@ -571,7 +541,7 @@ def _read(fd: int) -> bytes:
 
 
 def _nap_seconds(deadline: float | None) -> float | None:
-    """How long to sleep until the next look."""
+    """How long to sleep before looking again. Raises TimeoutError at the deadline."""
     if deadline is None:
         return WAKE_SECONDS
     left = deadline - time.monotonic()

@@ -1,7 +1,7 @@
-"""What is said to a decoder process and what its answers mean: sans-IO, one for both clients.
+"""Builds the messages for a decoder process and reads its answers, for both clients and without IO.
 
-Messages to send are taken from `next_outgoing`, bytes that came are given to `receive`, and `end` says that no more
-will. Whatever can be waited for is asked for by a call that answers None as long as it is not there.
+A client sends what `next_outgoing` returns, passes the bytes that come to `receive`, and calls `end` when no more will
+come. To wait for something, it repeats a call that returns None until that is there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ Frames = NDArray[np.integer] | Sequence[Sequence[int]] | bytes | bytearray | mem
 
 BUFFER_BYTES: Final = 4 << 20  # 20 s of nano
 QUEUE_BYTES: Final = 33 << 20  # of what waits to be sent: the longest artifact fits, and 9 hours of live speech
-LONGEST_PAYLOAD_BYTES: Final = 1 << 16  # of what is fed, so that a CANCEL never waits behind a long message
+LONGEST_PAYLOAD_BYTES: Final = 1 << 16  # longer frames are cut, so that a CANCEL never waits behind a long message
 LONGEST_ANSWER_BYTES: Final = 1 << 28  # PINGs come back as long as they were sent
 _STREAM_LOST: Final = ("bad_tokens", "bad_artifact", "decode_failed")  # the rest of the stream is skipped
 _SETTINGS_REFUSED: Final = ("bad_settings", "bad_payload", "out_of_place", "unknown_kind")
@@ -53,8 +54,8 @@ class DecoderError(MossnanoError):
 
 
 class DecoderDiedError(DecoderError):
-    """The process ended although nobody told it to. `lost` are the numbers of the streams that will not come to their
-    end; so many frames of them will never be heard."""
+    """The process ended although nobody told it to. `lost` are the numbers of the streams that it did not finish, and
+    `lost_frames` is how many frames of them were fed and did not come back."""
 
     def __init__(
         self, code: str, text: str, *, status: int | None, lost: Sequence[int] = (), lost_frames: int = 0
@@ -67,7 +68,7 @@ class DecoderDiedError(DecoderError):
 
 
 class NotReadyError(DecoderError):
-    """There is no process yet that could take this."""
+    """The process that could take this is still being started."""
 
     def __init__(self, maybe_why: Exception | None) -> None:
         why = f", because {maybe_why}" if maybe_why else ""
@@ -75,16 +76,16 @@ class NotReadyError(DecoderError):
 
 
 class QueueFullError(DecoderError):
-    """The process does not read on, and so much waits to be sent to it that this was refused, all of it."""
+    """More than `queue_bytes` would wait to be sent to the process, so this was refused as a whole."""
 
 
 class StreamOverError(DecoderError):
-    """This stream takes no more frames: it was cancelled, or finished."""
+    """This stream was cancelled or finished, and takes no more frames."""
 
 
 @dataclass(frozen=True)
 class StreamEnd:
-    """What a stream came to, as the process said."""
+    """The counts of a stream that ended, as its END gave them."""
 
     stream: int
     frames: int
@@ -93,23 +94,23 @@ class StreamEnd:
 
 
 class Played(NamedTuple):
-    """How far a stream was handed out."""
+    """How much of a stream the caller has taken."""
 
     stream: int  # counted here, from 0, as they are opened; a process that was replaced counts from 0 again
     samples: int  # per channel
 
 
 class StreamState:
-    """One stream, as far as it has come back."""
+    """One stream: what was sent of it, and what came back and waits to be taken."""
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
         self.takes_frames = True
-        self.ends_by_itself = False  # it is an artifact
+        self.ends_by_itself = False  # it is an artifact, which has no END
         self.was_cancelled = False
-        self.is_queued = False  # a message of it is in the outbox, or was
-        self.is_sent = False  # its first message was taken out of there
-        self.is_over = False  # nothing more will come
+        self.is_queued = False  # a message of it was put into the outbox
+        self.is_sent = False  # its first message was taken out of the outbox
+        self.is_over = False  # no more will come of it
         self.maybe_end: StreamEnd | None = None
         self.maybe_fault: DecoderError | None = None  # why the process skips what is still fed
         self.fed_frames = 0
@@ -119,7 +120,7 @@ class StreamState:
         self._waiting: deque[bytes | DecoderError] = deque()
 
     def put(self, piece: bytes | DecoderError) -> None:
-        """Something came back of it."""
+        """Keep PCM or an ERROR that came back, until it is taken."""
         if self.is_over:
             return  # it was cancelled
         self._waiting.append(piece)
@@ -128,7 +129,7 @@ class StreamState:
             self.waiting_bytes += len(piece)
 
     def maybe_take(self) -> bytes | None:
-        """The next PCM; b"" after the last of it; None while there is none. An ERROR is raised where it came."""
+        """Return the next PCM, b"" after the last, or None while there is none. Raise an ERROR where it came."""
         if not self._waiting:
             return b"" if self.is_over else None
         piece = self._waiting.popleft()
@@ -139,9 +140,9 @@ class StreamState:
         return piece
 
     def cancel(self) -> None:
-        """End it here and now."""
+        """End the stream and drop what was not taken, unless it was read to its end."""
         if self.is_over and not self._waiting:
-            return  # it was read to its end
+            return
         self.was_cancelled = self.is_over = True
         self.takes_frames = False
         self._waiting.clear()
@@ -149,14 +150,14 @@ class StreamState:
 
 
 class Answer:
-    """What a PING or SETTINGS is waiting for."""
+    """The answer to a PING or SETTINGS, which may still be to come."""
 
     def __init__(self) -> None:
         self.is_there = False
         self.maybe_error: DecoderError | None = None
 
     def maybe_take(self) -> bool | None:
-        """True once it is there; None before; an ERROR in its place is raised."""
+        """Return None until it is there, then True. Raise an ERROR that came in its place."""
         if self.maybe_error is not None:
             raise self.maybe_error
         return True if self.is_there else None
@@ -164,7 +165,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Cancel:
-    """A CANCEL on its way; it is told from others by its echo."""
+    """A CANCEL that was sent. Its END has the same echo."""
 
     echo: str
 
@@ -175,7 +176,7 @@ class _Outgoing(NamedTuple):
 
     @property
     def cost_bytes(self) -> int:
-        """What it counts in the queue, as in the inbox of the process."""
+        """How much of `queue_bytes` it takes; the inbox of the process counts alike."""
         return len(self.message.payload) + MESSAGE_COST_BYTES
 
 
@@ -194,45 +195,45 @@ class Exchange:
         self._reader = MessageReader(LONGEST_ANSWER_BYTES)
         self._outbox: deque[_Outgoing] = deque()
         self.queued_bytes = 0  # what the outbox costs
-        self._sent: deque[StreamState | _Cancel] = deque()  # what an END is still due for, oldest first
+        self._sent: deque[StreamState | _Cancel] = deque()  # those whose END is still to come, oldest first
         self._answers: deque[tuple[Kind, Answer]] = deque()
         self._unread: weakref.WeakSet[StreamState] = weakref.WeakSet()
         self._maybe_open: StreamState | None = None
         self._maybe_fatal: DecoderError | None = None
         self._maybe_stray: DecoderError | None = None
         self._cancels = 0
-        self.ended_streams = 0  # which came to their end
+        self.ended_streams = 0  # how many came to their end
         self.handshake: Mapping[str, Any] = {}
         self.waiting = 0  # how many callers wait for something to come
         self.maybe_death: DecoderDiedError | None = None
 
-    # --- what the caller says --------------------------------------------------------------------
+    # --- speaking --------------------------------------------------------------------------------
 
     def open(self) -> StreamState:
-        """A stream to feed. The process learns of it with its first frames."""
+        """Open a stream to feed. Its first frames tell the process of it."""
         return self._begin([])
 
     @property
     def maybe_open(self) -> StreamState | None:
-        """The stream that takes frames."""
+        """The stream that was opened last, unless it was cancelled or given up."""
         return self._maybe_open
 
     @property
     def takes_frames(self) -> bool:
-        """Is a stream open? In a process that died: is there one whose feeder was not told yet?"""
+        """Whether a stream is open; in a process that died, whether the caller who feeds one was not told yet."""
         return self._maybe_open is not None and self._maybe_open.takes_frames
 
     def forget_open(self) -> None:
-        """Nobody will feed the open stream any more."""
+        """Give up the open stream, which nobody will feed any more."""
         self._maybe_open = None
 
     @property
     def has_unread(self) -> bool:
-        """Is there a stream that somebody may still read or feed?"""
+        """Whether there is a stream that the caller may still read or feed."""
         return len(self._unread) > 0
 
     def feed(self, stream: StreamState, frames: Frames) -> None:
-        """Frames for this stream: all of them or, with QueueFullError, none."""
+        """Queue frames for this stream: all of them or, raising QueueFullError, none."""
         payload = self._packed(frames)
         self._check_feedable(stream)
         frame_bytes: int = self.handshake["frame_bytes"]
@@ -244,7 +245,7 @@ class Exchange:
         stream.fed_frames += len(payload) // frame_bytes
 
     def finish(self, stream: StreamState) -> None:
-        """No more frames for this stream."""
+        """End this stream behind its last frames."""
         if not stream.takes_frames:
             return
         stream.takes_frames = False
@@ -253,7 +254,7 @@ class Exchange:
         self._send(Message(Kind.END), stream)
 
     def feed_artifact(self, artifact: bytes) -> StreamState:
-        """A whole `.mossnano`, as a stream of its own."""
+        """Queue a whole `.mossnano` as a stream of its own."""
         frames = parse_artifact(artifact).frames
         messages = _cut(Kind.ARTIFACT, artifact, self._longest_payload_bytes)
         stream = self._begin(messages)
@@ -265,13 +266,13 @@ class Exchange:
         return stream
 
     def cancel(self) -> None:
-        """Drop every stream that was not read to its end: those that are sent, by a CANCEL."""
+        """Drop every stream that was not read to its end, and send a CANCEL for those that the process knows of."""
         for stream in list(self._unread):
             stream.cancel()
         self._maybe_open = None
         if self.maybe_death is not None:
             return
-        others = [
+        others = [  # which are PINGs and SETTINGS
             outgoing
             for outgoing in self._outbox
             if outgoing.maybe_stream is None and outgoing.message.kind != Kind.CANCEL
@@ -281,22 +282,20 @@ class Exchange:
         self._put_into_outbox([cancel, *others])
 
     def ping(self) -> Answer:
-        """An answer that comes when all that was said before it was dealt with."""
+        """Send a PING. Its answer comes when the process has worked off all messages before it."""
         return self._ask(Message(Kind.PING))
 
     def settle(self, settings: Mapping[str, int | None]) -> Answer:
-        """Change how the streams to come are decoded."""
+        """Change the settings of the streams to come."""
         if self._maybe_open is not None and self._maybe_open.takes_frames:
             raise UsageError("settings change between streams only: finish or cancel the open one first")
         return self._ask(json_message(Kind.SETTINGS, settings))
 
-    # --- what is asked by who carries bytes --------------------------------------------------------
+    # --- for the client that carries bytes ---------------------------------------------------------
 
     def next_outgoing(self) -> bytes | None:
-        """The next message to send, which counts as sent from now on.
-
-        What follows an artifact is held back until that has ended: a bad one would swallow it.
-        """
+        """Take the next message to send out of the outbox; None while there is none to send now."""
+        # The process skips all that follows a bad artifact, so the rest waits until an artifact has ended.
         if not self._outbox or self._is_held_back(self._outbox[0]):
             return None
         outgoing = self._outbox.popleft()
@@ -317,35 +316,40 @@ class Exchange:
 
     @property
     def wants_input(self) -> bool:
-        """Should more be read? Not if much waits here to be taken, and nobody waits for what comes behind it."""
+        """Whether to read on: less than `buffer_bytes` wait to be taken, or a caller waits for what comes after."""
         if self.waiting or self.maybe_death is not None:
             return True
         return sum(stream.waiting_bytes for stream in self._unread) < self._buffer_bytes
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the process has said its HANDSHAKE and has not died."""
+        return self.maybe_death is None and bool(self.handshake)
+
+    @property
     def is_at_rest(self) -> bool:
-        """Is the process idle, with nothing on its way? While it loads, it is not."""
+        """Whether the process has loaded and answered everything, and nothing waits to be sent."""
         return bool(self.handshake) and not (self._outbox or self._sent or self._answers)
 
     def maybe_handshake(self) -> Mapping[str, Any] | None:
-        """What the process said of itself; an ERROR in its place, or its death, is raised."""
+        """Return the HANDSHAKE, or None until it is there. Raise an ERROR in its place, or the death of the process."""
         self._check_alive()
         return self.handshake or None
 
     def maybe_take(self, stream: StreamState) -> bytes | None:
-        """What `StreamState.maybe_take` says of it. A stream that was read to its end is forgotten here."""
+        """Call the stream's `maybe_take`, and forget a stream that was read to its end."""
         maybe_pcm = stream.maybe_take()
         if maybe_pcm == b"":
             self._unread.discard(stream)
         return maybe_pcm
 
     def played(self, stream: StreamState) -> Played:
-        """How much of it was taken."""
+        """How much of this stream was taken."""
         channels: int = self.handshake["channels"]
         return Played(stream.number, stream.taken_bytes // (channels * SAMPLE_BYTES))
 
     def receive(self, data: bytes) -> bool:
-        """Bytes came from the process. False: they make no sense, and nothing after them can."""
+        """Take bytes from the process. Return False if they break the protocol: none after them can be read either."""
         try:
             for message in self._reader.feed(data):
                 self._take(message)
@@ -355,10 +359,12 @@ class Exchange:
         return True
 
     def end(self, maybe_status: int | None) -> None:
-        """The process is gone; what is known of its exit status."""
+        """Take note that the process ended, and give its death as the answer to every open stream and question."""
         lost = [stream for stream in self._unread if not stream.is_over]
         code = self._maybe_fatal.code if self._maybe_fatal else "process_died"
-        lost_frames = self._lost_frames(lost)
+        lost_frames = 0
+        for stream in lost:
+            lost_frames += stream.fed_frames - stream.received_bytes // format_of(self.handshake).frame_pcm_bytes
         text = self._how_it_died(maybe_status, len(lost), lost_frames)
         self.maybe_death = DecoderDiedError(
             code,
@@ -380,7 +386,7 @@ class Exchange:
     # --- inside ------------------------------------------------------------------------------------
 
     def _begin(self, messages: Sequence[Message]) -> StreamState:
-        """A new stream, if these can be sent for it."""
+        """Open a stream, unless its messages do not fit the queue."""
         self._check_alive()
         if self._maybe_open is not None and self._maybe_open.takes_frames:
             raise UsageError("a stream is open already: finish or cancel it first")
@@ -394,7 +400,7 @@ class Exchange:
         return min(LONGEST_PAYLOAD_BYTES, int(self.handshake["max_message_bytes"]) - 1)
 
     def _check_room(self, messages: Sequence[Message]) -> None:
-        """May these be queued? Who has none to send is refused as well, once the queue is over its bound."""
+        """Raise QueueFullError if these do not fit the queue; if it is over its bound already, even for no messages."""
         more_bytes = sum(_Outgoing(message).cost_bytes for message in messages)
         if self.queued_bytes + more_bytes <= self._queue_bytes:
             return
@@ -405,7 +411,7 @@ class Exchange:
         )
 
     def _put_into_outbox(self, outgoing: Sequence[_Outgoing]) -> None:
-        """This in place of what waited there."""
+        """Replace what waits to be sent."""
         self._outbox = deque(outgoing)
         self.queued_bytes = sum(message.cost_bytes for message in outgoing)
 
@@ -427,7 +433,7 @@ class Exchange:
         return answer
 
     def _resolve(self, kind: Kind, maybe_error: DecoderError | None = None) -> bool:
-        """The oldest question of this kind has its answer."""
+        """Answer the oldest question of this kind. Return False if there is none."""
         for index, (asked, answer) in enumerate(self._answers):
             if asked == kind:
                 del self._answers[index]
@@ -464,22 +470,19 @@ class Exchange:
         )
         stream = self._current()
         if error.fatal:
-            self._maybe_fatal = error  # told when the output ends
+            self._maybe_fatal = error  # `end` reports it, when the output ends
         elif error.stream is not None and isinstance(stream, StreamState):
             if error.code in _STREAM_LOST:
-                self._lose(stream, error)
+                stream.maybe_fault = error
+                # The process skips the rest of the stream until its END, and an artifact has none: it is sent one.
+                if stream.ends_by_itself and not stream.was_cancelled:
+                    others = (outgoing for outgoing in self._outbox if outgoing.maybe_stream is not stream)
+                    self._put_into_outbox([_Outgoing(Message(Kind.END), stream), *others])
             stream.put(error)
         elif error.stream is None and error.code in _SETTINGS_REFUSED and self._resolve(Kind.SETTINGS, error):
             pass
         elif error.stream is None:
             self._maybe_stray = error
-
-    def _lose(self, stream: StreamState, error: DecoderError) -> None:
-        """The process skips the rest of this stream until its END, which an artifact has not got."""
-        stream.maybe_fault = error
-        if stream.ends_by_itself and not stream.was_cancelled:
-            others = (outgoing for outgoing in self._outbox if outgoing.maybe_stream is not stream)
-            self._put_into_outbox([_Outgoing(Message(Kind.END), stream), *others])
 
     def _take_end(self, fields: Mapping[str, Any]) -> None:
         if not fields["cancelled"]:
@@ -531,25 +534,60 @@ class Exchange:
         streams = "1 stream is" if lost_streams == 1 else f"{lost_streams} streams are"
         return f"{how}{why}; {streams} lost, {lost_frames} frames were fed and did not come back"
 
-    def _lost_frames(self, lost: Sequence[StreamState]) -> int:
-        if not lost:
-            return 0
-        frame_pcm_bytes = format_of(self.handshake).frame_pcm_bytes
-        return sum(stream.fed_frames - stream.received_bytes // frame_pcm_bytes for stream in lost)
-
 
 def _cut(kind: Kind, payload: bytes, most: int) -> list[Message]:
-    """A payload in messages of at most so many bytes of it."""
+    """Cut a payload into messages with at most so many bytes of it each."""
     return [Message(kind, payload[start : start + most]) for start in range(0, len(payload), most)]
 
 
+class Link(Protocol):
+    """One process as a client holds it."""
+
+    exchange: Exchange
+
+    def changing(self) -> AbstractContextManager[Exchange]:
+        """Give the exchange to speak through, and wake those who wait once that is done."""
+
+
+class FedStream:
+    """A stream, as far as both clients offer it alike: feeding it, and what is known of it."""
+
+    def __init__(self, link: Link, state: StreamState) -> None:
+        self._link = link
+        self._state = state
+
+    def feed(self, frames: Frames) -> None:
+        """Feed more frames: [frames, quantizers], or packed bytes. Never waits; QueueFullError if too much waits."""
+        with self._link.changing() as exchange:
+            exchange.feed(self._state, frames)
+
+    def finish(self) -> None:
+        """End the stream behind the frames that were fed."""
+        with self._link.changing() as exchange:
+            exchange.finish(self._state)
+
+    @property
+    def was_cancelled(self) -> bool:
+        return self._state.was_cancelled
+
+    @property
+    def played(self) -> Played:
+        """Its number, and how many samples of it were taken."""
+        return self._link.exchange.played(self._state)
+
+    @property
+    def maybe_end(self) -> StreamEnd | None:
+        """The counts of its END, once that has come."""
+        return self._state.maybe_end
+
+
 class Facts(ABC):
-    """The numbers of a HANDSHAKE as attributes, as they are now."""
+    """Gives the fields of the present HANDSHAKE as attributes."""
 
     @property
     @abstractmethod
     def handshake(self) -> Mapping[str, Any]:
-        """All that the process says of itself."""
+        """All fields of the HANDSHAKE."""
 
     @property
     def format(self) -> CodecFormat:
@@ -557,12 +595,12 @@ class Facts(ABC):
 
     @property
     def version(self) -> str:
-        """Of the program."""
+        """The version of the program."""
         return str(self.handshake["version"])
 
     @property
     def demo(self) -> bool:
-        """Is it the built-in demo, and no real codec?"""
+        """Whether the process runs the built-in demo instead of a real codec."""
         return self.handshake["demo"] is True
 
     @property
@@ -589,7 +627,7 @@ class Facts(ABC):
 
 
 def format_of(handshake: Mapping[str, Any]) -> CodecFormat:
-    """The numbers of a HANDSHAKE, as they are now."""
+    """Read the codec's numbers from a HANDSHAKE."""
     return CodecFormat(
         sample_rate=handshake["sample_rate"],
         channels=handshake["channels"],

@@ -1,4 +1,4 @@
-"""How the process is started and what it logs, the same for both clients."""
+"""Starts the process, decides when it is restarted, and splits its log into lines, for both clients."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import IO, Any, Final
 from mossnano_stdio.client.exchange import DecoderError, Exchange
 from mossnano_stdio.errors import UsageError
 
-START_SECONDS: Final = 60.0  # how long it may take to say its HANDSHAKE
-STOP_SECONDS: Final = 2.0  # how long it may take to end by itself
+START_SECONDS: Final = 60.0  # the longest that it may take until its HANDSHAKE
+STOP_SECONDS: Final = 2.0  # the longest that it may take to end by itself
 READ_BYTES: Final = 1 << 16
 FIRST_PAUSE_SECONDS: Final = 0.25  # before a process that crashed is started again
 LONGEST_PAUSE_SECONDS: Final = 8.0
-LONGEST_LINE_BYTES: Final = 1 << 14  # of the log; what is longer comes as several
+LONGEST_LINE_BYTES: Final = 1 << 14  # a longer line of the log is cut into several
 
-# A child of its own group, so that Ctrl-C is ours to deal with, and without a window.
+# The child has its own process group, so that Ctrl-C reaches only our program, and it opens no window.
 CHILD_OPTIONS: Final[Mapping[str, Any]] = {
     "stdin": subprocess.PIPE,
     "stdout": subprocess.PIPE,
@@ -31,14 +31,14 @@ CHILD_OPTIONS: Final[Mapping[str, Any]] = {
 
 
 def command_line(weights: str | None, arguments: Sequence[str], command: Sequence[str] | None) -> list[str]:
-    """Our own process, with this Python, unless another command is given."""
+    """The command that starts mossnano_stdio with this Python, or `command` in its place, with its arguments."""
     program = [sys.executable, "-m", "mossnano_stdio"] if command is None else list(command)
     return [*program, *(() if weights is None else ("--weights", weights)), *arguments]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a process is started with, and each one that replaces it."""
+    """The options of a process and of every one that replaces it."""
 
     command: Sequence[str]
     start_seconds: float
@@ -53,20 +53,20 @@ class Launch:
             raise UsageError("both log and stderr were given, and the log goes to one of them: leave the other out")
 
     def exchange(self) -> Exchange:
-        """A new conversation, which numbers its streams on."""
+        """Begin a new conversation. The numbers of its streams go on from those before it."""
         return Exchange(self.buffer_bytes, self.queue_bytes, self.stream_numbers)
 
     def process_options(self) -> dict[str, Any]:
         return {**CHILD_OPTIONS, "stderr": self.stderr if self.maybe_log is None else subprocess.PIPE}
 
     def not_started(self, error: OSError) -> DecoderError:
-        """What to raise when there is no such program."""
+        """The error to raise when the program cannot be run."""
         return DecoderError("not_started", f"{self.command[0]} cannot be started: {error.strerror}", fatal=True)
 
 
 @dataclass
 class Restarts:
-    """When a process that crashed is started again: up to `most` times in a row. Each pause is twice the one before.
+    """Counts restarts after crashes, up to `most` in a row. Each pause is twice as long as the one before.
 
     >>> restarts = Restarts(3)
     >>> [restarts.maybe_pause_seconds() for _ in range(4)]
@@ -77,11 +77,11 @@ class Restarts:
     in_a_row: int = 0
 
     def begin_a_row(self) -> None:
-        """All is well again: a stream came to its end, or somebody asked for a process."""
+        """Begin to count anew: a stream came to its end, or a caller asked for a process."""
         self.in_a_row = 0
 
     def maybe_pause_seconds(self) -> float | None:
-        """How long to wait before the next start; None: that is it."""
+        """How long to wait before the next start. None: do not start again."""
         if self.in_a_row >= self.most:
             return None
         self.in_a_row += 1
@@ -90,10 +90,8 @@ class Restarts:
 
 @contextlib.contextmanager
 def standard_descriptors_taken() -> Iterator[None]:
-    """Inside, pipes that are made get other numbers than 0, 1 and 2, also where the host has closed these.
-
-    What it, or a library in it, writes to a descriptor that it takes for its stderr must not reach the decoder.
-    """
+    """Inside, new pipes get other numbers than 0, 1 and 2, even if the host has closed these."""
+    # Else what the host or a library writes to its closed stderr, descriptor 2, could reach the decoder.
     with contextlib.ExitStack() as placeholders:
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
             placeholders.callback(os.close, fd)
@@ -102,7 +100,7 @@ def standard_descriptors_taken() -> Iterator[None]:
 
 
 class LogLines:
-    """The bytes of a log in any pieces -> its lines. What is no UTF-8 is replaced.
+    """Splits the bytes of a log, in any pieces, into lines. Bytes that are not UTF-8 are replaced.
 
     >>> lines = LogLines()
     >>> list(lines.feed(b"one\\ntw")), list(lines.feed(b"o\\r\\nthree")), list(lines.rest())
@@ -113,7 +111,7 @@ class LogLines:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[str]:
-        """The lines that this makes whole."""
+        """Take more bytes, and yield the lines that they complete."""
         *whole, self._rest = (self._rest + data).split(b"\n")
         for line in whole:
             yield from _texts(line)
@@ -121,7 +119,7 @@ class LogLines:
             yield from self.rest()
 
     def rest(self) -> Iterator[str]:
-        """The last line, which nobody ended."""
+        """Yield what follows the last line break."""
         line, self._rest = self._rest, b""
         if line:
             yield from _texts(line)
