@@ -139,11 +139,7 @@ class AsyncDecoder(Facts):
         """Feed the open stream, or a new one: [frames, quantizers], or packed bytes."""
         link = self._maybe_link_with_open_stream() or await self._link_for_a_new_stream()
         with link.changing() as exchange:
-            state = exchange.maybe_open
-            if state is None or not state.takes_frames:
-                state = exchange.open()
-            exchange.feed(state, frames)
-            return AsyncStream(link, state)
+            return AsyncStream(link, exchange.feed_open(frames))
 
     def finish(self) -> None:
         """End the open stream behind the frames that were fed."""
@@ -151,8 +147,7 @@ class AsyncDecoder(Facts):
         if maybe_link is None:
             raise UsageError("no stream is open: feed opens one") if self._links else self._not_started()
         with maybe_link.changing() as exchange:
-            if exchange.maybe_open is not None:
-                exchange.finish(exchange.maybe_open)
+            exchange.finish_open()
 
     async def feed_artifact(self, artifact: bytes) -> AsyncStream:
         """Feed a whole `.mossnano` as a stream of its own."""

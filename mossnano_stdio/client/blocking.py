@@ -152,11 +152,7 @@ class Decoder(Facts):
         process, unless `wait_for_start` is False."""
         link = self._household.maybe_link_with_open_stream() or self._household.link_for_a_new_stream()
         with link.changing() as exchange:
-            state = exchange.maybe_open
-            if state is None or not state.takes_frames:
-                state = exchange.open()
-            exchange.feed(state, frames)
-            return Stream(self, link, state)
+            return Stream(self, link, exchange.feed_open(frames))
 
     def finish(self) -> None:
         """End the open stream behind the frames that were fed. Never waits."""
@@ -164,8 +160,7 @@ class Decoder(Facts):
         if maybe_link is None:
             raise UsageError("no stream is open: feed opens one")
         with maybe_link.changing() as exchange:
-            if exchange.maybe_open is not None:
-                exchange.finish(exchange.maybe_open)
+            exchange.finish_open()
 
     def feed_artifact(self, artifact: bytes) -> Stream:
         """Feed a whole `.mossnano` as a stream of its own."""

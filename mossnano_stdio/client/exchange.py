@@ -198,7 +198,7 @@ class Exchange:
         self._sent: deque[StreamState | _Cancel] = deque()  # those whose END is still to come, oldest first
         self._answers: deque[tuple[Kind, Answer]] = deque()
         self._unread: weakref.WeakSet[StreamState] = weakref.WeakSet()
-        self._maybe_open: StreamState | None = None
+        self._maybe_open: StreamState | None = None  # opened last, unless it was cancelled or given up
         self._maybe_fatal: DecoderError | None = None
         self._maybe_stray: DecoderError | None = None
         self._cancels = 0
@@ -212,11 +212,6 @@ class Exchange:
     def open(self) -> StreamState:
         """Open a stream to feed. Its first frames tell the process of it."""
         return self._begin([])
-
-    @property
-    def maybe_open(self) -> StreamState | None:
-        """The stream that was opened last, unless it was cancelled or given up."""
-        return self._maybe_open
 
     @property
     def takes_frames(self) -> bool:
@@ -243,6 +238,18 @@ class Exchange:
         for message in messages:
             self._send(message, stream)
         stream.fed_frames += len(payload) // frame_bytes
+
+    def feed_open(self, frames: Frames) -> StreamState:
+        """Queue frames for the open stream, or for a new one."""
+        stream = self._maybe_open
+        if stream is None or not stream.takes_frames:
+            stream = self.open()
+        self.feed(stream, frames)
+        return stream
+
+    def finish_open(self) -> None:
+        if self._maybe_open is not None:
+            self.finish(self._maybe_open)
 
     def finish(self, stream: StreamState) -> None:
         """End this stream behind its last frames."""
@@ -287,7 +294,7 @@ class Exchange:
 
     def settle(self, settings: Mapping[str, int | None]) -> Answer:
         """Change the settings of the streams to come."""
-        if self._maybe_open is not None and self._maybe_open.takes_frames:
+        if self.takes_frames:
             raise UsageError("settings change between streams only: finish or cancel the open one first")
         return self._ask(json_message(Kind.SETTINGS, settings))
 
@@ -388,7 +395,7 @@ class Exchange:
     def _begin(self, messages: Sequence[Message]) -> StreamState:
         """Open a stream, unless its messages do not fit the queue."""
         self._check_alive()
-        if self._maybe_open is not None and self._maybe_open.takes_frames:
+        if self.takes_frames:
             raise UsageError("a stream is open already: finish or cancel it first")
         self._check_room(messages)
         stream = self._maybe_open = StreamState(next(self._numbers))

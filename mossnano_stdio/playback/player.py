@@ -85,9 +85,7 @@ class Player:
         self._maybe_bug: Exception | None = None  # what escaped in the callback
         self._stream = self._open_stream(latency, device_channels)
         self._feed.latency_samples = round(self._stream.latency * self._device_rate)
-        self._closing = (
-            threading.Lock()
-        )  # held by the pushing thread or by an abort from another one; the callback never takes it
+        self._closing = threading.Lock()  # for the pushing thread and an abort from another one; not for the callback
         self._closed = False
         self._maybe_started_at: float | None = None
         self._maybe_first_since: float | None = None
