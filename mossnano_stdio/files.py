@@ -1,13 +1,13 @@
-"""Files in and out of the tools: `-` is stdin or stdout, and no half file is ever left.
+"""Opens the files that the tools read and write: `-` is stdin or stdout, and no half-written file is left.
 
 Rules of this room:
 
-- Output goes to a new file beside its destination and is renamed over it once all of it was written. A run that
-  fails leaves what was there before.
-- What is no regular file (a device, a named pipe) cannot be renamed over and is written as it is.
-- That output cannot be opened or written is an OutputError that names it, with its errno. That input cannot be, is
-  left to speak for itself.
-- A reader that went away is no failure to write: its BrokenPipeError stays one.
+- Output goes to a new file beside its destination, which is renamed over it once all was written. A run that fails
+  leaves what was there before.
+- A destination that is no regular file (a device, a named pipe) is written directly, as nothing can be renamed over it.
+- Failing to open or write an output raises an OutputError that names it, with its errno. Failing to open or read an
+  input raises the plain OSError.
+- A reader that went away is no failure to write, so its BrokenPipeError is passed on.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STANDARD_STREAM: Final = "-"
-NAMED_CHARACTERS: Final = 40  # of a file, in the name of what is not yet it: a name has at most 255 bytes
+NAMED_CHARACTERS: Final = 40  # of the destination's name, in that of the unfinished file: a name has at most 255 bytes
 
 
 @contextlib.contextmanager
 def open_input(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
-    """The file at `path`, or stdin for `-`, which stays open. `read1` takes what is there, `read` waits for more."""
+    """Open the file at `path`, or stdin for `-`, which stays open. `read1` reads what is there; `read` may wait."""
     if path != STANDARD_STREAM:
         with Path(path).open("rb") as file:
             yield file
@@ -44,12 +44,12 @@ def open_input(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
 
 @contextlib.contextmanager
 def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when the block is left without an error; or stdout for `-`."""
+    """Open a file that appears at `path` when the block is left without an error; or stdout for `-`."""
     if path == STANDARD_STREAM:
         with _standard_output() as file:
             yield file
         return
-    destination = Path(os.path.realpath(path))  # a symlink stays one, and what it points to is replaced
+    destination = Path(os.path.realpath(path))  # a symlink stays, and the file that it points to is replaced
     failure = f"{destination.parent}: cannot write {destination.name} there"
     with told_as(failure):
         is_special = destination.exists() and not destination.is_file()
@@ -58,7 +58,7 @@ def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
         return
     unfinished = destination.with_name(f".{destination.name[:NAMED_CHARACTERS]}.{os.getpid()}.part")
-    try:  # from before the file is there: a signal may come at any moment
+    try:  # before the file is made, because a signal may come at any moment
         with io.BufferedWriter(_NamedFile(unfinished, failure)) as file:
             yield file
         with told_as(failure):
@@ -72,13 +72,13 @@ def open_output(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def open_named(path: Path) -> BinaryIO:
-    """A new file at `path`, for who puts files into a folder that is renamed or given up as a whole."""
+    """Open a new file at `path` in a folder that the caller renames, or removes, as a whole."""
     return io.BufferedWriter(_NamedFile(path, cannot_write(path)))
 
 
 @contextlib.contextmanager
 def named_stdout() -> Iterator[None]:
-    """In the block, what is printed and cannot be written is an OutputError too."""
+    """In the block, printing to a stdout that cannot be written raises an OutputError too."""
     plain = sys.stdout
     buffer = plain.buffer if isinstance(plain, io.TextIOWrapper) else None
     raw = getattr(buffer, "raw", buffer)  # `python -u` leaves the buffer out
@@ -97,7 +97,7 @@ def named_stdout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_as(failure: str) -> Iterator[None]:
-    """An OSError of the block as an OutputError that begins with `failure`."""
+    """Turn an OSError of the block into an OutputError that begins with `failure`."""
     try:
         yield
     except BrokenPipeError:
@@ -127,7 +127,7 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 
 class _NamedFile(io.FileIO):
-    """A file that says which it is when it cannot be written: an OSError of a write does not."""
+    """A file whose failures to write name it. The OSError of a plain file's write does not."""
 
     def __init__(self, file: Path | int, failure: str, *, closefd: bool = True) -> None:
         self._failure = failure
