@@ -175,6 +175,24 @@ def test_a_room_that_one_room_needs_lies_in_it() -> None:
     assert [room for room, by in importers.items() if len(by) < 2 and room not in ENTRANCES] == []
 
 
+# What other rooms import by its module, as not everybody who imports the room needs it.
+SIDE_DOORS = {
+    "tokens": {"arrays", "plain"},
+    "pcm": {"recordings", "comparison"},
+    "weights": {"hub", "checked_json", "onnx_shapes"},
+}
+
+
+def test_rooms_with_a_face_are_imported_through_it() -> None:
+    wrong = [
+        f"{source.name}:{imported.line} imports {imported.module}"
+        for source, room, imported in our_imports()
+        if room in SIDE_DOORS
+        and imported.module.partition(f".{room}")[2].removeprefix(".") not in ("", *SIDE_DOORS[room])
+    ]
+    assert not wrong
+
+
 def test_no_circles_inside_a_room() -> None:
     """Nor anywhere else, as imports between rooms go down."""
     below: dict[str, set[str]] = {module_of(source): set() for source in sources()}

@@ -49,12 +49,12 @@ from mossnano_stdio.protocol.messages import (
     MessageReader,
     parse_json,
 )
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens import CodecFormat
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import EncoderRuntime, Runtime
     from mossnano_stdio.playback import Player
-    from mossnano_stdio.weights.folder import Bundle
+    from mossnano_stdio.weights import Bundle
 
 PROGRAM: Final = "mossnano-stdio"
 
@@ -105,7 +105,7 @@ def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loa
 def load_codec(options: argparse.Namespace) -> Loaded:
     """The weights that the command line asks for, as a decoder, or as an encoder."""
     from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
-    from mossnano_stdio.weights.folder import find_weights, load_bundle
+    from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(options.weights))
     if bundle.demo:
