@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import NonFiniteError, UsageError
-from mossnano_stdio.pcm.samples import to_pcm16
-from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.pcm import to_pcm16
+from mossnano_stdio.tokens import CodecFormat, Codes
 
 MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
 RAMP_MAX_FRAMES = 8  # larger chunks cost more per frame, and nobody hears that they came at once

@@ -37,6 +37,16 @@ from mossnano_stdio.codecs import (
 from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.pcm.recordings import resampled
+from mossnano_stdio.tokens import (
+    FIELD_LIMITS,
+    Artifact,
+    ArtifactHeader,
+    CodecFormat,
+    Codes,
+    build_artifact,
+    load_artifact,
+    to_quantizer_major,
+)
 from mossnano_stdio.tokens.arrays import (
     check_range,
     checked_quantizers,
@@ -47,9 +57,7 @@ from mossnano_stdio.tokens.arrays import (
     normalised_wave,
     sample_range,
 )
-from mossnano_stdio.tokens.artifact import FIELD_LIMITS, Artifact, ArtifactHeader, build_artifact, load_artifact
-from mossnano_stdio.tokens.format import CodecFormat, Codes, to_quantizer_major
-from mossnano_stdio.weights.folder import Bundle, find_weights, load_bundle
+from mossnano_stdio.weights import Bundle, find_weights, load_bundle
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import FullEncoder

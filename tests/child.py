@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.tokens import pack_frames
 
 ROOT = Path(__file__).parent.parent
 PROCESS = [sys.executable, "-m", "mossnano_stdio"]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.tokens import Codes
 from tests.child import DEMO, LONG, LONG_FRAMES, run
 from tests.doubles import NANO
 from tests.sound import FileDevice, SoundServer

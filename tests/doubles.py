@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import DecodeError
-from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.tokens import CodecFormat, Codes
 
 SMALL = CodecFormat(sample_rate=48000, channels=2, frame_samples=4, quantizers=4, codebook_size=1000)
 NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)

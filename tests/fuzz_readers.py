@@ -34,8 +34,7 @@ from mossnano_stdio.errors import ArtifactError, ProtocolError
 from mossnano_stdio.protocol.connection import Connection
 from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
-from mossnano_stdio.tokens.artifact import ArtifactReader, build_artifact
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.tokens import SAMPLE_BYTES, ArtifactReader, build_artifact
 from tests.doubles import SMALL, CountingDecoder
 
 CORPUS = Path(__file__).parent / "corpus"

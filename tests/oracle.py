@@ -22,7 +22,7 @@ from mossnano_stdio.build.model import (
 )
 from mossnano_stdio.build.random_weights import Size
 from mossnano_stdio.codecs import SeekingDecoder
-from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.tokens import Codes
 
 Array = NDArray[np.float64]
 Sound = NDArray[np.float32]

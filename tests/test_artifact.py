@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mossnano_stdio.errors import ArtifactError
-from mossnano_stdio.tokens.artifact import (
+from mossnano_stdio.tokens import (
     FIELD_LIMITS,
-    HEADER_BYTES,
     MAGIC,
     Artifact,
     ArtifactHeader,
@@ -27,6 +26,7 @@ from mossnano_stdio.tokens.artifact import (
     load_artifact,
     parse_artifact,
 )
+from mossnano_stdio.tokens.artifact import HEADER_BYTES
 from tests.doubles import NANO
 
 REAL_CODES = Path(__file__).parents[2] / "shared" / "data" / "real_codes.jsonl"

@@ -27,8 +27,7 @@ from mossnano_stdio.tools.bench.estimate import Estimate, Pace
 from mossnano_stdio.tools.bench.sides import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
 from mossnano_stdio.tools.bench.worker import Worker as RealWorker
-from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
-from mossnano_stdio.weights.metadata import DECODE_STEP_FILE
+from mossnano_stdio.weights import DECODE_STEP_FILE, DEMO_FOLDER, load_bundle
 from tests.tool import COMMAND, call_tool
 
 SIDES = {"official loop", "our runtime, official graph"}

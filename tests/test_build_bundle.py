@@ -22,11 +22,18 @@ from mossnano_stdio.build.encode_step import ENCODE_STEP_DATA, ENCODE_STEP_FILE,
 from mossnano_stdio.build.model import DecoderWeights, EncoderWeights, LayerWeights, TransformerWeights
 from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_runtime
 from mossnano_stdio.errors import BundleError, ExitStatus, OutputError, Terminated
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
-from mossnano_stdio.weights.graphs import GraphSpec
-from mossnano_stdio.weights.metadata import DECODE_DATA, DECODE_STEP_FILE, ENCODE_DATA, ENCODE_FILE, METADATA_NAME
-from mossnano_stdio.weights.sidecar import SIDECAR_NAME
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import (
+    DECODE_DATA,
+    DECODE_STEP_FILE,
+    DEMO_FOLDER,
+    ENCODE_DATA,
+    ENCODE_FILE,
+    METADATA_NAME,
+    SIDECAR_NAME,
+    GraphSpec,
+    load_bundle,
+)
 from tests.oracle import Sound, furthest
 from tests.tool import COMMAND, call_tool
 

@@ -18,7 +18,7 @@ from mossnano_stdio.build.encode_step import ENCODE_STEP_FILE
 from mossnano_stdio.build.model import CodecWeights, DecoderWeights, EncoderWeights, Module, PatchStep
 from mossnano_stdio.build.random_weights import save_standin
 from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_full_encoder
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights import load_bundle
 from tests import oracle
 from tests.oracle import ODD
 

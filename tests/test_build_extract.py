@@ -19,16 +19,16 @@ from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.weights.folder import load_bundle
-from mossnano_stdio.weights.metadata import (
+from mossnano_stdio.weights import (
     DECODE_DATA,
     DECODE_FULL_FILE,
     DECODE_STEP_FILE,
     ENCODE_DATA,
     ENCODE_FILE,
     METADATA_NAME,
+    SIDECAR_NAME,
+    load_bundle,
 )
-from mossnano_stdio.weights.sidecar import SIDECAR_NAME
 from tests.oracle import ODD
 
 STEP, FULL, ENCODE = DECODE_STEP_FILE, DECODE_FULL_FILE, ENCODE_FILE

@@ -16,7 +16,7 @@ from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import save_standin
-from mossnano_stdio.weights.metadata import (
+from mossnano_stdio.weights import (
     DECODE_DATA,
     DECODE_FULL_FILE,
     DECODE_STEP_FILE,

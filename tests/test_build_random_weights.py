@@ -16,8 +16,8 @@ from mossnano_stdio.build.bundle import build_standin
 from mossnano_stdio.build.checkpoint import SHARD_NAME
 from mossnano_stdio.build.random_weights import SIZES, config
 from mossnano_stdio.codecs import load_decoder, load_full_decoder
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import load_bundle
 
 ONE_STEP = 1 / 32768  # of 16-bit PCM
 

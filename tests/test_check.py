@@ -15,8 +15,7 @@ from onnx import helper, numpy_helper
 
 from mossnano_stdio.codecs import whole
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.weights.metadata import METADATA_NAME
-from mossnano_stdio.weights.sidecar import Sidecar, load_sidecar, record_files, save_sidecar
+from mossnano_stdio.weights import METADATA_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 from tests.conftest import ENCODE, FULL, SHARED, STEP
 from tests.tool import call_tool
 

@@ -18,7 +18,7 @@ import pytest
 from mossnano_stdio import __version__, cli, errors
 from mossnano_stdio.cli import VERBS
 from mossnano_stdio.errors import ExitStatus, MossnanoError, Terminated, exit_status_of
-from mossnano_stdio.weights.folder import DEMO_FOLDER
+from mossnano_stdio.weights import DEMO_FOLDER
 from tests.tool import COMMAND, call_tool, run_tool
 
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import ExitStatus, InputError, UsageError
+from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.pcm import comparison as room
 from mossnano_stdio.pcm.comparison import compare_recordings
 from mossnano_stdio.pcm.recordings import Recording
-from mossnano_stdio.pcm.wav import WavWriter
 from tests.tool import call_tool, run_tool
 
 RATE = 48000

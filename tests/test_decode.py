@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.pcm import from_pcm16
 from mossnano_stdio.pcm.recordings import read_audio
-from mossnano_stdio.pcm.samples import from_pcm16
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
-from mossnano_stdio.weights.folder import DEMO_FOLDER
+from mossnano_stdio.tokens import Artifact, build_artifact
+from mossnano_stdio.weights import DEMO_FOLDER
 from tests.tool import COMMAND, call_tool, run_tool
 
 PROCESS = Path(sys.executable).with_name("mossnano-stdio")

@@ -18,10 +18,8 @@ from mossnano_stdio.demo.notes import FORMAT, HARMONICS, Note, code_of, codes_fo
 from mossnano_stdio.demo.synth import CUT_SAMPLES, melody, save_demo
 from mossnano_stdio.errors import UsageError
 from mossnano_stdio.protocol.messages import Kind, MessageReader
-from mossnano_stdio.tokens.artifact import parse_artifact
-from mossnano_stdio.tokens.format import to_graph
-from mossnano_stdio.tokens.packing import unpack_frames
-from mossnano_stdio.weights.folder import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
+from mossnano_stdio.tokens import parse_artifact, to_graph, unpack_frames
+from mossnano_stdio.weights import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
 
 Codes = NDArray[np.integer]
 State = dict[str, NDArray[Any]]

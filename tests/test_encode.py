@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio import Codec, EncodedAudio
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.pcm.samples import from_pcm16, to_pcm16
-from mossnano_stdio.pcm.wav import wav_header
+from mossnano_stdio.pcm import from_pcm16, to_pcm16, wav_header
 from tests.tool import COMMAND, call_tool, run_tool
 
 Audio = NDArray[np.float32]

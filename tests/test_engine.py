@@ -19,11 +19,16 @@ from mossnano_stdio.codecs import Engine, engine
 from mossnano_stdio.codecs.engine import Session
 from mossnano_stdio.codecs.moss import OfficialRuntime
 from mossnano_stdio.errors import BundleError, DecodeError, UsageError
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
-from mossnano_stdio.weights.metadata import METADATA_NAME
-from mossnano_stdio.weights.sidecar import Sidecar, record_files, save_sidecar
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import (
+    DEMO_FOLDER,
+    METADATA_NAME,
+    Sidecar,
+    load_bundle,
+    published,
+    record_files,
+    save_sidecar,
+)
 from tests.conftest import FULL, SHARED, STEP
 from tests.oracle import Sound, furthest
 

@@ -19,8 +19,8 @@ from mossnano_stdio.build.model import DecoderWeights, transformers
 from mossnano_stdio.codecs import Engine, in_place, moss
 from mossnano_stdio.codecs.moss import FastDecoder, FastRuntime
 from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import Bundle, load_bundle
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import Bundle, load_bundle
 from tests import oracle
 from tests.oracle import Sound, furthest, in_chunks
 

@@ -17,11 +17,8 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import OutputError
-from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import load_bundle
-from mossnano_stdio.weights.graphs import FileRecord
+from mossnano_stdio.weights import METADATA_NAME, FileRecord, load_bundle, published
 from mossnano_stdio.weights.hub import Selection, fetch, selections
-from mossnano_stdio.weights.metadata import METADATA_NAME
 from tests.conftest import SHARED, STEP
 from tests.hub import CDN_HOST, HUB_HOST, Hub, serving
 from tests.tool import call_tool
@@ -39,8 +36,8 @@ DRIVER = """
 import json, sys, time
 import huggingface_hub.constants
 from mossnano_stdio.weights import published
-from mossnano_stdio.weights.graphs import FileRecord
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights import FileRecord
+from mossnano_stdio.weights import load_bundle
 from mossnano_stdio.cli import main
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000
 time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.pcm.wav import wav_header
+from mossnano_stdio.pcm import wav_header
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.tokens import Artifact, build_artifact, pack_frames
 from tests.tool import COMMAND, call_tool, run_tool
 
 CODES = np.random.default_rng(9).integers(0, 1024, (7, 16)).astype(np.uint16)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.weights.folder import DEMO_FOLDER
-from mossnano_stdio.weights.metadata import DECODE_DATA, METADATA_NAME
+from mossnano_stdio.weights import DECODE_DATA, DEMO_FOLDER, METADATA_NAME
 from tests.child import DEMO, run
 from tests.tool import call_tool
 

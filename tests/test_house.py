@@ -40,6 +40,18 @@ ENTRANCES = frozenset(
     {"cli", "tools", "library", "client", "demo", "process"}
 )  # what users call; nobody here has to import it
 
+# What a room shows to others is in its face, `__init__.py`. Beside it there are side doors, for what few need: who starts
+# the process should not have to import them.
+SIDE_DOORS = {
+    "tokens": {"arrays", "plain"},
+    "pcm": {"recordings", "comparison"},
+    "weights": {"checked_json", "hub"},
+    "playback": {"defaults"},
+    "protocol": {"connection", "decoding", "encoding"},
+    "process": {"flags", "logs"},
+    "build": {"arithmetic", "bundle", "extract"},
+}
+
 # What only some rooms may speak to. Optional dependencies are imported inside functions.
 ONLY_IN = {
     "onnxruntime": {"codecs", "tools"},  # the official loop, as others write it, in tools/bench/
@@ -168,11 +180,41 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
+def test_rooms_are_entered_by_their_doors() -> None:
+    doors = {f"mossnano_stdio.{room}.{door}" for room, names in SIDE_DOORS.items() for door in names}
+    inside = {name for name in module_names() if name.count(".") > 1} - doors
+    wrong = [
+        f"{source.name}:{imported.line} imports {imported.module}"
+        for source, _, imported in our_imports()
+        if imported.module in inside
+    ]
+    assert not wrong
+    assert doors <= {imported.module for _, imported in all_imports()}, "a door that nobody uses"
+
+
 def test_a_room_that_one_room_needs_lies_in_it() -> None:
     importers: dict[str, set[str]] = {room: set() for rooms in FLOORS for room in rooms}
     for source, room, _ in our_imports():
         importers[room].add(verb_of(source) or source.room)
     assert [room for room, by in importers.items() if len(by) < 2 and room not in ENTRANCES] == []
+
+
+# What other rooms import by its module, as not everybody who imports the room needs it.
+SIDE_DOORS = {
+    "tokens": {"arrays", "plain"},
+    "pcm": {"recordings", "comparison"},
+    "weights": {"hub", "checked_json", "onnx_shapes"},
+}
+
+
+def test_rooms_with_a_face_are_imported_through_it() -> None:
+    wrong = [
+        f"{source.name}:{imported.line} imports {imported.module}"
+        for source, room, imported in our_imports()
+        if room in SIDE_DOORS
+        and imported.module.partition(f".{room}")[2].removeprefix(".") not in ("", *SIDE_DOORS[room])
+    ]
+    assert not wrong
 
 
 def test_no_circles_inside_a_room() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.protocol.messages import Kind, encode_message
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
+from mossnano_stdio.tokens import Artifact, build_artifact
 from tests.tool import Outcome, call_tool, run_tool
 
 CODES = np.array([[1, 7], [2, 7], [1, 7], [4, 7]], dtype=np.uint16)

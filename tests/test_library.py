@@ -19,9 +19,8 @@ import mossnano_stdio
 from mossnano_stdio import Codec, EncodedAudio
 from mossnano_stdio.codecs import GraphName
 from mossnano_stdio.errors import ArtifactError, BundleError
-from mossnano_stdio.tokens.artifact import parse_artifact
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.tokens import Codes, parse_artifact
+from mossnano_stdio.weights import load_bundle
 from tests.oracle import Sound, furthest
 
 TOLERANCE = 2e-5  # of the goldens

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact, parse_artifact
+from mossnano_stdio.tokens import Artifact, build_artifact, parse_artifact
 from tests.tool import call_tool, run_tool
 
 REAL_CODES = Path(__file__).parents[2] / "shared" / "data" / "real_codes.jsonl"

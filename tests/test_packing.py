@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import TokenError, UsageError
+from mossnano_stdio.tokens import bits_per_code, pack_frames, unpack_frames
 from mossnano_stdio.tokens import packing as room
-from mossnano_stdio.tokens.format import bits_per_code
-from mossnano_stdio.tokens.packing import pack_codes, pack_frames, unpack_codes, unpack_frames
+from mossnano_stdio.tokens.packing import pack_codes, unpack_codes
 
 widths = st.integers(1, 16)
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
+from mossnano_stdio.pcm import WavWriter, from_pcm16, pcm16_samples, to_pcm16, wav_header
 from mossnano_stdio.pcm.recordings import read_audio, read_sound, resampled
-from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, from_pcm16, pcm16_samples, to_pcm16
-from mossnano_stdio.pcm.wav import WavWriter, wav_header
+from mossnano_stdio.pcm.samples import BLOCK_SAMPLES
 
 RATE = 48000
 EVERY_INT16 = np.arange(-32768, 32768, dtype=np.int16)

@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.tokens import Codes, pack_frames
 from tests.child import DEMO, LONG, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, random_tokens, run
 from tests.conftest import SHARED, STEP, repeated
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload

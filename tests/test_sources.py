@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import ArtifactError, InputError, MossnanoError, UsageError
-from mossnano_stdio.pcm.wav import wav_header
+from mossnano_stdio.pcm import wav_header
 from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
+from mossnano_stdio.tokens import Artifact, build_artifact
 from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
 from tests.sound import loud_noise
 
@@ -160,8 +160,8 @@ def artifact_of(frames: int, **changes: Any) -> Artifact:
 @pytest.mark.parametrize("step_bytes", [11, 1 << 20])
 def test_an_artifact_is_decoded_chunk_by_chunk(tiny_bundle: Path, step_bytes: int) -> None:
     from mossnano_stdio.codecs import load_decoder
-    from mossnano_stdio.pcm.samples import to_pcm16
-    from mossnano_stdio.weights.folder import load_bundle
+    from mossnano_stdio.pcm import to_pcm16
+    from mossnano_stdio.weights import load_bundle
 
     artifact = artifact_of(6)
     source = source_of(build_artifact(artifact), step_bytes, Decoding(weights=str(tiny_bundle), threads=1))

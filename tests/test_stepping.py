@@ -20,13 +20,11 @@ from mossnano_stdio import codecs
 from mossnano_stdio.codecs import Engine
 from mossnano_stdio.codecs.moss import OfficialDecoder, OfficialRuntime
 from mossnano_stdio.errors import DecodeError, TokenError
+from mossnano_stdio.pcm import pcm16_samples, to_pcm16
 from mossnano_stdio.pcm.comparison import compare_recordings
 from mossnano_stdio.pcm.recordings import Recording
-from mossnano_stdio.pcm.samples import pcm16_samples, to_pcm16
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import load_bundle
-from mossnano_stdio.weights.metadata import METADATA_NAME
-from mossnano_stdio.weights.sidecar import Sidecar, save_sidecar
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import METADATA_NAME, Sidecar, load_bundle, save_sidecar
 from tests.conftest import STEP
 from tests.oracle import Sound, furthest, in_chunks
 

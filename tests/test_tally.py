@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, encode_message
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
+from mossnano_stdio.tokens import Artifact, build_artifact
 from mossnano_stdio.tools.info.tally import Tally
 
 

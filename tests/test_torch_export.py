@@ -11,9 +11,7 @@ import pytest
 from mossnano_stdio.build.bundle import build_from_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.extract import extract_weights
-from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import load_bundle
-from mossnano_stdio.weights.metadata import DECODE_DATA, ENCODE_DATA
+from mossnano_stdio.weights import DECODE_DATA, ENCODE_DATA, load_bundle, published
 from tests.test_build_extract import assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("torch") is None, reason="needs torch: pip install torch")]

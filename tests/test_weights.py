@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import DEMO_FOLDER, find_weights, load_bundle
-from mossnano_stdio.weights.graphs import FileRecord, GraphSpec, StateSpec
-from mossnano_stdio.weights.metadata import METADATA_NAME
-from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
+from mossnano_stdio.weights import (
+    DEMO_FOLDER,
+    METADATA_NAME,
+    SIDECAR_NAME,
+    FileRecord,
+    GraphSpec,
+    Sidecar,
+    StateSpec,
+    find_weights,
+    load_bundle,
+    load_sidecar,
+    published,
+    record_files,
+    save_sidecar,
+)
 from tests.conftest import SHARED, STEP
 from tests.doubles import NANO
 

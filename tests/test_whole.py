@@ -11,8 +11,8 @@ import pytest
 from mossnano_stdio.codecs import Engine, whole
 from mossnano_stdio.codecs.whole import FullDecoder, FullEncoder
 from mossnano_stdio.errors import UsageError
-from mossnano_stdio.tokens.format import Codes
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import load_bundle
 
 
 @pytest.mark.parametrize("bundle_name", ["tiny_bundle", "built_bundle"])

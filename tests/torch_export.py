@@ -43,20 +43,17 @@ from mossnano_stdio.build.model import (
     TransformerWeights,
 )
 from mossnano_stdio.build.official import streaming_decode
-from mossnano_stdio.weights.metadata import (
+from mossnano_stdio.weights import (
     DECODE_DATA,
     DECODE_FULL_FILE,
-    DECODE_INPUTS,
-    DECODE_OUTPUTS,
     DECODE_STEP_FILE,
     ENCODE_DATA,
     ENCODE_FILE,
-    ENCODE_INPUTS,
-    ENCODE_OUTPUTS,
     METADATA_NAME,
     OFFICIAL_FILES,
     build_metadata,
 )
+from mossnano_stdio.weights.metadata import DECODE_INPUTS, DECODE_OUTPUTS, ENCODE_INPUTS, ENCODE_OUTPUTS
 
 TRACED_FRAMES = 3
 

@@ -37,10 +37,8 @@ from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.build.trial import try_decoder, try_encoder
 from mossnano_stdio.errors import BundleError, OutputError
 from mossnano_stdio.files import cannot_write, open_named, told_as
-from mossnano_stdio.weights import published
-from mossnano_stdio.weights.folder import Bundle, load_bundle
-from mossnano_stdio.weights.graphs import GraphSpec
-from mossnano_stdio.weights.metadata import (
+from mossnano_stdio.weights import (
+    CHECKPOINT_NAME,
     DECODE_DATA,
     DECODE_FULL_FILE,
     DECODE_STEP_FILE,
@@ -48,13 +46,18 @@ from mossnano_stdio.weights.metadata import (
     ENCODE_FILE,
     METADATA_NAME,
     OFFICIAL_FILES,
+    SIDECAR_NAME,
+    Bundle,
+    GraphSpec,
+    Sidecar,
     build_metadata,
+    load_bundle,
+    record_files,
+    save_sidecar,
 )
-from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, record_files, save_sidecar
 
 STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
-PUBLISHED_CHECKPOINT_NAME = published.CHECKPOINT.repository.rpartition("/")[2]
 
 
 def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -127,7 +130,7 @@ def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> 
             folder,
             load_checkpoint(stage),
             name=f"{size} stand-in, seed {seed}",
-            checkpoint_name=PUBLISHED_CHECKPOINT_NAME,
+            checkpoint_name=CHECKPOINT_NAME,
             trial=trial,
         )
 

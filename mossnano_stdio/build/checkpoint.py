@@ -37,7 +37,7 @@ from mossnano_stdio.build.model import (
 )
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.files import open_named
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens import CodecFormat
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"

@@ -30,7 +30,7 @@ from mossnano_stdio.build.model import (
     transformers,
 )
 from mossnano_stdio.build.transformers import Exact, Stack, linear, stack_facts
-from mossnano_stdio.weights.graphs import GraphSpec
+from mossnano_stdio.weights import GraphSpec
 
 FAST_FILE = "mossnano_fast.onnx"
 FAST_DATA = "mossnano_fast.data"

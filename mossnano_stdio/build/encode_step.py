@@ -33,7 +33,7 @@ from mossnano_stdio.build.model import (
     transformers,
 )
 from mossnano_stdio.build.transformers import Exact, Stack, linear, stack_facts
-from mossnano_stdio.weights.graphs import GraphSpec
+from mossnano_stdio.weights import GraphSpec
 
 ENCODE_STEP_FILE = "mossnano_encode_step.onnx"
 ENCODE_STEP_DATA = "mossnano_encode_step.data"

@@ -44,8 +44,8 @@ from mossnano_stdio.build.tracing import (
     shaped,
 )
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.tokens.format import CodecFormat
-from mossnano_stdio.weights.folder import Bundle
+from mossnano_stdio.tokens import CodecFormat
+from mossnano_stdio.weights import Bundle
 
 
 def extract_weights(bundle: Bundle) -> CodecWeights:

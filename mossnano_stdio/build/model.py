@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens import CodecFormat
 
 Array = NDArray[np.float32]
 

@@ -27,7 +27,7 @@ from mossnano_stdio.build.model import (
     TransformerWeights,
     transformers,
 )
-from mossnano_stdio.weights.metadata import STATES_OF_A_CACHE, build_cache, build_counter, build_streaming, states_of
+from mossnano_stdio.weights import STATES_OF_A_CACHE, build_cache, build_counter, build_streaming, states_of
 
 Attention = Callable[[GraphBuilder, str, str, LayerWeights], str]  # graph, tokens, name of the layer, its weights
 AttentionOf = Callable[[GraphBuilder, str, int, TransformerWeights], Attention]  # graph, tokens, module's index, module

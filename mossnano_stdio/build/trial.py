@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.codecs import SeekingDecoder, load_decoder, load_encoder_runtime, load_full_encoder
 from mossnano_stdio.errors import CheckFailedError
-from mossnano_stdio.tokens.format import CodecFormat, Codes
-from mossnano_stdio.weights.folder import Bundle
+from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.weights import Bundle
 
 DECODED_SECONDS = 15
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import MossnanoError, TokenError, UsageError
-from mossnano_stdio.protocol.messages import (
+from mossnano_stdio.protocol import (
     MESSAGE_COST_BYTES,
     Kind,
     Message,
@@ -28,9 +28,7 @@ from mossnano_stdio.protocol.messages import (
     json_message,
     parse_json,
 )
-from mossnano_stdio.tokens.artifact import parse_artifact
-from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.tokens import SAMPLE_BYTES, CodecFormat, pack_frames, parse_artifact
 
 State = Literal["starting", "ready", "failed", "closed"]
 Frames = NDArray[np.integer] | Sequence[Sequence[int]] | bytes | bytearray | memoryview

@@ -18,9 +18,9 @@ from mossnano_stdio.codecs import moss
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.tokens import CodecFormat, Codes
 from mossnano_stdio.tokens.arrays import warm_up_frames
-from mossnano_stdio.tokens.format import CodecFormat, Codes
-from mossnano_stdio.weights.folder import Bundle
+from mossnano_stdio.weights import Bundle
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs.whole import FullDecoder as FullDecoder

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.engine import Array, Session, TensorSpec, check_contract
 from mossnano_stdio.errors import DecodeError, TokenError, UsageError
-from mossnano_stdio.tokens.format import CodecFormat, Codes, to_graph
+from mossnano_stdio.tokens import CodecFormat, Codes, to_graph
 
 INT32 = np.dtype(np.int32)
 FLOAT32 = np.dtype(np.float32)

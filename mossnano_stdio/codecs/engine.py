@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import BundleError, DecodeError, MossnanoError, UsageError
 from mossnano_stdio.tokens.arrays import is_whole_number
-from mossnano_stdio.weights.graphs import Graph, StateSpec, WeightFile
+from mossnano_stdio.weights import Graph, StateSpec, WeightFile
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

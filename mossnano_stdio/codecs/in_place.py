@@ -36,8 +36,8 @@ from mossnano_stdio.codecs.engine import (
 from mossnano_stdio.codecs.probe import attention_support
 from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec
 from mossnano_stdio.errors import UsageError
+from mossnano_stdio.weights import Graph
 from mossnano_stdio.weights.checked_json import Entry
-from mossnano_stdio.weights.graphs import Graph
 
 log = logging.getLogger("mossnano")
 

@@ -36,8 +36,8 @@ from mossnano_stdio.codecs.engine import Engine, TensorSpec, UnfitRuntimeError, 
 from mossnano_stdio.codecs.in_place import InPlaceGraph, InPlaceState
 from mossnano_stdio.codecs.stepping import GraphState, run_step
 from mossnano_stdio.errors import BundleError, UsageError
-from mossnano_stdio.tokens.format import CodecFormat, Codes
-from mossnano_stdio.weights.folder import Bundle
+from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.weights import Bundle
 
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, not less
 

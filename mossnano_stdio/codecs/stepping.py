@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from mossnano_stdio.codecs.engine import Array, Session
-from mossnano_stdio.weights.graphs import StateSpec
+from mossnano_stdio.weights import StateSpec
 
 
 @dataclass(frozen=True)

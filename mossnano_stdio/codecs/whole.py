@@ -35,8 +35,8 @@ from mossnano_stdio.codecs.contract import (
 from mossnano_stdio.codecs.engine import Array, Engine, TensorSpec, check_contract, open_session
 from mossnano_stdio.codecs.moss import OfficialRuntime
 from mossnano_stdio.errors import DecodeError, UsageError
-from mossnano_stdio.tokens.format import CodecFormat, Codes
-from mossnano_stdio.weights.folder import Bundle
+from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.weights import Bundle
 
 ALWAYS_FITTING_FRAMES = 25  # two seconds as a whole need 64 MB of the official weights
 SCORE_COPIES = 6.5  # attention scores that are alive at once, as measured over lengths of 8 to 24 seconds

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import UsageError
-from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.tokens import CodecFormat, Codes
 
 FORMAT = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 

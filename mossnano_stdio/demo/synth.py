@@ -34,12 +34,18 @@ from mossnano_stdio.demo.notes import (
     level_of_codes,
     pitch_of_codes,
 )
-from mossnano_stdio.protocol.messages import Kind, encode_message
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
-from mossnano_stdio.tokens.packing import pack_frames
-from mossnano_stdio.weights.folder import DEMO_FOLDER
-from mossnano_stdio.weights.metadata import METADATA_NAME, build_cache, build_metadata, build_streaming
-from mossnano_stdio.weights.sidecar import Sidecar, record_files, save_sidecar
+from mossnano_stdio.protocol import Kind, encode_message
+from mossnano_stdio.tokens import Artifact, build_artifact, pack_frames
+from mossnano_stdio.weights import (
+    DEMO_FOLDER,
+    METADATA_NAME,
+    Sidecar,
+    build_cache,
+    build_metadata,
+    build_streaming,
+    record_files,
+    save_sidecar,
+)
 
 WEIGHTS_FOLDER = "weights"
 STEP_NAME = "demo_decode_step.onnx"

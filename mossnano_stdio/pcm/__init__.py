@@ -5,3 +5,15 @@ Rules of this room:
 - What every stream needs is imported from here. recordings.py and comparison.py, which only tools and the library
   need, are imported by their names, so that a start of the process does not load them.
 """
+
+from mossnano_stdio.pcm.samples import FULL_SCALE, from_pcm16, pcm16_samples, to_pcm16
+from mossnano_stdio.pcm.wav import WavWriter, wav_header
+
+__all__ = [
+    "FULL_SCALE",
+    "WavWriter",
+    "from_pcm16",
+    "pcm16_samples",
+    "to_pcm16",
+    "wav_header",
+]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
 from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.tokens import SAMPLE_BYTES
 
 WIDEST_PCM_BYTES: Final = 4
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.tokens import SAMPLE_BYTES
 
 FULL_SCALE: Final = 32767
 BLOCK_SAMPLES: Final = 1 << 15  # converted at a time, so that an hour needs no float64 copy of itself

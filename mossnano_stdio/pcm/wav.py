@@ -12,7 +12,7 @@ import struct
 from typing import BinaryIO, Final
 
 from mossnano_stdio.errors import InputError
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.tokens import SAMPLE_BYTES
 
 UNKNOWN_BYTES: Final = 0xFFFFFFFF
 _HEADER: Final = struct.Struct("<4sI4s4sIHHIIHH4sI")

@@ -15,7 +15,7 @@ import numpy as np
 from mossnano_stdio.errors import DeviceError, UsageError
 from mossnano_stdio.playback.devices import CHOOSE_ANOTHER
 from mossnano_stdio.playback.ring import Samples
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.tokens import SAMPLE_BYTES
 
 
 class Converter:

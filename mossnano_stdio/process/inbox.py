@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from mossnano_stdio.protocol.messages import INBOX_BYTES, MESSAGE_COST_BYTES, Kind, Message
+from mossnano_stdio.protocol import INBOX_BYTES, MESSAGE_COST_BYTES, Kind, Message
 
 WAKE_SECONDS: Final = 0.2  # how long a sleeper sleeps at most: on Windows a signal does not wake it
 

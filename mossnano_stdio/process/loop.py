@@ -38,10 +38,7 @@ from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
 from mossnano_stdio.process.outputs import STDOUT_FORMS, Output, SeveralOutputs, SpeakerOutput
 from mossnano_stdio.process.stats import Durations, StepTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
-from mossnano_stdio.protocol.connection import Connection, Direction, error_message
-from mossnano_stdio.protocol.decoding import DECODE
-from mossnano_stdio.protocol.encoding import ENCODE
-from mossnano_stdio.protocol.messages import (
+from mossnano_stdio.protocol import (
     MAX_MESSAGE_BYTES,
     VERSION,
     Kind,
@@ -49,12 +46,15 @@ from mossnano_stdio.protocol.messages import (
     MessageReader,
     parse_json,
 )
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.protocol.connection import Connection, Direction, error_message
+from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.encoding import ENCODE
+from mossnano_stdio.tokens import CodecFormat
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import EncoderRuntime, Runtime
     from mossnano_stdio.playback import Player
-    from mossnano_stdio.weights.folder import Bundle
+    from mossnano_stdio.weights import Bundle
 
 PROGRAM: Final = "mossnano-stdio"
 
@@ -105,7 +105,7 @@ def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loa
 def load_codec(options: argparse.Namespace) -> Loaded:
     """The weights that the command line asks for, as a decoder, or as an encoder."""
     from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
-    from mossnano_stdio.weights.folder import find_weights, load_bundle
+    from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(options.weights))
     if bundle.demo:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mossnano_stdio.errors import DeviceError
-from mossnano_stdio.pcm.wav import wav_header
+from mossnano_stdio.pcm import wav_header
 from mossnano_stdio.process.logs import log
-from mossnano_stdio.protocol.messages import Kind, Message, encode_message, parse_json
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.protocol import Kind, Message, encode_message, parse_json
+from mossnano_stdio.tokens import CodecFormat
 
 if TYPE_CHECKING:
     from mossnano_stdio.playback import Player

@@ -32,7 +32,7 @@ from typing import Final
 
 from mossnano_stdio.errors import ExitStatus, InputCutError, OutOfMemoryError, OutputError, reason_of
 from mossnano_stdio.process.inbox import Ending, Inbox
-from mossnano_stdio.protocol.messages import MessageReader
+from mossnano_stdio.protocol import MessageReader
 
 READ_BYTES: Final = 1 << 16
 STOP_GRACE_SECONDS: Final = 0.2

@@ -2,8 +2,38 @@
 
 Rules of this room:
 
-- messages.py is for everybody who speaks it, and imports next to nothing. connection.py holds what belongs to a peer,
-  stream.py what belongs to one stream, decoding.py and encoding.py what a direction does its own way: a transition
-  table each, and its actions.
+- messages.py is for everybody who speaks it, so other rooms import it from here, and it imports next to nothing. Only the
+  process holds a whole conversation. It imports connection.py, what belongs to a peer, and decoding.py and encoding.py,
+  what a direction does its own way: a transition table each, and its actions. stream.py is what belongs to one stream.
 - Sans-IO: messages in, messages out. Time, threads, file descriptors and weights are not known here.
 """
+
+from mossnano_stdio.protocol.messages import (
+    INBOX_BYTES,
+    LENGTH_BYTES,
+    MAX_MESSAGE_BYTES,
+    MESSAGE_COST_BYTES,
+    VERSION,
+    Kind,
+    Message,
+    MessageReader,
+    encode_message,
+    json_message,
+    kind_name,
+    parse_json,
+)
+
+__all__ = [
+    "INBOX_BYTES",
+    "LENGTH_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "MESSAGE_COST_BYTES",
+    "VERSION",
+    "Kind",
+    "Message",
+    "MessageReader",
+    "encode_message",
+    "json_message",
+    "kind_name",
+    "parse_json",
+]

@@ -28,7 +28,7 @@ from mossnano_stdio.errors import (
 )
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message, json_message, kind_name, parse_json
 from mossnano_stdio.protocol.stream import Answers, State, Stream
-from mossnano_stdio.tokens.format import CodecFormat, frame_bytes
+from mossnano_stdio.tokens import CodecFormat, frame_bytes
 
 MAX_SENT_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of any payload of ours: a reader like ours takes it
 MAX_AUDIO_BYTES: Final = MAX_SENT_BYTES  # of one AUDIO payload, whatever the chunk

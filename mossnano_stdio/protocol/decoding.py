@@ -17,8 +17,7 @@ from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, T
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.protocol.stream import Answers, State, Stream
-from mossnano_stdio.tokens.artifact import MAGIC, ArtifactReader
-from mossnano_stdio.tokens.packing import unpack_frames
+from mossnano_stdio.tokens import MAGIC, ArtifactReader, unpack_frames
 
 
 class DecodingStream(Stream):

@@ -16,11 +16,11 @@ from typing import Any, Final
 
 from mossnano_stdio.chunks import Chunks, Encoder, EncodingChunks
 from mossnano_stdio.errors import AudioError, MossnanoError
-from mossnano_stdio.pcm.samples import from_pcm16
+from mossnano_stdio.pcm import from_pcm16
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.protocol.stream import Answers, State, Stream
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.tokens import pack_frames
 
 
 class EncodingStream(Stream):

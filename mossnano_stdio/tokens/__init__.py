@@ -5,3 +5,44 @@ Rules of this room:
 - What every stream needs is imported from here. plain.py and arrays.py, which read what people and callers bring, are
   imported by their names.
 """
+
+from mossnano_stdio.tokens.artifact import (
+    FIELD_LIMITS,
+    MAGIC,
+    Artifact,
+    ArtifactHeader,
+    ArtifactReader,
+    build_artifact,
+    load_artifact,
+    parse_artifact,
+)
+from mossnano_stdio.tokens.format import (
+    SAMPLE_BYTES,
+    CodecFormat,
+    Codes,
+    bits_per_code,
+    frame_bytes,
+    to_graph,
+    to_quantizer_major,
+)
+from mossnano_stdio.tokens.packing import pack_frames, unpack_frames
+
+__all__ = [
+    "FIELD_LIMITS",
+    "MAGIC",
+    "SAMPLE_BYTES",
+    "Artifact",
+    "ArtifactHeader",
+    "ArtifactReader",
+    "CodecFormat",
+    "Codes",
+    "bits_per_code",
+    "build_artifact",
+    "frame_bytes",
+    "load_artifact",
+    "pack_frames",
+    "parse_artifact",
+    "to_graph",
+    "to_quantizer_major",
+    "unpack_frames",
+]

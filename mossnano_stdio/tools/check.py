@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from mossnano_stdio import codecs
 from mossnano_stdio.codecs import EncoderRuntime, GraphName, Runtime, UnfitRuntimeError
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
-from mossnano_stdio.pcm.samples import FULL_SCALE
+from mossnano_stdio.pcm import FULL_SCALE
 from mossnano_stdio.process.flags import add_engine_arguments
-from mossnano_stdio.tokens.format import CodecFormat, Codes
+from mossnano_stdio.tokens import CodecFormat, Codes
 from mossnano_stdio.tools.facts import as_json
-from mossnano_stdio.weights.folder import DEMO, Bundle, find_weights, load_bundle
-from mossnano_stdio.weights.graphs import WeightFile
+from mossnano_stdio.weights import DEMO, Bundle, WeightFile, find_weights, load_bundle
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import FullDecoder, FullEncoder

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import CheckFailedError, ExitStatus, InputError, UsageError
 from mossnano_stdio.files import open_input, open_output
+from mossnano_stdio.pcm import pcm16_samples
 from mossnano_stdio.pcm.comparison import Comparison, Join, compare_recordings
 from mossnano_stdio.pcm.recordings import Recording, read_audio
-from mossnano_stdio.pcm.samples import pcm16_samples
 from mossnano_stdio.process.flags import any_number
 from mossnano_stdio.tools.facts import as_json, as_table
 

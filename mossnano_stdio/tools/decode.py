@@ -26,16 +26,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.pcm.wav import WavWriter
+from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.process.flags import add_chunk_arguments, add_decoder_arguments, chosen_schedule
+from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, load_artifact
 from mossnano_stdio.tokens.arrays import sample_range
-from mossnano_stdio.tokens.artifact import Artifact, load_artifact
-from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat, Codes
 from mossnano_stdio.tools.facts import as_json
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import Engine, Runtime, SeekingDecoder
-    from mossnano_stdio.weights.folder import Bundle
+    from mossnano_stdio.weights import Bundle
 
 WAV_SUFFIX = ".wav"
 
@@ -94,7 +93,7 @@ class _Loaded:
 
 def _load(args: argparse.Namespace) -> _Loaded:
     from mossnano_stdio import codecs
-    from mossnano_stdio.weights.folder import find_weights, load_bundle
+    from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
     if bundle.demo:

@@ -23,8 +23,8 @@ from mossnano_stdio.errors import ExitStatus, InputError, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm.recordings import Sound, read_sound, resampled
 from mossnano_stdio.process.flags import add_engine_arguments, whole_number
+from mossnano_stdio.tokens import build_artifact
 from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
-from mossnano_stdio.tokens.artifact import build_artifact
 from mossnano_stdio.tools.facts import as_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, sound: Sound, name: str) -> EncoderRuntime | FullEncoder:
     """An encoder that takes this recording and gives as many quantizers as are asked for."""
     from mossnano_stdio.codecs import load_encoder
-    from mossnano_stdio.weights.folder import find_weights, load_bundle
+    from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
     if sound.channels not in (MONO, bundle.format.channels):

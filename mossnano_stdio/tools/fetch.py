@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights import load_bundle
 from mossnano_stdio.weights.hub import fetch, selections
 
 

@@ -16,10 +16,8 @@ from typing import BinaryIO
 
 from mossnano_stdio.errors import ArtifactError, ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, VERSION, Kind, Message, encode_message, json_message
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact, load_artifact
-from mossnano_stdio.tokens.format import frame_bytes
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, VERSION, Kind, Message, encode_message, json_message
+from mossnano_stdio.tokens import Artifact, build_artifact, frame_bytes, load_artifact, pack_frames
 
 ARTIFACT_PIECE_BYTES = 1 << 16
 LONGEST_PAYLOAD_BYTES = MAX_MESSAGE_BYTES - 1  # the kind counts too

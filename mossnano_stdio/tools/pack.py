@@ -14,7 +14,7 @@ import argparse
 
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.tokens.artifact import FIELD_LIMITS, Artifact, build_artifact
+from mossnano_stdio.tokens import FIELD_LIMITS, Artifact, build_artifact
 from mossnano_stdio.tokens.plain import FORMS, form_of, load_codes
 
 NANO_FRAME_SAMPLES = 3840

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from mossnano_stdio.errors import ExitStatus, InputError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.pcm.wav import WavWriter
-from mossnano_stdio.protocol.messages import Kind, MessageReader, parse_json
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.pcm import WavWriter
+from mossnano_stdio.protocol import Kind, MessageReader, parse_json
+from mossnano_stdio.tokens import SAMPLE_BYTES
 
 PIECE_BYTES = 1 << 16
 NANO_SAMPLE_RATE, NANO_CHANNELS = 48000, 2

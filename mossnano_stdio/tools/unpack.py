@@ -14,7 +14,7 @@ import argparse
 
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.tokens.artifact import load_artifact
+from mossnano_stdio.tokens import load_artifact
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 

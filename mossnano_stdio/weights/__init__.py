@@ -10,3 +10,55 @@ Rules of this room:
 - Other rooms import from here. hub.py, which speaks to the network, and what reads files for us (checked_json.py,
   onnx_shapes.py) are imported by their names.
 """
+
+from mossnano_stdio.weights.folder import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
+from mossnano_stdio.weights.graphs import FileRecord, Graph, GraphSpec, StateSpec, WeightFile
+from mossnano_stdio.weights.metadata import (
+    DECODE_DATA,
+    DECODE_FULL_FILE,
+    DECODE_STEP_FILE,
+    ENCODE_DATA,
+    ENCODE_FILE,
+    METADATA_NAME,
+    OFFICIAL_FILES,
+    STATES_OF_A_CACHE,
+    build_cache,
+    build_counter,
+    build_metadata,
+    build_streaming,
+    states_of,
+)
+from mossnano_stdio.weights.published import CHECKPOINT_NAME
+from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
+
+__all__ = [
+    "CHECKPOINT_NAME",
+    "DECODE_DATA",
+    "DECODE_FULL_FILE",
+    "DECODE_STEP_FILE",
+    "DEMO",
+    "DEMO_FOLDER",
+    "ENCODE_DATA",
+    "ENCODE_FILE",
+    "METADATA_NAME",
+    "OFFICIAL_FILES",
+    "SIDECAR_NAME",
+    "STATES_OF_A_CACHE",
+    "Bundle",
+    "FileRecord",
+    "Graph",
+    "GraphSpec",
+    "Sidecar",
+    "StateSpec",
+    "WeightFile",
+    "build_cache",
+    "build_counter",
+    "build_metadata",
+    "build_streaming",
+    "find_weights",
+    "load_bundle",
+    "load_sidecar",
+    "record_files",
+    "save_sidecar",
+    "states_of",
+]

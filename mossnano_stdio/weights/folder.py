@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.graphs import CacheSpec, Graph, WeightFile
@@ -30,7 +30,6 @@ from mossnano_stdio.weights.sidecar import SIDECAR_NAME, SIDECAR_VERSION, Sideca
 DEMO = "demo"  # what `--weights` calls the built-in weights
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "weights"
 WEIGHTS_VARIABLE = "MOSSNANO_WEIGHTS"
-WEIGHTS_NAME = "MOSS-Audio-Tokenizer-Nano-ONNX"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def find_weights(option: str | None = None) -> Path:
     if chosen := option or os.environ.get(WEIGHTS_VARIABLE):
         asked_by = "--weights" if option else f"${WEIGHTS_VARIABLE}"
         return _named_weights(chosen, asked_by)
-    places = [Path("weights") / WEIGHTS_NAME, cache_folder() / WEIGHTS_NAME, _hub_folder()]
+    name = published.WEIGHTS_NAME
+    places = [Path("weights") / name, cache_folder() / name, _hub_folder()]
     for folder in places:
         if (folder / METADATA_NAME).is_file():
             return folder

@@ -27,12 +27,10 @@ from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, Outpu
 from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
-from mossnano_stdio.weights.folder import WEIGHTS_NAME
 from mossnano_stdio.weights.graphs import FileRecord
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.published import PinnedRepository
 
-CHECKPOINT_NAME: Final = "MOSS-Audio-Tokenizer-Nano"
 DISK_ERRNOS: Final = {  # none of them comes from a socket
     number
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EMFILE", "ENFILE")
@@ -68,13 +66,13 @@ def selections() -> dict[str, Selection]:
     return {
         "decode": _part_of_bundle("decode"),
         "encode": _part_of_bundle("encode"),
-        "checkpoint": Selection(published.CHECKPOINT, CHECKPOINT_NAME, tuple(published.CHECKPOINT.files)),
+        "checkpoint": Selection(published.CHECKPOINT, published.CHECKPOINT_NAME, tuple(published.CHECKPOINT.files)),
     }
 
 
 def _part_of_bundle(direction: str) -> Selection:
     names = [name for name in published.BUNDLE.files if f"_{direction}" in name]
-    return Selection(published.BUNDLE, WEIGHTS_NAME, (*names, METADATA_NAME))
+    return Selection(published.BUNDLE, published.WEIGHTS_NAME, (*names, METADATA_NAME))
 
 
 def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:

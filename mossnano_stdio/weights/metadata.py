@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.tokens.format import CodecFormat
+from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.checked_json import Entry, load_json
 from mossnano_stdio.weights.graphs import EMPTY_POSITION, CacheSpec, GraphSpec, StateSpec
 

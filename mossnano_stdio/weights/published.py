@@ -34,6 +34,9 @@ class PinnedRepository:
 CODEBOOK_SIZE = 1024  # of the published weights; their metadata has no place for it
 LICENCE = "Apache-2.0"
 
+WEIGHTS_NAME = "MOSS-Audio-Tokenizer-Nano-ONNX"  # of the folder that holds the bundle
+CHECKPOINT_NAME = "MOSS-Audio-Tokenizer-Nano"
+
 BUNDLE = PinnedRepository(
     repository="OpenMOSS-Team/MOSS-Audio-Tokenizer-Nano-ONNX",
     revision="ceff0d0749bfb3fa2d61149794ec6feef0d1e1ae",

@@ -32,7 +32,7 @@ from mossnano_stdio.process.flags import whole_number
 
 if TYPE_CHECKING:
     from mossnano_stdio.tools.bench.sides import GraphBench, Side
-    from mossnano_stdio.weights.folder import Bundle
+    from mossnano_stdio.weights import Bundle
 
 DEFAULT_CHUNKS = "1,2,4,8,17,23"
 DEFAULT_THREADS = "1,2"
@@ -130,7 +130,7 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         _say("packing an hour of codes some times takes a few seconds")
         figures["bits"] = bits_figures()
         return
-    from mossnano_stdio.weights.folder import find_weights, load_bundle
+    from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
     if args.process:

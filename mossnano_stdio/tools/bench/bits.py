@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from mossnano_stdio.tokens.packing import pack_frames, unpack_frames
+from mossnano_stdio.tokens import pack_frames, unpack_frames
 
 
 def bits_figures(turns: int = 9) -> dict[str, float]:

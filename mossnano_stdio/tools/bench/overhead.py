@@ -21,9 +21,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message, parse_json
-from mossnano_stdio.tokens.format import CodecFormat, Codes
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.protocol import Kind, Message, MessageReader, encode_message, parse_json
+from mossnano_stdio.tokens import CodecFormat, Codes, pack_frames
 from mossnano_stdio.tools.bench.measured import Measured, ended, measured
 
 LONE_FRAMES: Final = 150
@@ -38,7 +37,7 @@ started = time.perf_counter()
 from mossnano_stdio.codecs.engine import import_onnxruntime
 import_onnxruntime()
 imported = time.perf_counter()
-from mossnano_stdio.weights.folder import load_bundle
+from mossnano_stdio.weights import load_bundle
 from mossnano_stdio.codecs import load_runtime
 from mossnano_stdio.tools.bench.overhead import some_codes
 began = time.perf_counter()

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 
 from mossnano_stdio.errors import UsageError
 from mossnano_stdio.tools.bench.measured import Measured, measured
-from mossnano_stdio.weights.folder import Bundle
+from mossnano_stdio.weights import Bundle
 
 WORKER: Final = Path(__file__).with_name("worker.py")
 UTTERANCE_SECONDS: Final = (0.08, 1, 3, 10)  # the first is one frame of nano: the first audio of a stream

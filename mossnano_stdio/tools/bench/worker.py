@@ -100,7 +100,7 @@ class OurSide:
 
     def __init__(self, folder: str, threads: int, graph: str) -> None:
         from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
-        from mossnano_stdio.weights.folder import load_bundle
+        from mossnano_stdio.weights import load_bundle
 
         bundle = load_bundle(Path(folder))
         self.quantizers = bundle.format.quantizers

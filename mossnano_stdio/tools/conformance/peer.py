@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from mossnano_stdio.errors import ProtocolError, UsageError
-from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Message, MessageReader
+from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Message, MessageReader
 
 READ_BYTES: Final = 1 << 16
 PIPE_BYTES: Final = 1 << 16  # what a pipe holds, where the system does not say

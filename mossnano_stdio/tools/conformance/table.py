@@ -23,7 +23,7 @@ from enum import Enum
 from types import ModuleType
 from typing import Final
 
-from mossnano_stdio.protocol.messages import Kind
+from mossnano_stdio.protocol import Kind
 from mossnano_stdio.tools.conformance.cases import (
     artifacts,
     cancelling,

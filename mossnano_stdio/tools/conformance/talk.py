@@ -9,10 +9,8 @@ from typing import Any, Final, NoReturn
 import numpy as np
 
 from mossnano_stdio.errors import PayloadError
-from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message, kind_name, parse_json
-from mossnano_stdio.tokens.artifact import Artifact, build_artifact
-from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat, Codes
-from mossnano_stdio.tokens.packing import pack_frames
+from mossnano_stdio.protocol import Kind, Message, encode_message, json_message, kind_name, parse_json
+from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, build_artifact, pack_frames
 from mossnano_stdio.tools.conformance.peer import DepartureError, NotApplicableError, Peer
 
 END: Final = Message(Kind.END)

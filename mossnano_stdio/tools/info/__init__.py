@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.files import open_input
-from mossnano_stdio.protocol.messages import LENGTH_BYTES, MAX_MESSAGE_BYTES
-from mossnano_stdio.tokens.artifact import MAGIC, Artifact, ArtifactReader
+from mossnano_stdio.protocol import LENGTH_BYTES, MAX_MESSAGE_BYTES
+from mossnano_stdio.tokens import MAGIC, Artifact, ArtifactReader
 from mossnano_stdio.tools.facts import as_json, as_table
 from mossnano_stdio.tools.info.tally import Tally
 
@@ -130,7 +130,7 @@ def _spread(counts: NDArray[np.intp]) -> dict[str, int | float]:
 
 
 def weights_facts(folder: Path) -> dict[str, Any]:
-    from mossnano_stdio.weights.folder import load_bundle
+    from mossnano_stdio.weights import load_bundle
 
     bundle = load_bundle(folder)
     return {

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from mossnano_stdio.errors import InputError, PayloadError, ProtocolError
-from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, kind_name, parse_json
-from mossnano_stdio.tokens.artifact import MAGIC, ArtifactReader
-from mossnano_stdio.tokens.format import SAMPLE_BYTES, CodecFormat
+from mossnano_stdio.protocol import Kind, Message, MessageReader, kind_name, parse_json
+from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES, ArtifactReader, CodecFormat
 
 NANO: Final = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 MOST_ERRORS_KEPT: Final = 10  # by their text; all are counted

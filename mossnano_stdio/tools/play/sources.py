@@ -21,10 +21,10 @@ from typing import BinaryIO, Final, Literal
 import numpy as np
 
 from mossnano_stdio.errors import InputError, MossnanoError, PayloadError, ProtocolError, UsageError
+from mossnano_stdio.pcm import to_pcm16
 from mossnano_stdio.pcm.recordings import read_audio
-from mossnano_stdio.pcm.samples import to_pcm16
 from mossnano_stdio.process.logs import log
-from mossnano_stdio.protocol.messages import (
+from mossnano_stdio.protocol import (
     LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
     Kind,
@@ -33,8 +33,7 @@ from mossnano_stdio.protocol.messages import (
     kind_name,
     parse_json,
 )
-from mossnano_stdio.tokens.artifact import MAGIC, load_artifact
-from mossnano_stdio.tokens.format import SAMPLE_BYTES
+from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES, load_artifact
 
 PIECE_BYTES: Final = 1 << 16
 LONGEST_MESSAGE_BYTES: Final = MAX_MESSAGE_BYTES + 1  # AUDIO has up to 1 MiB of PCM, and its kind
@@ -152,7 +151,7 @@ def _whole_samples(pieces: Iterator[bytes], sample_bytes: int) -> Iterator[Pcm |
 def _artifact(data: _Input, decoding: Decoding) -> Source:
     from mossnano_stdio.chunks import DecodingChunks, Ramp
     from mossnano_stdio.codecs import load_runtime
-    from mossnano_stdio.weights.folder import find_weights, load_bundle
+    from mossnano_stdio.weights import find_weights, load_bundle
 
     artifact = load_artifact(data.rest(), data.name)
     bundle = load_bundle(find_weights(decoding.weights))

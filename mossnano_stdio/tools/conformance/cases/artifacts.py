@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from mossnano_stdio.protocol.messages import Kind, Message
-from mossnano_stdio.tokens.format import bits_per_code
+from mossnano_stdio.protocol import Kind, Message
+from mossnano_stdio.tokens import bits_per_code
 from mossnano_stdio.tools.conformance.talk import END, Talk, expect, expect_equal_pcm, not_applicable
 
 _HEADER_BYTES: Final = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-from mossnano_stdio.protocol.messages import Kind, Message, json_message
+from mossnano_stdio.protocol import Kind, Message, json_message
 from mossnano_stdio.tools.conformance.peer import DepartureError
 from mossnano_stdio.tools.conformance.talk import END, Talk, describe, expect, expect_equal_pcm, fields_of
 

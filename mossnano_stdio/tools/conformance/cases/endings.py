@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.protocol.messages import Kind, Message, encode_message
+from mossnano_stdio.protocol import Kind, Message, encode_message
 from mossnano_stdio.tools.conformance.peer import HAS_SIGNALS
 from mossnano_stdio.tools.conformance.talk import END, Talk, expect, expect_equal_pcm, not_applicable
 

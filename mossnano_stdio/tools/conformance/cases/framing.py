@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message, encode_message
+from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, Kind, Message, encode_message
 from mossnano_stdio.tools.conformance.peer import DepartureError
 from mossnano_stdio.tools.conformance.talk import END, Talk, expect_equal_pcm, not_applicable
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from mossnano_stdio.protocol.messages import Kind, Message, json_message
-from mossnano_stdio.tokens.format import frame_bytes
+from mossnano_stdio.protocol import Kind, Message, json_message
+from mossnano_stdio.tokens import frame_bytes
 from mossnano_stdio.tools.conformance.talk import END, Talk, expect, expect_equal_pcm
 
 _TEXT: Final = ("name", "version", "direction", "codec", "weights", "graph", "precision", "provider", "sample_format")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mossnano_stdio.protocol.messages import Kind, Message
+from mossnano_stdio.protocol import Kind, Message
 from mossnano_stdio.tools.conformance.talk import END, Talk, expect, expect_equal_pcm
 
 

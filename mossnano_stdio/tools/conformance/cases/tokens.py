@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mossnano_stdio.protocol.messages import Kind, Message
+from mossnano_stdio.protocol import Kind, Message
 from mossnano_stdio.tools.conformance.talk import END, Talk, describe, expect, expect_equal_pcm, not_applicable
 
 
