@@ -2,9 +2,10 @@
 
 Rules of this room:
 
-- messages.py is for everybody who speaks it, so other rooms import it from here, and it imports next to nothing. Only the
-  process holds a whole conversation. It imports connection.py, what belongs to a peer, and decoding.py and encoding.py,
-  what a direction does its own way: a transition table each, and its actions. stream.py is what belongs to one stream.
+- messages.py is for everybody who speaks it, so other rooms import it from here, and it imports next to nothing.
+- Only the process holds a whole conversation, by side doors: connection.py has what belongs to a peer, decoding.py and
+  encoding.py what a direction does its own way, a transition table each and its actions. stream.py has what belongs to
+  one stream.
 - Sans-IO: messages in, messages out. Time, threads, file descriptors and weights are not known here.
 """
 

@@ -92,7 +92,7 @@ class LoopStream:
 
 def import_ours() -> None:
     """All of ours that a side is going to need, what is imported late included."""
-    import mossnano_stdio.codecs.moss  # noqa: F401
+    import mossnano_stdio.codecs  # noqa: F401
 
 
 class OurSide:
