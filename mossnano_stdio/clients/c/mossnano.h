@@ -414,10 +414,12 @@ bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
     if (!c->stream_is_open) c->opened++;
     c->stream_is_open = true;
     const uint8_t *at = packed;
-    for (size_t piece; frames; frames -= piece, at += piece * frame_bytes) {
-        piece = frames < most ? frames : most;
+    do { /* once for no frames as well: an empty TOKENS too opens a stream, for its END */
+        size_t piece = frames < most ? frames : most;
         if (!mossnano__send(c, MOSSNANO_TOKENS, at, piece * frame_bytes)) return false;
-    }
+        frames -= piece;
+        at += piece ? piece * frame_bytes : 0;
+    } while (frames);
     return true;
 }
 

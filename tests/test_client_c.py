@@ -1,0 +1,104 @@
+"""What the C client can do beyond what test_clients.py has every client do.
+
+Each test is the body of a main, compiled with the client and given a decoder's command as `command`; it says lines.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.child import DEMO, ROOT
+
+CLIENT = ROOT / "mossnano_stdio" / "clients" / "c"
+
+PROGRAM = """
+#define MOSSNANO_IMPLEMENTATION
+#include "mossnano.h"
+#include <stdarg.h>
+
+static void say(const char *format, ...)
+{
+    char line[4096];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(line, sizeof line, format, values);
+    va_end(values);
+    printf("%s\\n", line); /* one call: threads say too */
+    fflush(stdout);
+}
+
+static void say_error(void *context, const char *code, const char *message, bool fatal)
+{
+    (void)context;
+    say("error %s %d %s", code, fatal, message);
+}
+
+/* A minute is far more than anything here takes. */
+#define UNTIL(condition) \\
+    for (int waited = 0; !(condition); waited += 2) { if (waited > 60000) abort(); mossnano__sleep_ms(2); }
+
+static mossnano *start(mossnano_options options)
+{
+    char error[2200];
+    mossnano *voice = mossnano_start(&options, error, sizeof error);
+    if (!voice) { say("not started %s", error); exit(1); }
+    return voice;
+}
+
+int main(int count, char **words)
+{
+    const char *const *command = (const char *const *)words + 1;
+    (void)count, (void)say_error, (void)start;
+    BODY
+    return 0;
+}
+"""
+
+
+def build(folder: Path, script: str) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    source, built = folder / "program.c", folder / "program"
+    source.write_text(PROGRAM.replace("BODY", script))
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", f"-I{CLIENT}"]
+    subprocess.run(["gcc", *flags, source, "-o", built], check=True)
+    return built
+
+
+def play(folder: Path, script: str, command: Sequence[object] = DEMO) -> list[str]:
+    """What the script said."""
+    done = subprocess.run(
+        [build(folder, script), *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout.splitlines()
+
+
+def test_a_stream_to_which_nothing_was_fed_ends(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        mossnano_feed(voice, NULL, 0);
+        say("speaking %d", mossnano_is_speaking(voice));
+        mossnano_finish(voice);
+        UNTIL(!mossnano_is_speaking(voice));
+        mossnano_feed_codes(voice, NULL, 0);
+        mossnano_finish(voice);
+        UNTIL(!mossnano_is_speaking(voice));
+        mossnano_finish(voice); /* nothing is open: nothing is to end */
+        say("speaking %d", mossnano_is_speaking(voice));
+        mossnano_stop(voice);
+        """,
+    )
+    assert said == ["speaking 1", "speaking 0"]
