@@ -5,14 +5,15 @@ Each test is the body of a main, compiled with the client and given a decoder's 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.child import DEMO, ROOT
+from tests.child import DEMO, ROOT, run
+from tests.doubles import NANO
+from tests.test_clients import needs
 
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "c"
 
@@ -61,11 +62,10 @@ int main(int count, char **words)
 
 
 def build(folder: Path, script: str) -> Path:
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
+    needs("gcc")
     source, built = folder / "program.c", folder / "program"
     source.write_text(PROGRAM.replace("BODY", script))
-    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", f"-I{CLIENT}"]
+    flags = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", "-O1", "-pthread", f"-I{CLIENT}"]
     subprocess.run(["gcc", *flags, source, "-o", built], check=True)
     return built
 
@@ -102,3 +102,38 @@ def test_a_stream_to_which_nothing_was_fed_ends(tmp_path: Path) -> None:
         """,
     )
     assert said == ["speaking 1", "speaking 0"]
+
+
+CPP_HOST = """
+#define MOSSNANO_IMPLEMENTATION
+#include "mossnano.h"
+#include <cstdio>
+#include <vector>
+
+int main(int, char **words)
+{
+    char error[2200];
+    mossnano_options options = mossnano_options();
+    options.command = words + 1;
+    mossnano *voice = mossnano_start(&options, error, sizeof error);
+    if (!voice) return std::puts(error), 1;
+    std::vector<uint8_t> frames(5 * mossnano_get_format(voice).frame_bytes);
+    mossnano_feed(voice, frames.data(), 5);
+    mossnano_finish(voice);
+    size_t heard = 0;
+    for (int16_t pcm[960]; mossnano_is_speaking(voice); mossnano__sleep_ms(1)) heard += mossnano_pull(voice, pcm, 480);
+    mossnano_stop(voice);
+    std::printf("heard %zu\\n", heard);
+}
+"""
+
+
+@pytest.mark.parametrize("standard", ["c++11", "c++17"])
+def test_the_client_is_a_cpp_program_too(tmp_path: Path, standard: str) -> None:
+    needs("g++")
+    source, built = tmp_path / "host.cpp", tmp_path / "host"
+    source.write_text(CPP_HOST)
+    flags = [f"-std={standard}", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CLIENT}"]
+    subprocess.run(["g++", *flags, source, "-o", built], check=True)
+    done = run([str(built), *DEMO])
+    assert done.stdout.decode() == f"heard {5 * NANO.frame_samples}\n", done.stderr.decode()

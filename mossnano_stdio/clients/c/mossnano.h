@@ -1,6 +1,6 @@
 /* mossnano.h: a voice for a C program. Starts `mossnano-stdio`, feeds it codec tokens, hands out PCM.
  *
- * One header, C11, no dependency. In exactly one source file, before every other #include:
+ * One header, C11 or C++11, no dependency. In exactly one source file, before every other #include:
  *
  *     #define MOSSNANO_IMPLEMENTATION
  *     #include "mossnano.h"
@@ -76,10 +76,20 @@ void mossnano_stop(mossnano *client);             /* ends the process; nothing o
 #else
 #include <windows.h>
 #endif
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __cplusplus /* the same words for what both have under other names */
+#include <atomic>
+typedef std::atomic<uint64_t> mossnano__atomic_u64;
+typedef std::atomic<bool> mossnano__atomic_bool;
+typedef std::atomic<int> mossnano__atomic_int;
+#else
+#include <stdatomic.h>
+typedef _Atomic uint64_t mossnano__atomic_u64;
+typedef atomic_bool mossnano__atomic_bool;
+typedef atomic_int mossnano__atomic_int;
+#endif
 
 enum { MOSSNANO_HANDSHAKE = 0, MOSSNANO_AUDIO = 1, MOSSNANO_TOKENS = 4, MOSSNANO_ERROR = 5, MOSSNANO_END = 7, MOSSNANO_CANCEL = 8 };
 enum { MOSSNANO_LONGEST = 1 << 20 };   /* no message of the process is longer */
@@ -103,13 +113,13 @@ struct mossnano {
     uint8_t *message;
     int16_t *ring;                 /* values, not samples; indices only grow, `% capacity` says where they are */
     uint64_t capacity;
-    _Atomic uint64_t written, taken, drop_before; /* moved by: reader, puller, reader */
-    _Atomic uint64_t opened, ended;               /* streams */
-    _Atomic uint64_t cancels, cancels_answered;
-    _Atomic uint64_t underruns;
-    atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
-    atomic_bool is_stopping;
-    atomic_int state;
+    mossnano__atomic_u64 written, taken, drop_before; /* moved by: reader, puller, reader */
+    mossnano__atomic_u64 opened, ended;               /* streams */
+    mossnano__atomic_u64 cancels, cancels_answered;
+    mossnano__atomic_u64 underruns;
+    mossnano__atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
+    mossnano__atomic_bool is_stopping;
+    mossnano__atomic_int state;
 };
 
 /* --- what differs between systems ------------------------------------------------------------------------------ */
@@ -117,7 +127,7 @@ struct mossnano {
 static int mossnano__reader_main(mossnano *client);
 
 #ifdef _WIN32
-static DWORD WINAPI mossnano__thread(void *client) { return (DWORD)mossnano__reader_main(client); }
+static DWORD WINAPI mossnano__thread(void *client) { return (DWORD)mossnano__reader_main((mossnano *)client); }
 static bool mossnano__start_thread(mossnano *c) { return (c->reader = CreateThread(NULL, 0, mossnano__thread, c, 0, NULL)) != NULL; }
 static void mossnano__join(mossnano *c) { WaitForSingleObject(c->reader, INFINITE); CloseHandle(c->reader); }
 static void mossnano__sleep_ms(int ms) { Sleep((DWORD)ms); }
@@ -159,11 +169,13 @@ static char *mossnano__quote(char *out, const char *word) { /* as the C runtime 
 static bool mossnano__spawn(mossnano *c, const char *const *command, char *error, size_t error_bytes) {
     size_t most = 1;
     for (const char *const *word = command; *word; word++) most += 2 * strlen(*word) + 3;
-    char *line = malloc(most), *end = line;
-    WCHAR *wide = malloc(most * sizeof *wide);
+    char *line = (char *)malloc(most), *end = line;
+    WCHAR *wide = (WCHAR *)malloc(most * sizeof *wide);
     for (const char *const *word = command; *word && line; word++) { end = mossnano__quote(end, *word); *end++ = ' '; }
     if (line) *end = 0;
-    STARTUPINFOW start = {.cb = sizeof start, .dwFlags = STARTF_USESTDHANDLES};
+    STARTUPINFOW start;
+    memset(&start, 0, sizeof start);
+    start.cb = sizeof start, start.dwFlags = STARTF_USESTDHANDLES;
     SECURITY_ATTRIBUTES inherited = {sizeof inherited, NULL, TRUE};
     PROCESS_INFORMATION made;
     HANDLE ends[4] = {NULL, NULL, NULL, NULL};
@@ -177,7 +189,8 @@ static bool mossnano__spawn(mossnano *c, const char *const *command, char *error
     for (int i = 0; i < 4; i++) if (ends[i] && (!ok || i % 3 == 0)) CloseHandle(ends[i]);
     free(line), free(wide);
     if (!ok) return false;
-    JOBOBJECT_EXTENDED_LIMIT_INFORMATION limit = {0}; /* the launcher that pip makes has a child: end both, also if we crash */
+    JOBOBJECT_EXTENDED_LIMIT_INFORMATION limit; /* the launcher that pip makes has a child: end both, also if we crash */
+    memset(&limit, 0, sizeof limit);
     limit.BasicLimitInformation.LimitFlags = JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE;
     c->process = made.hProcess, c->job = CreateJobObjectW(NULL, NULL);
     SetInformationJobObject(c->job, JobObjectExtendedLimitInformation, &limit, sizeof limit);
@@ -189,10 +202,10 @@ static bool mossnano__spawn(mossnano *c, const char *const *command, char *error
 #else
 extern char **environ;
 
-static void *mossnano__thread(void *client) { mossnano__reader_main(client); return NULL; }
+static void *mossnano__thread(void *client) { mossnano__reader_main((mossnano *)client); return NULL; }
 static bool mossnano__start_thread(mossnano *c) { return pthread_create(&c->reader, NULL, mossnano__thread, c) == 0; }
 static void mossnano__join(mossnano *c) { pthread_join(c->reader, NULL); }
-static void mossnano__sleep_ms(int ms) { nanosleep(&(struct timespec){.tv_nsec = ms * 1000000L}, NULL); }
+static void mossnano__sleep_ms(int ms) { struct timespec pause = {0, ms * 1000000L}; nanosleep(&pause, NULL); }
 static void mossnano__close_input(mossnano *c) { close(c->input); }
 static void mossnano__kill(mossnano *c) { kill(-c->process, SIGKILL); } /* its group: a wrapper may have children */
 static void mossnano__release(mossnano *c) { close(c->output); while (waitpid(c->process, NULL, 0) < 0 && errno == EINTR) {} }
@@ -221,7 +234,8 @@ static bool mossnano__write(mossnano *c, const uint8_t *data, size_t bytes) {
 }
 
 static int mossnano__exit_status(mossnano *c) { /* leaves the zombie, so that nobody else gets its number before we stop */
-    siginfo_t info = {0};
+    siginfo_t info;
+    memset(&info, 0, sizeof info);
     while (waitid(P_PID, (id_t)c->process, &info, WEXITED | WNOWAIT) < 0 && errno == EINTR) {}
     return info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
 }
@@ -278,7 +292,8 @@ static void mossnano__text(const char *json, const char *key, char *out, size_t 
     for (at += *at == '"'; *at && *at != '"' && out < last; at++) {
         if (*at != '\\') { *out++ = *at; continue; }
         if (*++at == 'u' && strlen(at) > 4) {
-            unsigned long code = strtoul((char[]){at[1], at[2], at[3], at[4], 0}, NULL, 16);
+            char digits[] = {at[1], at[2], at[3], at[4], 0};
+            unsigned long code = strtoul(digits, NULL, 16);
             at += 4;
             if (code >= 0xd800 && code < 0xe000) code = '?'; /* half of a rare character */
             if (code >= 0x800) *out++ = (char)(0xe0 | code >> 12);
@@ -313,7 +328,7 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     if (!ok) return mossnano__say(c, "handshake", "this is no decoder of protocol 1: update mossnano.h, or drop --encode", true), false;
     double seconds = c->options.ring_seconds > 0 ? c->options.ring_seconds : 10;
     c->capacity = (uint64_t)(seconds * f->sample_rate) * (uint64_t)f->channels + (uint64_t)f->max_audio_bytes / 2;
-    c->ring = malloc(c->capacity * sizeof *c->ring);
+    c->ring = (int16_t *)malloc(c->capacity * sizeof *c->ring);
     if (!c->ring) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
     c->state = MOSSNANO_READY;
     return true;
@@ -336,7 +351,7 @@ static void mossnano__end(mossnano *c, const char *json) {
     char echo[32]; /* our CANCEL carried how many streams were open by then: all of those are over */
     mossnano__text(json, "echo", echo, sizeof echo);
     c->ended = strtoull(echo, NULL, 10);
-    c->drop_before = c->written;
+    c->drop_before = (uint64_t)c->written;
     c->cancels_answered++;
 }
 
@@ -378,18 +393,22 @@ static int mossnano__reader_main(mossnano *c) {
 /* --- what you call ---------------------------------------------------------------------------------------------- */
 
 mossnano *mossnano_start(const mossnano_options *options, char *error, size_t error_bytes) {
-    mossnano *c = calloc(1, sizeof *c);
-    if (c) c->message = malloc(MOSSNANO_LONGEST);
+    mossnano *c = (mossnano *)calloc(1, sizeof *c);
+    if (c) c->message = (uint8_t *)malloc(MOSSNANO_LONGEST);
     if (!c || !c->message || !options->command || !options->command[0]) {
         snprintf(error, error_bytes, "options.command is empty, or there is no memory");
         free(c ? c->message : NULL), free(c);
         return NULL;
     }
     c->options = *options;
-    if (!mossnano__spawn(c, options->command, error, error_bytes)) return free(c->message), free(c), NULL;
+    if (!mossnano__spawn(c, options->command, error, error_bytes)) {
+        free(c->message), free(c);
+        return NULL;
+    }
     if (!mossnano__start_thread(c)) {
         snprintf(error, error_bytes, "no thread to be had");
-        return mossnano__kill(c), mossnano__close_input(c), mossnano__release(c), free(c->message), free(c), NULL;
+        mossnano__kill(c), mossnano__close_input(c), mossnano__release(c), free(c->message), free(c);
+        return NULL;
     }
     double left_ms = 1000 * (options->start_seconds > 0 ? options->start_seconds : 60);
     for (; c->state == MOSSNANO_STARTING && left_ms > 0; left_ms -= 2) mossnano__sleep_ms(2);
@@ -406,14 +425,14 @@ mossnano_format mossnano_get_format(const mossnano *client) { return client->for
 static bool mossnano__send(mossnano *c, int kind, const void *payload, size_t bytes) {
     uint32_t length = (uint32_t)bytes + 1;
     uint8_t head[] = {(uint8_t)length, (uint8_t)(length >> 8), (uint8_t)(length >> 16), (uint8_t)(length >> 24), (uint8_t)kind};
-    return c->state == MOSSNANO_READY && mossnano__write(c, head, sizeof head) && mossnano__write(c, payload, bytes);
+    return c->state == MOSSNANO_READY && mossnano__write(c, head, sizeof head) && mossnano__write(c, (const uint8_t *)payload, bytes);
 }
 
 bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
     size_t frame_bytes = (size_t)c->format.frame_bytes, most = MOSSNANO_PIECE > frame_bytes ? MOSSNANO_PIECE / frame_bytes : 1;
     if (!c->stream_is_open) c->opened++;
     c->stream_is_open = true;
-    const uint8_t *at = packed;
+    const uint8_t *at = (const uint8_t *)packed;
     do { /* once for no frames as well: an empty TOKENS too opens a stream, for its END */
         size_t piece = frames < most ? frames : most;
         if (!mossnano__send(c, MOSSNANO_TOKENS, at, piece * frame_bytes)) return false;
@@ -426,7 +445,7 @@ bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
 bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) {
     size_t quantizers = (size_t)c->format.quantizers, frame_bytes = (size_t)c->format.frame_bytes, bits = 0;
     while (1 << bits < c->format.codebook_size) bits++;
-    uint8_t *packed = calloc(frames + 1, frame_bytes);
+    uint8_t *packed = (uint8_t *)calloc(frames + 1, frame_bytes);
     bool ok = packed != NULL;
     for (size_t i = 0; ok && i < frames * quantizers; i++) {
         ok = codes[i] < c->format.codebook_size;
@@ -458,7 +477,7 @@ size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
     bool was_sounding = c->is_sounding; /* asked before the ring is looked at: what it told of is in there */
     bool is_cancelled = c->cancels != c->cancels_answered;
     uint64_t end = c->written, at = c->taken, wanted = samples * (uint64_t)c->format.channels;
-    uint64_t drop_before = is_cancelled ? end : c->drop_before;
+    uint64_t drop_before = is_cancelled ? end : (uint64_t)c->drop_before;
     if (at < drop_before) at = drop_before;
     if (end < at) end = at;
     uint64_t values = end - at < wanted ? end - at : wanted;
