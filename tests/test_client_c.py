@@ -6,6 +6,7 @@ Each test is the body of a main, compiled with the client and given a decoder's 
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.child import DEMO, ROOT, run
 from tests.doubles import NANO
 from tests.test_clients import needs
 
+STEADY = (sys.executable, ROOT / "tests" / "steady.py")
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "c"
 
 PROGRAM = """
@@ -137,3 +139,64 @@ def test_the_client_is_a_cpp_program_too(tmp_path: Path, standard: str) -> None:
     subprocess.run(["g++", *flags, source, "-o", built], check=True)
     done = run([str(built), *DEMO])
     assert done.stdout.decode() == f"heard {5 * NANO.frame_samples}\n", done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "sigset_t all; sigfillset(&all); sigprocmask(SIG_BLOCK, &all, NULL);",
+        "signal(SIGTERM, SIG_IGN);",
+    ],
+    ids=["blocks", "ignores"],
+)
+def test_a_process_hears_the_signals_that_its_host_does_not(tmp_path: Path, host: str) -> None:
+    (said,) = play(
+        tmp_path,
+        host
+        + """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        kill(voice->process, SIGTERM);
+        for (int ms = 0; voice->state != MOSSNANO_GONE && ms < 5000; ms += 2) mossnano__sleep_ms(2);
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert said.startswith("error process_ended 1 the process ended by itself with status -15")
+
+
+# Says which descriptors it was born with, and what they are; then it is a decoder.
+BORN_WITH = """
+import os, sys
+path, *decoder = sys.argv[1:]
+with open(path, "w") as report:
+    for fd in range(20):
+        if fd != report.fileno() and os.path.exists(f"/proc/self/fd/{fd}"):
+            print(fd, os.readlink(f"/proc/self/fd/{fd}").split(":")[0], file=report)
+os.execv(decoder[0], decoder)
+"""
+
+
+@pytest.mark.parametrize("closed", ["0", "2", "0, 2", "0, 1", "0, 1, 2"])
+def test_a_host_without_standard_streams_is_understood(tmp_path: Path, closed: str) -> None:
+    said = play(
+        tmp_path,
+        f"""
+        int closed[] = {{{closed}}}, out = fcntl(1, F_DUPFD_CLOEXEC, 10);
+        for (size_t i = 0; i < sizeof closed / sizeof *closed; i++) close(closed[i]);
+        mossnano *voice = start((mossnano_options){{.command = command, .on_error = say_error}});
+        bool are_ours = voice->input > 2 && voice->output > 2;
+        are_ours &= fcntl(voice->input, F_GETFD) & FD_CLOEXEC && fcntl(voice->output, F_GETFD) & FD_CLOEXEC;
+        mossnano_feed(voice, "\\x64\\0\\0", 1);
+        mossnano_finish(voice);
+        size_t heard = 0;
+        int16_t pcm[200];
+        UNTIL((heard += mossnano_pull(voice, pcm, 100), !mossnano_is_speaking(voice)));
+        mossnano_stop(voice);
+        dup2(out, 1);
+        say("heard %zu, ours %d", heard, are_ours);
+        """,
+        [sys.executable, "-c", BORN_WITH, tmp_path / "fds", *STEADY],
+    )
+    assert said == ["heard 100, ours 1"]
+    maybe_null = "/dev/null" if "2" in closed else "pipe"
+    assert (tmp_path / "fds").read_text().splitlines() == ["0 pipe", "1 pipe", f"2 {maybe_null}"]

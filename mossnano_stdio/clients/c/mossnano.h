@@ -240,17 +240,33 @@ static int mossnano__exit_status(mossnano *c) { /* leaves the zombie, so that no
     return info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
 }
 
+/* Both ends are 3 or above, also where the host has closed 0, 1 or 2: the child's own 0, 1 and 2 are no pipe by chance.
+ * Close-on-exec: other children must not hold them open. */
+static bool mossnano__pipe(int *ends) {
+    int low[2];
+    if (pipe(low) < 0) return false;
+    for (int i = 0; i < 2; i++) ends[i] = fcntl(low[i], F_DUPFD_CLOEXEC, 3);
+    int number = errno;
+    close(low[0]), close(low[1]);
+    errno = number;
+    return ends[0] >= 0 && ends[1] >= 0;
+}
+
 static bool mossnano__spawn(mossnano *c, const char *const *command, char *error, size_t error_bytes) {
     int ends[4] = {-1, -1, -1, -1};
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
-    posix_spawnattr_t attributes; /* a group of its own: we end it, Ctrl-C does not */
+    posix_spawnattr_t attributes; /* a group of its own: we end it, Ctrl-C does not. And no signal that the host blocks */
     posix_spawnattr_init(&attributes);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
-    int number = pipe(ends) || pipe(ends + 2) ? errno : 0;
-    for (int i = 0; i < 4; i++) if (ends[i] >= 0) fcntl(ends[i], F_SETFD, FD_CLOEXEC); /* other children must not hold them open */
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+    sigset_t none, all;
+    sigemptyset(&none), posix_spawnattr_setsigmask(&attributes, &none);
+    sigfillset(&all), sigdelset(&all, SIGKILL), sigdelset(&all, SIGSTOP), posix_spawnattr_setsigdefault(&attributes, &all);
+    int number = mossnano__pipe(ends) && mossnano__pipe(ends + 2) ? 0 : errno;
     if (!number) posix_spawn_file_actions_adddup2(&actions, ends[0], 0);
     if (!number) posix_spawn_file_actions_adddup2(&actions, ends[3], 1);
+    bool has_stderr = fcntl(2, F_GETFD) >= 0; /* without one, the first file that the child opens would be its stderr */
+    if (!has_stderr) posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
     if (!number) number = posix_spawnp(&c->process, command[0], &actions, &attributes, (char *const *)command, environ);
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
