@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mossnano_stdio.protocol import Kind, encode_message
 from tests.child import DEMO, ROOT, run
-from tests.doubles import NANO
+from tests.doubles import NANO, some_frames, tokens_payload
 from tests.test_clients import needs
 
 STEADY = (sys.executable, ROOT / "tests" / "steady.py")
@@ -53,10 +54,32 @@ static mossnano *start(mossnano_options options)
     return voice;
 }
 
+/* All that is real until the voice is silent. */
+static void hear(mossnano *voice, const char *path)
+{
+    FILE *heard = fopen(path, "wb");
+    int16_t pcm[960];
+    while (mossnano_is_speaking(voice)) {
+        size_t samples = mossnano_pull(voice, pcm, 480);
+        fwrite(pcm, 4, samples, heard);
+        if (!samples) mossnano__sleep_ms(1);
+    }
+    fclose(heard);
+}
+
+static uint8_t *load(const char *path, size_t *bytes)
+{
+    FILE *file = fopen(path, "rb");
+    uint8_t *data = malloc(1 << 20);
+    *bytes = fread(data, 1, 1 << 20, file);
+    fclose(file);
+    return data;
+}
+
 int main(int count, char **words)
 {
     const char *const *command = (const char *const *)words + 1;
-    (void)count, (void)say_error, (void)start;
+    (void)count, (void)say_error, (void)start, (void)hear, (void)load;
     BODY
     return 0;
 }
@@ -200,3 +223,76 @@ def test_a_host_without_standard_streams_is_understood(tmp_path: Path, closed: s
     assert said == ["heard 100, ours 1"]
     maybe_null = "/dev/null" if "2" in closed else "pipe"
     assert (tmp_path / "fds").read_text().splitlines() == ["0 pipe", "1 pipe", f"2 {maybe_null}"]
+
+
+def test_a_process_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+    """Nothing waits for it, 4 MiB are kept for it, more are refused, and when it goes on, all is as it should be."""
+    frames = tokens_payload(some_frames(30, NANO))
+    (tmp_path / "tokens").write_bytes(frames)
+    command = [*DEMO, "--chunk-frames", "4"]
+    said = play(
+        tmp_path,
+        f"""
+        mossnano *voice = start((mossnano_options){{.command = command, .on_error = say_error}});
+        size_t bytes, frame_bytes = (size_t)mossnano_get_format(voice).frame_bytes;
+        uint8_t *many = calloc(8000, frame_bytes), *tokens = load("{tmp_path / "tokens"}", &bytes);
+        kill(voice->process, SIGSTOP);
+        bool fed = mossnano_feed(voice, many, 8000), finished = mossnano_finish(voice);
+        say("fed %d %d %d", fed, finished, mossnano_cancel(voice));
+        int taken = 0;
+        while (mossnano_feed(voice, many, 8000)) taken++;
+        say("%d were taken, and then %d", taken, mossnano_finish(voice));
+        for (int times = 0; times < 1000; times++) mossnano_cancel(voice);
+        fed = mossnano_feed(voice, tokens, bytes / frame_bytes), finished = mossnano_finish(voice);
+        say("fed %d %d %d", fed, finished, mossnano_is_speaking(voice));
+        kill(voice->process, SIGCONT);
+        hear(voice, "{tmp_path / "heard"}");
+        mossnano_stop(voice);
+        free(many), free(tokens);
+        """,
+        command,
+    )
+    first, refused, *rest = said
+    assert first == "fed 1 1 1"
+    assert refused.startswith("error queue_full 0 ")
+    assert "4194304 bytes (4 MiB) are allowed" in refused
+    taken, then = rest[0].split(maxsplit=1)
+    assert 25 <= int(taken) <= 28, "of 160,015 bytes into 4 MiB; a pipe and a read may take 64 KiB each"
+    assert [then, *rest[1:]] == ["were taken, and then 1", "fed 1 1 1"]
+    wire = encode_message(Kind.TOKENS, frames) + encode_message(Kind.END)
+    assert (tmp_path / "heard").read_bytes() == run([*command, "--output", "raw"], wire).stdout
+
+
+def test_a_process_that_hangs_is_ended_by_stop(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        pid_t process = voice->process;
+        kill(process, SIGSTOP);
+        uint8_t *many = calloc(8000, 20);
+        mossnano_feed(voice, many, 8000);
+        mossnano_stop(voice);
+        say("there %d", kill(process, 0) == 0);
+        free(many);
+        """,
+    )
+    assert said == ["there 0"]
+
+
+def test_stop_waits_for_no_grandchild_that_holds_the_pipes(tmp_path: Path) -> None:
+    """One in a session of its own, which the end of the process' group does not reach."""
+    said = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        uint8_t *many = calloc(8000, 20);
+        mossnano_feed(voice, many, 8000);
+        time_t began = time(NULL);
+        mossnano_stop(voice);
+        say("soon %d", time(NULL) - began < 20);
+        free(many);
+        """,
+        ["sh", "-c", f"exec 3<&0; setsid sleep 30 <&3 2>&- & exec {' '.join(map(str, STEADY))}"],
+    )
+    assert said == ["soon 1"]

@@ -6,9 +6,10 @@
  *     #include "mossnano.h"
  *
  * Two threads of yours may use a client at the same time: one that controls (start, feed, finish, cancel, stop) and
- * one that calls mossnano_pull, which never locks, waits or allocates and so may be an audio callback. A third one, of
- * ours, reads all that the process says. When the ring is full it waits for room, and so does the process: then
- * some 4 MiB of tokens can still be fed (hours) before mossnano_feed waits too.
+ * one that calls mossnano_pull, which never locks, waits or allocates and so may be an audio callback. Feed, finish and
+ * cancel never wait for the process, not even for one that hangs: a thread of ours writes, and up to 4 MiB (hours) may
+ * wait for it. A feed beyond that is refused whole: it answers false, and on_error is told `queue_full`. Another thread
+ * of ours reads all that the process says. When the ring is full it waits for room, and so does the process.
  *
  * POSIX: link with -pthread; tested on Linux. Windows: compiled once (zig cc), NOT RUN.
  * MSVC needs /std:c11 /experimental:c11atomics. Protocol version 1, see protocol.md.
@@ -33,7 +34,8 @@ typedef struct {
     const char *const *command; /* the program, its arguments, NULL: {"mossnano-stdio", NULL}, looked up on the PATH */
     double ring_seconds;        /* PCM that may wait to be pulled; 0: 10 */
     double start_seconds;       /* how long loading the weights may take; 0: 60 */
-    void (*on_error)(void *context, const char *code, const char *message, bool fatal); /* on our thread; or NULL */
+    void (*on_error)(void *context, const char *code, const char *message, bool fatal); /* on our thread, but for
+                                  queue_full, which is said in the feed that is refused; or NULL */
     void *context;
 } mossnano_options;
 
@@ -67,6 +69,7 @@ void mossnano_stop(mossnano *client);             /* ends the process; nothing o
 #ifndef _WIN32
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
@@ -94,20 +97,43 @@ typedef atomic_int mossnano__atomic_int;
 enum { MOSSNANO_HANDSHAKE = 0, MOSSNANO_AUDIO = 1, MOSSNANO_TOKENS = 4, MOSSNANO_ERROR = 5, MOSSNANO_END = 7, MOSSNANO_CANCEL = 8 };
 enum { MOSSNANO_LONGEST = 1 << 20 };   /* no message of the process is longer */
 enum { MOSSNANO_PIECE = 1 << 16 };     /* of what is fed in one message: CANCEL must not wait behind a long one */
+enum { MOSSNANO_HEAD = 5 };            /* bytes of a message: its length and its kind */
+enum { MOSSNANO_QUEUE = 4 << 20 };     /* of messages that the process has not taken yet */
 enum { MOSSNANO_STOP_MS = 2000 };      /* how long the process may take to end by itself */
+enum { MOSSNANO_LOOK_MS = 50 };        /* how often one who waits for the process looks whether that is over */
 enum { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_GONE };
+
+#ifdef _WIN32
+typedef HANDLE mossnano__thread;
+typedef SRWLOCK mossnano__lock;
+typedef CONDITION_VARIABLE mossnano__signal;
+#else
+typedef pthread_t mossnano__thread;
+typedef pthread_mutex_t mossnano__lock;
+typedef pthread_cond_t mossnano__signal;
+#endif
+
+typedef struct mossnano__message { /* its bytes lie behind it */
+    struct mossnano__message *next;
+    size_t bytes;
+} mossnano__message;
 
 struct mossnano {
 #ifdef _WIN32
-    HANDLE process, job, input, output, reader;
+    HANDLE process, job, input, output;
 #else
     pid_t process;
     int input, output;
-    pthread_t reader;
 #endif
+    mossnano__thread reader, writer;
+    mossnano__lock gate;           /* of the controlling thread and ours; the puller never takes it. It guards these: */
+    mossnano__signal queue_changed;
+    mossnano__message *queue, **queue_end; /* that the writer has not begun yet */
+    size_t queued_bytes;           /* theirs, and those of the message that is being written */
+    bool cancel_is_due;            /* before all that is in the queue */
+    bool stream_is_open, is_closing;
     mossnano_options options;
     mossnano_format format;
-    bool stream_is_open;           /* the controlling thread's */
     bool fatal_was_said;           /* the reader's, as is `message` */
     char fault[2100];              /* why there was no HANDSHAKE */
     uint8_t *message;
@@ -116,36 +142,42 @@ struct mossnano {
     mossnano__atomic_u64 written, taken, drop_before; /* moved by: reader, puller, reader */
     mossnano__atomic_u64 opened, ended;               /* streams */
     mossnano__atomic_u64 cancels, cancels_answered;
+    uint64_t opened_before_cancel; /* streams, at the last one; under the gate */
     mossnano__atomic_u64 underruns;
     mossnano__atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
-    mossnano__atomic_bool is_stopping;
+    mossnano__atomic_bool is_stopping, is_given_up; /* given up: killed, and not waited for any more */
     mossnano__atomic_int state;
 };
 
 /* --- what differs between systems ------------------------------------------------------------------------------ */
 
-static int mossnano__reader_main(mossnano *client);
-
 #ifdef _WIN32
-static DWORD WINAPI mossnano__thread(void *client) { return (DWORD)mossnano__reader_main((mossnano *)client); }
-static bool mossnano__start_thread(mossnano *c) { return (c->reader = CreateThread(NULL, 0, mossnano__thread, c, 0, NULL)) != NULL; }
-static void mossnano__join(mossnano *c) { WaitForSingleObject(c->reader, INFINITE); CloseHandle(c->reader); }
+#define MOSSNANO_THREAD(name) static DWORD WINAPI name(LPVOID context)
+typedef LPTHREAD_START_ROUTINE mossnano__main;
+
+static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mossnano *c) { return (*t = CreateThread(NULL, 0, main, c, 0, NULL)) != NULL; }
+static void mossnano__join(mossnano__thread t) { WaitForSingleObject(t, INFINITE); CloseHandle(t); }
+static void mossnano__be_deaf(void) {} /* to signals */
+static void mossnano__make_gate(mossnano *c) { InitializeSRWLock(&c->gate); InitializeConditionVariable(&c->queue_changed); }
+static void mossnano__unmake_gate(mossnano *c) { (void)c; }
+static void mossnano__enter(mossnano *c) { AcquireSRWLockExclusive(&c->gate); }
+static void mossnano__leave(mossnano *c) { ReleaseSRWLockExclusive(&c->gate); }
+static void mossnano__wait(mossnano *c) { SleepConditionVariableSRW(&c->queue_changed, &c->gate, INFINITE, 0); }
+static void mossnano__wake(mossnano *c) { WakeAllConditionVariable(&c->queue_changed); }
 static void mossnano__sleep_ms(int ms) { Sleep((DWORD)ms); }
 static void mossnano__close_input(mossnano *c) { CloseHandle(c->input); }
 static void mossnano__kill(mossnano *c) { TerminateJobObject(c->job, 1); }
 static void mossnano__release(mossnano *c) { CloseHandle(c->output); CloseHandle(c->process); CloseHandle(c->job); }
-static void mossnano__never_block(mossnano *c) { DWORD mode = PIPE_NOWAIT; SetNamedPipeHandleState(c->input, &mode, NULL, NULL); }
 
 static size_t mossnano__read_some(mossnano *c, uint8_t *out, size_t bytes) {
     DWORD got = 0;
     return ReadFile(c->output, out, (DWORD)bytes, &got, NULL) ? got : 0;
 }
 
-static bool mossnano__write(mossnano *c, const uint8_t *data, size_t bytes) {
+static void mossnano__write(mossnano *c, const uint8_t *data, size_t bytes) { /* when it fails, the reader finds out why */
     DWORD put = 0;
     for (; bytes; data += put, bytes -= put)
-        if (!WriteFile(c->input, data, (DWORD)bytes, &put, NULL) || !put) return false;
-    return true;
+        if (!WriteFile(c->input, data, (DWORD)bytes, &put, NULL) || !put) return;
 }
 
 static int mossnano__exit_status(mossnano *c) {
@@ -202,35 +234,49 @@ static bool mossnano__spawn(mossnano *c, const char *const *command, char *error
 #else
 extern char **environ;
 
-static void *mossnano__thread(void *client) { mossnano__reader_main((mossnano *)client); return NULL; }
-static bool mossnano__start_thread(mossnano *c) { return pthread_create(&c->reader, NULL, mossnano__thread, c) == 0; }
-static void mossnano__join(mossnano *c) { pthread_join(c->reader, NULL); }
+#define MOSSNANO_THREAD(name) static void *name(void *context)
+typedef void *(*mossnano__main)(void *);
+
+static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mossnano *c) { return pthread_create(t, NULL, main, c) == 0; }
+static void mossnano__join(mossnano__thread t) { pthread_join(t, NULL); }
+static void mossnano__make_gate(mossnano *c) { pthread_mutex_init(&c->gate, NULL); pthread_cond_init(&c->queue_changed, NULL); }
+static void mossnano__unmake_gate(mossnano *c) { pthread_mutex_destroy(&c->gate); pthread_cond_destroy(&c->queue_changed); }
+static void mossnano__enter(mossnano *c) { pthread_mutex_lock(&c->gate); }
+static void mossnano__leave(mossnano *c) { pthread_mutex_unlock(&c->gate); }
+static void mossnano__wait(mossnano *c) { pthread_cond_wait(&c->queue_changed, &c->gate); }
+static void mossnano__wake(mossnano *c) { pthread_cond_broadcast(&c->queue_changed); }
+
+static void mossnano__be_deaf(void) { /* signals are for your threads; a SIGPIPE, of ours, is for nobody */
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL);
+}
+
 static void mossnano__sleep_ms(int ms) { struct timespec pause = {0, ms * 1000000L}; nanosleep(&pause, NULL); }
 static void mossnano__close_input(mossnano *c) { close(c->input); }
 static void mossnano__kill(mossnano *c) { kill(-c->process, SIGKILL); } /* its group: a wrapper may have children */
 static void mossnano__release(mossnano *c) { close(c->output); while (waitpid(c->process, NULL, 0) < 0 && errno == EINTR) {} }
-static void mossnano__never_block(mossnano *c) { fcntl(c->input, F_SETFL, O_NONBLOCK); }
+
+static bool mossnano__waits_for(mossnano *c, int pipe, short event) { /* false: it is given up */
+    struct pollfd what = {pipe, event, 0};
+    while (poll(&what, 1, MOSSNANO_LOOK_MS) <= 0)
+        if (c->is_given_up || (event == POLLOUT && c->state == MOSSNANO_GONE)) return false;
+    return true;
+}
 
 static size_t mossnano__read_some(mossnano *c, uint8_t *out, size_t bytes) {
     ssize_t got;
+    if (!mossnano__waits_for(c, c->output, POLLIN)) return 0;
     do got = read(c->output, out, bytes); while (got < 0 && errno == EINTR);
     return got > 0 ? (size_t)got : 0;
 }
 
-static bool mossnano__write(mossnano *c, const uint8_t *data, size_t bytes) {
-    sigset_t broken_pipe, before, pending; /* a process that died must not take yours along with a SIGPIPE */
-    sigemptyset(&broken_pipe), sigaddset(&broken_pipe, SIGPIPE);
-    pthread_sigmask(SIG_BLOCK, &broken_pipe, &before);
-    while (bytes) {
+static void mossnano__write(mossnano *c, const uint8_t *data, size_t bytes) { /* when it fails, the reader finds out why */
+    while (bytes && mossnano__waits_for(c, c->input, POLLOUT)) {
         ssize_t put = write(c->input, data, bytes);
         if (put > 0) data += put, bytes -= (size_t)put;
-        else if (errno != EINTR) break;
+        else if (errno != EINTR && errno != EAGAIN) return;
     }
-    int number = errno;
-    sigpending(&pending);
-    if (bytes && number == EPIPE && sigismember(&pending, SIGPIPE) && !sigismember(&before, SIGPIPE)) sigwait(&broken_pipe, &number);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return bytes == 0;
 }
 
 static int mossnano__exit_status(mossnano *c) { /* leaves the zombie, so that nobody else gets its number before we stop */
@@ -271,6 +317,7 @@ static bool mossnano__spawn(mossnano *c, const char *const *command, char *error
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
     c->input = ends[1], c->output = ends[2];
+    if (!number) fcntl(c->input, F_SETFL, O_NONBLOCK); /* the writer looks up now and then */
     for (int i = 0; i < 4; i++) if (ends[i] >= 0 && (number || i % 3 == 0)) close(ends[i]);
     if (number) snprintf(error, error_bytes, "%s cannot be started (%s): is it installed and on the PATH?", command[0], strerror(number));
     return !number;
@@ -350,8 +397,10 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     return true;
 }
 
+static bool mossnano__is_cancelled(mossnano *c) { return c->cancels != c->cancels_answered; }
+
 static void mossnano__push(mossnano *c, const uint8_t *pcm, size_t values) {
-    for (size_t i = 0; i < values && c->cancels == c->cancels_answered && !c->is_stopping;) {
+    for (size_t i = 0; i < values && !mossnano__is_cancelled(c) && !c->is_stopping;) {
         uint64_t at = c->written, room = c->capacity - (at - c->taken);
         if (!room) { mossnano__sleep_ms(2); continue; } /* asleep, not signalled: the puller must not touch a lock */
         uint64_t end = at + (room < values - i ? room : values - i);
@@ -361,14 +410,19 @@ static void mossnano__push(mossnano *c, const uint8_t *pcm, size_t values) {
     }
 }
 
+static void mossnano__answer_cancel(mossnano *c, uint64_t streams, uint64_t number) { /* all that were open at it are over */
+    c->ended = streams;
+    if (mossnano__is_cancelled(c)) c->drop_before = (uint64_t)c->written;
+    c->cancels_answered = number;
+}
+
 static void mossnano__end(mossnano *c, const char *json) {
     c->is_sounding = false;
     if (!mossnano__is_true(json, "cancelled")) { c->ended++; return; }
-    char echo[32]; /* our CANCEL carried how many streams were open by then: all of those are over */
+    char echo[64], *rest; /* our CANCEL carried how many streams were open by then, and its number */
     mossnano__text(json, "echo", echo, sizeof echo);
-    c->ended = strtoull(echo, NULL, 10);
-    c->drop_before = (uint64_t)c->written;
-    c->cancels_answered++;
+    uint64_t streams = strtoull(echo, &rest, 10);
+    mossnano__answer_cancel(c, streams, strtoull(rest, NULL, 10));
 }
 
 static bool mossnano__take(mossnano *c, int kind, size_t bytes) {
@@ -385,9 +439,30 @@ static bool mossnano__take(mossnano *c, int kind, size_t bytes) {
     return true;
 }
 
-static int mossnano__reader_main(mossnano *c) {
-    uint8_t head[5];
+static void mossnano__empty_queue(mossnano *c) { /* whoever calls this holds the gate */
+    for (mossnano__message *next; c->queue; c->queue = next) {
+        next = c->queue->next;
+        c->queued_bytes -= c->queue->bytes;
+        free(c->queue);
+    }
+    c->queue_end = &c->queue;
+}
+
+static void mossnano__bury(mossnano *c) {
+    mossnano__enter(c);
+    mossnano__empty_queue(c);
+    c->stream_is_open = c->cancel_is_due = c->is_sounding = false;
+    mossnano__answer_cancel(c, c->opened, c->cancels);
+    c->state = MOSSNANO_GONE;
+    mossnano__wake(c);
+    mossnano__leave(c);
+}
+
+MOSSNANO_THREAD(mossnano__read_messages) {
+    mossnano *c = (mossnano *)context;
+    uint8_t head[MOSSNANO_HEAD];
     char text[120];
+    mossnano__be_deaf();
     while (mossnano__read_all(c, head, sizeof head)) {
         uint32_t length = head[0] | (uint32_t)head[1] << 8 | (uint32_t)head[2] << 16 | (uint32_t)head[3] << 24;
         if (length < 1 || length > MOSSNANO_LONGEST) {
@@ -401,8 +476,79 @@ static int mossnano__reader_main(mossnano *c) {
     }
     snprintf(text, sizeof text, "the process ended by itself with status %d: its stderr says more", mossnano__exit_status(c));
     if (!c->fatal_was_said) mossnano__say(c, "process_ended", text, true);
-    c->is_sounding = false;
-    c->state = MOSSNANO_GONE;
+    mossnano__bury(c);
+    return 0;
+}
+
+/* --- the writer ------------------------------------------------------------------------------------------------- */
+
+static void mossnano__make_head(uint8_t *head, int kind, size_t bytes) {
+    for (int i = 0; i < 4; i++) head[i] = (uint8_t)((bytes + 1) >> 8 * i);
+    head[4] = (uint8_t)kind;
+}
+
+static mossnano__message *mossnano__make_message(int kind, const void *payload, size_t bytes) { /* NULL: no memory */
+    mossnano__message *message = (mossnano__message *)malloc(sizeof *message + MOSSNANO_HEAD + bytes);
+    if (!message) return NULL;
+    message->next = NULL;
+    message->bytes = MOSSNANO_HEAD + bytes;
+    uint8_t *head = (uint8_t *)(message + 1);
+    mossnano__make_head(head, kind, bytes);
+    if (bytes) memcpy(head + MOSSNANO_HEAD, payload, bytes);
+    return message;
+}
+
+static void mossnano__enqueue(mossnano *c, mossnano__message *first) { /* and all behind it; under the gate */
+    *c->queue_end = first;
+    for (; first; first = first->next) {
+        c->queued_bytes += first->bytes;
+        c->queue_end = &first->next;
+    }
+    mossnano__wake(c);
+}
+
+static mossnano__message *mossnano__take_from_queue(mossnano *c) {
+    mossnano__message *message = c->queue;
+    c->queue = message->next;
+    if (!c->queue) c->queue_end = &c->queue;
+    return message;
+}
+
+static size_t mossnano__make_cancel(mossnano *c, char *out, size_t room) { /* made when it leaves: it never lacks memory */
+    int bytes = snprintf(out + MOSSNANO_HEAD, room - MOSSNANO_HEAD, "%llu %llu", (unsigned long long)c->opened_before_cancel,
+                         (unsigned long long)c->cancels);
+    mossnano__make_head((uint8_t *)out, MOSSNANO_CANCEL, (size_t)bytes);
+    return MOSSNANO_HEAD + (size_t)bytes;
+}
+
+static bool mossnano__write_next(mossnano *c) { /* false: that was all */
+    char cancel[64];
+    size_t cancel_bytes = 0;
+    mossnano__message *message = NULL;
+    mossnano__enter(c);
+    while (!c->queue && !c->cancel_is_due && !c->is_closing && c->state != MOSSNANO_GONE) mossnano__wait(c);
+    if (c->cancel_is_due) cancel_bytes = mossnano__make_cancel(c, cancel, sizeof cancel);
+    else if (c->queue) message = mossnano__take_from_queue(c);
+    c->cancel_is_due = false;
+    mossnano__leave(c);
+    if (!message && !cancel_bytes) return false;
+    if (!message) {
+        mossnano__write(c, (uint8_t *)cancel, cancel_bytes);
+        return true;
+    }
+    mossnano__write(c, (uint8_t *)(message + 1), message->bytes);
+    mossnano__enter(c);
+    c->queued_bytes -= message->bytes;
+    mossnano__leave(c);
+    free(message);
+    return true;
+}
+
+MOSSNANO_THREAD(mossnano__write_messages) {
+    mossnano *c = (mossnano *)context;
+    mossnano__be_deaf();
+    while (mossnano__write_next(c)) {}
+    mossnano__close_input(c); /* which the process takes as the end */
     return 0;
 }
 
@@ -421,9 +567,15 @@ mossnano *mossnano_start(const mossnano_options *options, char *error, size_t er
         free(c->message), free(c);
         return NULL;
     }
-    if (!mossnano__start_thread(c)) {
+    mossnano__make_gate(c);
+    c->queue_end = &c->queue;
+    bool has_writer = mossnano__start_thread(&c->writer, mossnano__write_messages, c);
+    if (!has_writer || !mossnano__start_thread(&c->reader, mossnano__read_messages, c)) {
         snprintf(error, error_bytes, "no thread to be had");
-        mossnano__kill(c), mossnano__close_input(c), mossnano__release(c), free(c->message), free(c);
+        mossnano__kill(c);
+        if (has_writer) mossnano__bury(c), mossnano__join(c->writer);
+        else mossnano__close_input(c);
+        mossnano__release(c), free(c->message), free(c);
         return NULL;
     }
     double left_ms = 1000 * (options->start_seconds > 0 ? options->start_seconds : 60);
@@ -438,24 +590,49 @@ mossnano *mossnano_start(const mossnano_options *options, char *error, size_t er
 
 mossnano_format mossnano_get_format(const mossnano *client) { return client->format; }
 
-static bool mossnano__send(mossnano *c, int kind, const void *payload, size_t bytes) {
-    uint32_t length = (uint32_t)bytes + 1;
-    uint8_t head[] = {(uint8_t)length, (uint8_t)(length >> 8), (uint8_t)(length >> 16), (uint8_t)(length >> 24), (uint8_t)kind};
-    return c->state == MOSSNANO_READY && mossnano__write(c, head, sizeof head) && mossnano__write(c, (const uint8_t *)payload, bytes);
+/* The messages for some frames; NULL where there is no memory. */
+static mossnano__message *mossnano__cut(const uint8_t *at, size_t frames, size_t frame_bytes) {
+    size_t most = MOSSNANO_PIECE > frame_bytes ? MOSSNANO_PIECE / frame_bytes : 1;
+    mossnano__message *first = NULL, **end = &first;
+    do { /* once for no frames as well: an empty TOKENS too opens a stream, for its END */
+        size_t piece = frames < most ? frames : most;
+        *end = mossnano__make_message(MOSSNANO_TOKENS, at, piece * frame_bytes);
+        if (!*end) break;
+        end = &(*end)->next;
+        frames -= piece;
+        at += piece ? piece * frame_bytes : 0;
+        if (!frames) return first;
+    } while (true);
+    for (mossnano__message *next; first; first = next) next = first->next, free(first);
+    return NULL;
 }
 
 bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
-    size_t frame_bytes = (size_t)c->format.frame_bytes, most = MOSSNANO_PIECE > frame_bytes ? MOSSNANO_PIECE / frame_bytes : 1;
-    if (!c->stream_is_open) c->opened++;
-    c->stream_is_open = true;
-    const uint8_t *at = (const uint8_t *)packed;
-    do { /* once for no frames as well: an empty TOKENS too opens a stream, for its END */
-        size_t piece = frames < most ? frames : most;
-        if (!mossnano__send(c, MOSSNANO_TOKENS, at, piece * frame_bytes)) return false;
-        frames -= piece;
-        at += piece ? piece * frame_bytes : 0;
-    } while (frames);
-    return true;
+    if (c->state != MOSSNANO_READY) return false;
+    size_t frame_bytes = (size_t)c->format.frame_bytes, wanted = 0, waiting;
+    mossnano__message *first = NULL; /* a gigabyte is not copied to be refused */
+    if (frames <= MOSSNANO_QUEUE / frame_bytes) first = mossnano__cut((const uint8_t *)packed, frames, frame_bytes);
+    for (mossnano__message *message = first; message; message = message->next) wanted += message->bytes;
+    mossnano__enter(c);
+    bool is_ready = c->state == MOSSNANO_READY;
+    waiting = c->queued_bytes;
+    bool is_taken = is_ready && first && waiting + wanted <= MOSSNANO_QUEUE;
+    if (is_taken) {
+        c->opened += !c->stream_is_open;
+        c->stream_is_open = true;
+        mossnano__enqueue(c, first);
+    }
+    mossnano__leave(c);
+    if (is_taken) return true;
+    bool has_memory = first || frames > MOSSNANO_QUEUE / frame_bytes;
+    for (mossnano__message *next; first; first = next) next = first->next, free(first);
+    char text[200];
+    snprintf(text, sizeof text, "%zu bytes wait for the process to take them, and %zu frames more were fed: %d bytes (4 MiB) are allowed, feed less or later",
+             waiting, frames, MOSSNANO_QUEUE);
+    if (!is_ready || !c->options.on_error) return false;
+    if (has_memory) c->options.on_error(c->options.context, "queue_full", text, false);
+    else c->options.on_error(c->options.context, "out_of_memory", "no memory for what was fed: feed less", false);
+    return false;
 }
 
 bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) {
@@ -476,22 +653,33 @@ bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) {
 }
 
 bool mossnano_finish(mossnano *c) {
-    if (!c->stream_is_open) return c->state == MOSSNANO_READY;
-    c->stream_is_open = false;
-    return mossnano__send(c, MOSSNANO_END, NULL, 0);
+    mossnano__enter(c);
+    bool is_ready = c->state == MOSSNANO_READY;
+    mossnano__message *end = c->stream_is_open ? mossnano__make_message(MOSSNANO_END, NULL, 0) : NULL;
+    bool has_memory = end || !c->stream_is_open;
+    if (end) mossnano__enqueue(c, end);
+    c->stream_is_open = !has_memory;
+    mossnano__leave(c);
+    return is_ready && has_memory;
 }
 
 bool mossnano_cancel(mossnano *c) {
-    char opened[32];
-    int bytes = snprintf(opened, sizeof opened, "%llu", (unsigned long long)c->opened);
+    mossnano__enter(c);
+    bool is_ready = c->state == MOSSNANO_READY;
+    mossnano__empty_queue(c); /* what has not left never will */
     c->stream_is_open = false;
-    c->cancels++; /* from here on the puller is silent and the reader drops, until as many ENDs have come back */
-    return mossnano__send(c, MOSSNANO_CANCEL, opened, (size_t)bytes);
+    c->opened_before_cancel = c->opened;
+    c->cancels++; /* from here on the puller is silent and the reader drops, until the END of this one is back */
+    c->cancel_is_due = is_ready;
+    if (!is_ready) mossnano__answer_cancel(c, c->opened, c->cancels);
+    mossnano__wake(c);
+    mossnano__leave(c);
+    return is_ready;
 }
 
 size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
     bool was_sounding = c->is_sounding; /* asked before the ring is looked at: what it told of is in there */
-    bool is_cancelled = c->cancels != c->cancels_answered;
+    bool is_cancelled = mossnano__is_cancelled(c);
     uint64_t end = c->written, at = c->taken, wanted = samples * (uint64_t)c->format.channels;
     uint64_t drop_before = is_cancelled ? end : (uint64_t)c->drop_before;
     if (at < drop_before) at = drop_before;
@@ -507,21 +695,26 @@ size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
 
 bool mossnano_is_speaking(mossnano *c) {
     bool more_comes = c->state == MOSSNANO_READY && c->ended < c->opened; /* asked first: what came by then is in the ring */
-    return more_comes || (c->taken < c->written && c->drop_before < c->written && c->cancels == c->cancels_answered);
+    return more_comes || (c->taken < c->written && c->drop_before < c->written && !mossnano__is_cancelled(c));
 }
 
 uint64_t mossnano_underruns(mossnano *c) { return c->underruns; }
 
 void mossnano_stop(mossnano *c) {
     if (!c) return;
-    mossnano__never_block(c); /* not even for a process that hangs */
     c->is_stopping = true;
     mossnano_cancel(c);
-    mossnano__close_input(c); /* which it takes as the end */
+    mossnano__enter(c);
+    c->is_closing = true;
+    mossnano__wake(c);
+    mossnano__leave(c);
     for (int ms = 0; c->state != MOSSNANO_GONE && ms < MOSSNANO_STOP_MS; ms += 2) mossnano__sleep_ms(2);
     if (c->state != MOSSNANO_GONE) mossnano__kill(c);
-    mossnano__join(c);
+    c->is_given_up = true;
+    mossnano__join(c->reader);
+    mossnano__join(c->writer);
     mossnano__release(c);
+    mossnano__unmake_gate(c);
     free(c->ring), free(c->message), free(c);
 }
 #endif
