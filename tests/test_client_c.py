@@ -5,6 +5,7 @@ Each test is the body of a main, compiled with the client and given a decoder's 
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from tests.doubles import NANO, some_frames, tokens_payload
 from tests.test_clients import needs
 
 STEADY = (sys.executable, ROOT / "tests" / "steady.py")
+LOUD = 10_000  # its left channel
+FADE = 240  # samples of 5 ms
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "c"
 
 PROGRAM = """
@@ -54,6 +57,14 @@ static mossnano *start(mossnano_options options)
     return voice;
 }
 
+/* Returns when it reads no more. */
+static void hang(pid_t process)
+{
+    siginfo_t info;
+    kill(process, SIGSTOP);
+    waitid(P_PID, (id_t)process, &info, WSTOPPED);
+}
+
 /* All that is real until the voice is silent. */
 static void hear(mossnano *voice, const char *path)
 {
@@ -76,10 +87,50 @@ static uint8_t *load(const char *path, size_t *bytes)
     return data;
 }
 
+/* For tests/steady.py: a frame for so many samples. Returns when they may be pulled. */
+static void feed_steady(mossnano *voice, uint32_t samples)
+{
+    int64_t before = voice->written;
+    mossnano_feed(voice, &samples, 1);
+    UNTIL(voice->written == before + 2 * samples && voice->is_sounding);
+}
+
+static void finish_steady(mossnano *voice)
+{
+    int64_t before = voice->ended;
+    mossnano_finish(voice);
+    UNTIL(voice->ended > before);
+}
+
+static int pulled[1 << 20]; /* of the left channel */
+static size_t pulled_samples;
+
+static int pull_steady(mossnano *voice, size_t samples)
+{
+    static int16_t pcm[2 * 4096];
+    memset(pcm, 0x55, sizeof pcm);
+    size_t sound = mossnano_pull(voice, pcm, samples);
+    for (size_t i = 0; i < samples; i++) {
+        if (pcm[2 * i] != -pcm[2 * i + 1]) say("the channels differ");
+        pulled[pulled_samples++] = pcm[2 * i];
+    }
+    return (int)sound;
+}
+
+static void say_pulled(void)
+{
+    printf("pulled %d", pulled[0]);
+    for (size_t i = 1; i < pulled_samples; i++) printf(",%d", pulled[i]);
+    printf("\\n");
+}
+
+static int underruns(mossnano *voice) { return (int)mossnano_underruns(voice); }
+
 int main(int count, char **words)
 {
     const char *const *command = (const char *const *)words + 1;
-    (void)count, (void)say_error, (void)start, (void)hear, (void)load;
+    (void)count, (void)say_error, (void)start, (void)hear, (void)load, (void)hang;
+    (void)feed_steady, (void)finish_steady, (void)pull_steady, (void)say_pulled, (void)underruns;
     BODY
     return 0;
 }
@@ -233,10 +284,10 @@ def test_a_process_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
     said = play(
         tmp_path,
         f"""
-        mossnano *voice = start((mossnano_options){{.command = command, .on_error = say_error}});
+        mossnano *voice = start((mossnano_options){{.command = command, .on_error = say_error, .fade_ms = -1}});
         size_t bytes, frame_bytes = (size_t)mossnano_get_format(voice).frame_bytes;
         uint8_t *many = calloc(8000, frame_bytes), *tokens = load("{tmp_path / "tokens"}", &bytes);
-        kill(voice->process, SIGSTOP);
+        hang(voice->process);
         bool fed = mossnano_feed(voice, many, 8000), finished = mossnano_finish(voice);
         say("fed %d %d %d", fed, finished, mossnano_cancel(voice));
         int taken = 0;
@@ -269,7 +320,7 @@ def test_a_process_that_hangs_is_ended_by_stop(tmp_path: Path) -> None:
         """
         mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
         pid_t process = voice->process;
-        kill(process, SIGSTOP);
+        hang(process);
         uint8_t *many = calloc(8000, 20);
         mossnano_feed(voice, many, 8000);
         mossnano_stop(voice);
@@ -296,3 +347,192 @@ def test_stop_waits_for_no_grandchild_that_holds_the_pipes(tmp_path: Path) -> No
         ["sh", "-c", f"exec 3<&0; setsid sleep 30 <&3 2>&- & exec {' '.join(map(str, STEADY))}"],
     )
     assert said == ["soon 1"]
+
+
+def sounds(line: str) -> list[int]:
+    return [int(value) for value in line.removeprefix("pulled ").split(",")]
+
+
+def largest_step(values: list[int]) -> int:
+    return max(abs(after - before) for before, after in itertools.pairwise(values))
+
+
+def test_an_underrun_fades_out_and_what_follows_fades_in(tmp_path: Path) -> None:
+    *said, line = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        feed_steady(voice, 1000);
+        for (int times = 0; times < 2; times++) {
+            int first = pull_steady(voice, times ? 64 : 900), second = pull_steady(voice, times ? 64 : 300);
+            say("%d %d underruns %d", first, second, underruns(voice));
+        }
+        feed_steady(voice, 1000);
+        for (int times = 0; times < 10; times++) pull_steady(voice, 100);
+        finish_steady(voice);
+        say("%d speaking %d", pull_steady(voice, 10), mossnano_is_speaking(voice));
+        say_pulled();
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert said == ["900 100 underruns 1", "0 0 underruns 2", "0 speaking 0"]
+    sound = sounds(line)
+    assert sound[:1000] == [LOUD] * 1000
+    assert sound[999 + FADE : 1328] == [0] * (329 - FADE)
+    rising = sound[1328 : 1328 + FADE]
+    assert rising == sorted(rising)
+    assert sound[1328 + FADE - 1 : 2328] == [LOUD] * (1001 - FADE), "no sample is lost"
+    assert sound[2328:] == [0] * 10, "the stream ends as it is"
+    assert largest_step(sound[:2328]) <= LOUD / FADE + 1
+
+
+@pytest.mark.parametrize("waiting", [40, 5000], ids=["less than a fade", "more than a fade"])
+@pytest.mark.parametrize("size", [64, 480], ids=["small pulls", "a large pull"])
+def test_cancel_fades_out_what_is_heard_and_what_follows_fades_in(tmp_path: Path, waiting: int, size: int) -> None:
+    *said, line = play(
+        tmp_path,
+        f"""
+        mossnano *voice = start((mossnano_options){{.command = command, .on_error = say_error}});
+        feed_steady(voice, 480 + {waiting});
+        pull_steady(voice, 480);
+        mossnano_cancel(voice);
+        for (int at = 0; at < 480; at += {size}) say("%d", pull_steady(voice, {size}));
+        UNTIL(voice->cancels_answered == 1);
+        feed_steady(voice, 1000);
+        finish_steady(voice);
+        while (mossnano_is_speaking(voice)) say("%d", pull_steady(voice, 1000));
+        say_pulled();
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    pulls = -(-480 // size)
+    assert said == [*["0"] * pulls, "1000"], "a fade counts for nothing"
+    sound = sounds(line)
+    silent_from, next_from = 479 + FADE, 480 + pulls * size
+    assert sound[:480] == [LOUD] * 480
+    assert sound[480:silent_from] == sorted(sound[480:silent_from], reverse=True)
+    assert sound[silent_from:next_from] == [0] * (next_from - silent_from)
+    assert sound[next_from + FADE - 1 :] == [LOUD] * (1001 - FADE)
+    assert largest_step(sound) <= LOUD / FADE + 1
+
+
+def test_a_negative_fade_leaves_every_sample_as_it_came(tmp_path: Path) -> None:
+    *_, line = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .fade_ms = -1});
+        feed_steady(voice, 100);
+        pull_steady(voice, 150); /* an underrun */
+        feed_steady(voice, 200);
+        pull_steady(voice, 100);
+        mossnano_cancel(voice);
+        pull_steady(voice, 100);
+        say_pulled();
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert sounds(line) == [LOUD] * 100 + [0] * 50 + [LOUD] * 100 + [0] * 100
+
+
+def test_a_stream_that_ends_by_itself_is_not_faded(tmp_path: Path) -> None:
+    *said, line = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        for (int stream = 0; stream < 2; stream++) {
+            feed_steady(voice, 100);
+            finish_steady(voice);
+        }
+        int first = pull_steady(voice, 250), second = pull_steady(voice, 10);
+        say("%d %d underruns %d", first, second, underruns(voice));
+        mossnano_cancel(voice);
+        pull_steady(voice, 10);
+        say_pulled();
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert said == ["200 0 underruns 0"]
+    assert sounds(line) == [LOUD] * 200 + [0] * 70
+
+
+def test_a_prebuffer_is_gathered_before_a_stream_and_after_an_underrun(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        mossnano_options options = {.command = command, .on_error = say_error, .prebuffer_ms = 10, .fade_ms = -1};
+        mossnano *voice = start(options);
+        feed_steady(voice, 479);
+        say("gathering %d", pull_steady(voice, 100));
+        feed_steady(voice, 1);
+        say("gathered %d", pull_steady(voice, 100));
+        say("and %d", pull_steady(voice, 400));
+        say("underruns %d", underruns(voice));
+        feed_steady(voice, 479);
+        say("gathering %d", pull_steady(voice, 100));
+        finish_steady(voice);
+        feed_steady(voice, 100);
+        say("all there is %d", pull_steady(voice, 500));
+        say("and not the next %d", pull_steady(voice, 1));
+        feed_steady(voice, 380);
+        say("the next %d", pull_steady(voice, 500));
+        say("underruns %d", underruns(voice));
+        mossnano_cancel(voice);
+        UNTIL(voice->cancels_answered == 1);
+        feed_steady(voice, 100);
+        say("gathering %d", pull_steady(voice, 10));
+        finish_steady(voice);
+        say("short %d", pull_steady(voice, 100));
+        say("speaking %d", mossnano_is_speaking(voice));
+        mossnano_stop(voice);
+
+        char error[300];
+        options.prebuffer_ms = 10001;
+        if (!mossnano_start(&options, error, sizeof error)) say("%s", error);
+        """,
+        STEADY,
+    )
+    assert said == [
+        "gathering 0",
+        "gathered 100",
+        "and 380",
+        "underruns 1",
+        "gathering 0",
+        "all there is 479",
+        "and not the next 0",
+        "the next 480",
+        "underruns 2",
+        "gathering 0",
+        "short 100",
+        "speaking 0",
+        "prebuffer_ms 10001: 0 or more, and it must fit into the ring of 10000 ms (see ring_seconds)",
+    ]
+
+
+@pytest.mark.parametrize(("prebuffer", "has_underruns"), [(0, 1), (160, 0)])
+def test_jitter_that_a_prebuffer_covers_costs_no_underrun(tmp_path: Path, prebuffer: int, has_underruns: int) -> None:
+    """Fed as it is heard, 80 ms at a time, with up to 80 ms of jitter: the clock is that of the pulls."""
+    said = play(
+        tmp_path,
+        f"""
+        mossnano *voice = start((mossnano_options){{
+            .command = command, .on_error = say_error, .prebuffer_ms = {prebuffer}}});
+        int frames = 0;
+        double due = 0;
+        srand(1);
+        for (int ms = 0; ms < 4000; ms += 10) {{
+            for (; ms >= due; due = 80 * frames + 10 + 70 * (double)rand() / RAND_MAX) {{
+                feed_steady(voice, 3840);
+                frames++;
+            }}
+            pull_steady(voice, 480);
+        }}
+        say("%d", underruns(voice) > 0);
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert said == [str(has_underruns)]

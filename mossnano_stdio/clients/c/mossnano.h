@@ -11,6 +11,10 @@
  * wait for it. A feed beyond that is refused whole: it answers false, and on_error is told `queue_full`. Another thread
  * of ours reads all that the process says. When the ring is full it waits for room, and so does the process.
  *
+ * What is cut off, by cancel or by an underrun, fades out over fade_ms, and what follows fades in: after a cancel, pull
+ * on. With prebuffer_ms a stream sounds once so much of it waits, or all of it, and so again after an underrun: fed in
+ * real time, with jitter, 100 to 200 are enough.
+ *
  * POSIX: link with -pthread; tested on Linux. Windows: compiled once (zig cc), NOT RUN.
  * MSVC needs /std:c11 /experimental:c11atomics. Protocol version 1, see protocol.md.
  */
@@ -34,6 +38,9 @@ typedef struct {
     const char *const *command; /* the program, its arguments, NULL: {"mossnano-stdio", NULL}, looked up on the PATH */
     double ring_seconds;        /* PCM that may wait to be pulled; 0: 10 */
     double start_seconds;       /* how long loading the weights may take; 0: 60 */
+    double fade_ms;             /* out where a CANCEL or an underrun cuts a stream, in where it goes on; 0: 5. Below 0:
+                                   no fade, every sample as it came, and a click */
+    double prebuffer_ms;        /* of a stream are gathered before it is heard, and again after an underrun; 0: nothing */
     void (*on_error)(void *context, const char *code, const char *message, bool fatal); /* on our thread, but for
                                   queue_full, which is said in the feed that is refused; or NULL */
     void *context;
@@ -54,7 +61,8 @@ bool mossnano_feed_codes(mossnano *client, const uint16_t *codes, size_t frames)
 bool mossnano_finish(mossnano *client); /* the stream is complete */
 bool mossnano_cancel(mossnano *client); /* be silent, now: drops whatever was fed, and all that waits to be pulled */
 
-/* Fills `out` with `samples` samples of all channels, with silence where there are none. Returns how many are real. */
+/* Fills `out` with `samples` samples of all channels: with sound, a fade-out where it breaks off, and silence. Returns how
+ * many are real: a fade-out is not. */
 size_t mossnano_pull(mossnano *client, int16_t *out, size_t samples);
 bool mossnano_is_speaking(mossnano *client);      /* is something to be pulled, now or later? */
 uint64_t mossnano_underruns(mossnano *client);    /* pulls that found the ring dry in the middle of a stream */
@@ -84,12 +92,12 @@ void mossnano_stop(mossnano *client);             /* ends the process; nothing o
 #include <string.h>
 #ifdef __cplusplus /* the same words for what both have under other names */
 #include <atomic>
-typedef std::atomic<uint64_t> mossnano__atomic_u64;
+typedef std::atomic<int64_t> mossnano__atomic_i64;
 typedef std::atomic<bool> mossnano__atomic_bool;
 typedef std::atomic<int> mossnano__atomic_int;
 #else
 #include <stdatomic.h>
-typedef _Atomic uint64_t mossnano__atomic_u64;
+typedef _Atomic int64_t mossnano__atomic_i64;
 typedef atomic_bool mossnano__atomic_bool;
 typedef atomic_int mossnano__atomic_int;
 #endif
@@ -99,6 +107,7 @@ enum { MOSSNANO_LONGEST = 1 << 20 };   /* no message of the process is longer */
 enum { MOSSNANO_PIECE = 1 << 16 };     /* of what is fed in one message: CANCEL must not wait behind a long one */
 enum { MOSSNANO_HEAD = 5 };            /* bytes of a message: its length and its kind */
 enum { MOSSNANO_QUEUE = 4 << 20 };     /* of messages that the process has not taken yet */
+enum { MOSSNANO_MARKS = 256 };         /* streams that may begin in the ring */
 enum { MOSSNANO_STOP_MS = 2000 };      /* how long the process may take to end by itself */
 enum { MOSSNANO_LOOK_MS = 50 };        /* how often one who waits for the process looks whether that is over */
 enum { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_GONE };
@@ -138,15 +147,31 @@ struct mossnano {
     char fault[2100];              /* why there was no HANDSHAKE */
     uint8_t *message;
     int16_t *ring;                 /* values, not samples; indices only grow, `% capacity` says where they are */
-    uint64_t capacity;
-    mossnano__atomic_u64 written, taken, drop_before; /* moved by: reader, puller, reader */
-    mossnano__atomic_u64 opened, ended;               /* streams */
-    mossnano__atomic_u64 cancels, cancels_answered;
-    uint64_t opened_before_cancel; /* streams, at the last one; under the gate */
-    mossnano__atomic_u64 underruns;
+    int64_t capacity, fade_samples, prebuffer; /* the last: values */
+    mossnano__atomic_bool has_ring;
+    mossnano__atomic_i64 written, taken, drop_before; /* moved by: reader, puller, reader */
+    mossnano__atomic_i64 end_of_stream;               /* where the last stream that is over ended in the ring, */
+    mossnano__atomic_i64 cut_at;                      /* and where the last one broke off that was lost */
+    int64_t mark_at[MOSSNANO_MARKS];                  /* where in the ring a stream begins */
+    mossnano__atomic_i64 marks_written, marks_taken;  /* moved by: reader, puller */
+    int64_t marked_stream;                            /* the reader's */
+    mossnano__atomic_i64 opened, ended;               /* streams */
+    mossnano__atomic_i64 cancels, cancels_answered;
+    int64_t opened_before_cancel;  /* streams, at the last one; under the gate */
+    mossnano__atomic_i64 underruns;
     mossnano__atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
     mossnano__atomic_bool is_stopping, is_given_up; /* given up: killed, and not waited for any more */
     mossnano__atomic_int state;
+
+    /* The puller's. A pull is `real` samples from `pull_at`, then a fade-out, then silence. */
+    int64_t pull_at, real, audible; /* audible: samples, the real ones and the fade-out */
+    int64_t dropped_left;          /* samples that a CANCEL dropped, and that its fade-out may still use */
+    int64_t level;                 /* how loud we are, from 0 to fade_samples; less only in and after a fade */
+    bool is_fading_out, was_cut, fades_dropped, is_complete;
+    bool is_gathering, is_fresh;   /* fresh: nothing of the stream was given yet: no fade-in, unless we were cut off */
+    int64_t noticed_cancels;
+    int64_t cut_heard;             /* the last cut_at that we came to */
+    int16_t *last;                 /* the last sample that was given: a fade-out holds it where nothing follows */
 };
 
 /* --- what differs between systems ------------------------------------------------------------------------------ */
@@ -390,46 +415,64 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     for (int i = 0; i < 7; i++) ok &= (*numbers[i] = mossnano__number(json, keys[i])) > 0;
     if (!ok) return mossnano__say(c, "handshake", "this is no decoder of protocol 1: update mossnano.h, or drop --encode", true), false;
     double seconds = c->options.ring_seconds > 0 ? c->options.ring_seconds : 10;
-    c->capacity = (uint64_t)(seconds * f->sample_rate) * (uint64_t)f->channels + (uint64_t)f->max_audio_bytes / 2;
-    c->ring = (int16_t *)malloc(c->capacity * sizeof *c->ring);
-    if (!c->ring) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
+    double fade_ms = c->options.fade_ms > 0 ? c->options.fade_ms : c->options.fade_ms < 0 ? 0 : 5;
+    c->capacity = (int64_t)(seconds * f->sample_rate) * f->channels + f->max_audio_bytes / 2;
+    c->capacity -= c->capacity % f->channels; /* whole samples: their channels lie side by side */
+    c->fade_samples = (int64_t)(fade_ms * f->sample_rate / 1000);
+    c->prebuffer = (int64_t)(c->options.prebuffer_ms * f->sample_rate / 1000) * f->channels;
+    c->ring = (int16_t *)malloc((size_t)c->capacity * sizeof *c->ring);
+    c->last = (int16_t *)calloc((size_t)f->channels, sizeof *c->last);
+    if (!c->ring || !c->last) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
+    c->has_ring = true;
     c->state = MOSSNANO_READY;
     return true;
 }
 
 static bool mossnano__is_cancelled(mossnano *c) { return c->cancels != c->cancels_answered; }
 
-static void mossnano__push(mossnano *c, const uint8_t *pcm, size_t values) {
-    for (size_t i = 0; i < values && !mossnano__is_cancelled(c) && !c->is_stopping;) {
-        uint64_t at = c->written, room = c->capacity - (at - c->taken);
+static void mossnano__mark(mossnano *c) { /* a stream begins here */
+    while (c->marks_written - c->marks_taken == MOSSNANO_MARKS) {
+        if (mossnano__is_cancelled(c) || c->is_stopping) return; /* nothing of it will be pulled */
+        mossnano__sleep_ms(2);
+    }
+    c->marked_stream = c->ended;
+    c->mark_at[c->marks_written % MOSSNANO_MARKS] = c->written;
+    c->marks_written++;
+}
+
+static void mossnano__push(mossnano *c, const uint8_t *pcm, int64_t values) {
+    if (c->marked_stream != c->ended) mossnano__mark(c);
+    for (int64_t i = 0; i < values && !mossnano__is_cancelled(c) && !c->is_stopping;) {
+        int64_t at = c->written, room = c->capacity - (at - c->taken);
         if (!room) { mossnano__sleep_ms(2); continue; } /* asleep, not signalled: the puller must not touch a lock */
-        uint64_t end = at + (room < values - i ? room : values - i);
+        int64_t end = at + (room < values - i ? room : values - i);
         for (; at < end; at++, i++) c->ring[at % c->capacity] = (int16_t)(pcm[2 * i] | pcm[2 * i + 1] << 8);
         c->written = end;
         c->is_sounding = true;
     }
 }
 
-static void mossnano__answer_cancel(mossnano *c, uint64_t streams, uint64_t number) { /* all that were open at it are over */
+static void mossnano__answer_cancel(mossnano *c, int64_t streams, int64_t number) { /* all that were open at it are over */
     c->ended = streams;
-    if (mossnano__is_cancelled(c)) c->drop_before = (uint64_t)c->written;
+    if (mossnano__is_cancelled(c)) c->drop_before = (int64_t)c->written;
     c->cancels_answered = number;
 }
 
 static void mossnano__end(mossnano *c, const char *json) {
+    c->end_of_stream = (int64_t)c->written;
     c->is_sounding = false;
     if (!mossnano__is_true(json, "cancelled")) { c->ended++; return; }
     char echo[64], *rest; /* our CANCEL carried how many streams were open by then, and its number */
     mossnano__text(json, "echo", echo, sizeof echo);
-    uint64_t streams = strtoull(echo, &rest, 10);
-    mossnano__answer_cancel(c, streams, strtoull(rest, NULL, 10));
+    int64_t streams = strtoll(echo, &rest, 10);
+    mossnano__answer_cancel(c, streams, strtoll(rest, NULL, 10));
 }
 
 static bool mossnano__take(mossnano *c, int kind, size_t bytes) {
     const char *json = (const char *)c->message; /* ends with a 0 */
     char code[64], text[2048];
     if (c->state == MOSSNANO_STARTING && kind == MOSSNANO_HANDSHAKE) return mossnano__shake_hands(c, json);
-    if (kind == MOSSNANO_AUDIO && c->state == MOSSNANO_READY) mossnano__push(c, c->message, bytes / 2);
+    if (kind == MOSSNANO_AUDIO && c->state == MOSSNANO_READY) mossnano__push(c, c->message, (int64_t)bytes / 2);
     if (kind == MOSSNANO_END) mossnano__end(c, json);
     if (kind == MOSSNANO_ERROR) {
         mossnano__text(json, "code", code, sizeof code);
@@ -452,6 +495,7 @@ static void mossnano__bury(mossnano *c) {
     mossnano__enter(c);
     mossnano__empty_queue(c);
     c->stream_is_open = c->cancel_is_due = c->is_sounding = false;
+    c->cut_at = (int64_t)c->written; /* what came of its streams can still be pulled, and then fades out */
     mossnano__answer_cancel(c, c->opened, c->cancels);
     c->state = MOSSNANO_GONE;
     mossnano__wake(c);
@@ -515,8 +559,8 @@ static mossnano__message *mossnano__take_from_queue(mossnano *c) {
 }
 
 static size_t mossnano__make_cancel(mossnano *c, char *out, size_t room) { /* made when it leaves: it never lacks memory */
-    int bytes = snprintf(out + MOSSNANO_HEAD, room - MOSSNANO_HEAD, "%llu %llu", (unsigned long long)c->opened_before_cancel,
-                         (unsigned long long)c->cancels);
+    int bytes = snprintf(out + MOSSNANO_HEAD, room - MOSSNANO_HEAD, "%lld %lld", (long long)c->opened_before_cancel,
+                         (long long)c->cancels);
     mossnano__make_head((uint8_t *)out, MOSSNANO_CANCEL, (size_t)bytes);
     return MOSSNANO_HEAD + (size_t)bytes;
 }
@@ -562,11 +606,19 @@ mossnano *mossnano_start(const mossnano_options *options, char *error, size_t er
         free(c ? c->message : NULL), free(c);
         return NULL;
     }
+    double ring_ms = 1000 * (options->ring_seconds > 0 ? options->ring_seconds : 10);
+    if (!(options->prebuffer_ms >= 0 && options->prebuffer_ms <= ring_ms)) {
+        snprintf(error, error_bytes, "prebuffer_ms %g: 0 or more, and it must fit into the ring of %g ms (see ring_seconds)",
+                 options->prebuffer_ms, ring_ms);
+        free(c->message), free(c);
+        return NULL;
+    }
     c->options = *options;
     if (!mossnano__spawn(c, options->command, error, error_bytes)) {
         free(c->message), free(c);
         return NULL;
     }
+    c->marked_stream = -1;
     mossnano__make_gate(c);
     c->queue_end = &c->queue;
     bool has_writer = mossnano__start_thread(&c->writer, mossnano__write_messages, c);
@@ -677,20 +729,97 @@ bool mossnano_cancel(mossnano *c) {
     return is_ready;
 }
 
-size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
+/* --- the puller: without a lock against the reader -------------------------------------------------------------- */
+
+static int64_t mossnano__least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void mossnano__take_marks(mossnano *c, int64_t at) {
+    for (; c->marks_taken < c->marks_written && c->mark_at[c->marks_taken % MOSSNANO_MARKS] <= at; c->marks_taken++) {
+        c->is_fresh = true;
+        c->is_gathering = c->prebuffer > 0;
+    }
+}
+
+static bool mossnano__take_real(mossnano *c, int64_t wanted, int64_t cut, int64_t over, int64_t end) { /* was the ring dry? */
+    int64_t at = c->pull_at;
+    bool is_cut = false; /* what follows is another stream, but this one's last sample is not its end */
+    while (c->real < wanted) {
+        is_cut = at == cut && cut != c->cut_heard && c->level + c->real > 0;
+        if (at == cut) c->cut_heard = cut;
+        if (is_cut) break;
+        mossnano__take_marks(c, at);
+        bool is_whole = over > at || cut > at; /* more of this stream does not come */
+        bool is_gathered = !c->is_gathering || ((end - at >= c->prebuffer || is_whole) && end > at);
+        int64_t next_mark = c->marks_taken < c->marks_written ? c->mark_at[c->marks_taken % MOSSNANO_MARKS] : end;
+        int64_t until = mossnano__least(mossnano__least(end, next_mark), cut > at ? cut : end);
+        int64_t more = is_gathered ? mossnano__least(wanted - c->real, (until - at) / c->format.channels) : 0;
+        if (more <= 0) break;
+        if (c->is_fresh && c->real == 0 && !c->was_cut) c->level = c->fade_samples;
+        c->is_fresh = c->is_gathering = c->was_cut = false;
+        c->real += more;
+        at += more * c->format.channels;
+    }
+    if (c->real == wanted) return false;
+    c->is_complete = at == over || c->is_gathering; /* the stream ends here as it should, with its own last sample */
+    bool fades_out = !c->is_complete && c->level + c->real > 0 && c->fade_samples > 0;
+    if (fades_out) c->is_fading_out = c->was_cut = true, c->fades_dropped = false;
+    bool is_dry = !c->is_gathering && !is_cut;
+    c->is_gathering = c->prebuffer > 0;
+    return is_dry;
+}
+
+static void mossnano__begin_pull(mossnano *c, int64_t wanted) {
     bool was_sounding = c->is_sounding; /* asked before the ring is looked at: what it told of is in there */
-    bool is_cancelled = mossnano__is_cancelled(c);
-    uint64_t end = c->written, at = c->taken, wanted = samples * (uint64_t)c->format.channels;
-    uint64_t drop_before = is_cancelled ? end : (uint64_t)c->drop_before;
-    if (at < drop_before) at = drop_before;
-    if (end < at) end = at;
-    uint64_t values = end - at < wanted ? end - at : wanted;
-    values -= values % (uint64_t)c->format.channels;
-    for (uint64_t i = 0; i < values; i++) out[i] = c->ring[(at + i) % c->capacity];
-    memset(out + values, 0, (size_t)(wanted - values) * sizeof *out);
-    c->taken = at + values; /* only now: until here the reader must not write over it */
-    if (values < wanted && was_sounding && c->is_sounding && !is_cancelled) c->underruns++;
-    return (size_t)values / (size_t)c->format.channels;
+    int64_t cut = c->cut_at, over = c->end_of_stream, end = c->written, taken = c->taken;
+    int64_t number = c->cancels; /* asked after it: what lies before the end was fed before that CANCEL */
+    bool is_cancelled = number != c->cancels_answered;
+    int64_t dropped = is_cancelled ? end : (int64_t)c->drop_before;
+    bool cuts = number != c->noticed_cancels && c->level > 0 && !c->is_fading_out;
+    if (cuts) c->is_fading_out = c->was_cut = c->fades_dropped = true;
+    c->noticed_cancels = number;
+
+    c->real = 0;
+    c->is_complete = false;
+    c->pull_at = c->is_fading_out || taken > dropped ? taken : dropped;
+    c->dropped_left = c->is_fading_out && c->fades_dropped && dropped > taken ? (dropped - taken) / c->format.channels : 0;
+    if (!c->is_fading_out) { /* a fade-out is finished first */
+        bool is_dry = mossnano__take_real(c, wanted, cut, over, end);
+        if (is_dry && was_sounding && c->is_sounding && !is_cancelled) c->underruns++;
+    }
+    int64_t fade = c->is_fading_out ? mossnano__least(c->fade_samples, c->level + c->real) : 0;
+    c->audible = mossnano__least(wanted, c->real + fade);
+}
+
+static int16_t *mossnano__at(mossnano *c, int64_t sample) { return &c->ring[(c->pull_at + sample * c->format.channels) % c->capacity]; }
+
+static void mossnano__give(mossnano *c, int64_t sample, int16_t *out) {
+    int64_t loud = c->level + sample + 1; /* of the fade-in */
+    const int16_t *held = mossnano__at(c, sample);
+    if (sample >= c->real) {
+        int64_t from = c->dropped_left > 0 ? mossnano__least(sample, c->dropped_left - 1) : c->real - 1;
+        loud = mossnano__least(c->fade_samples, c->level + c->real) - (sample - c->real) - 1;
+        held = from < 0 ? c->last : mossnano__at(c, from);
+    }
+    for (int channel = 0; channel < c->format.channels; channel++)
+        out[channel] = loud >= c->fade_samples ? held[channel] : (int16_t)(held[channel] * loud / c->fade_samples);
+}
+
+static void mossnano__end_pull(mossnano *c) {
+    int64_t given = c->real + mossnano__least(c->audible - c->real, c->dropped_left);
+    if (given > 0) memcpy(c->last, mossnano__at(c, given - 1), (size_t)c->format.channels * sizeof *c->last);
+    c->level = c->is_complete ? 0 : mossnano__least(c->fade_samples, c->level + c->real) - (c->audible - c->real);
+    c->is_fading_out = c->is_fading_out && c->level > 0;
+    c->taken = c->pull_at + given * c->format.channels; /* only now: until here the reader must not write over it */
+}
+
+size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
+    if (!c->has_ring) return 0;
+    size_t channels = (size_t)c->format.channels;
+    mossnano__begin_pull(c, (int64_t)samples);
+    for (int64_t i = 0; i < c->audible; i++) mossnano__give(c, i, out + (size_t)i * channels);
+    memset(out + (size_t)c->audible * channels, 0, (samples - (size_t)c->audible) * channels * sizeof *out);
+    mossnano__end_pull(c);
+    return (size_t)c->real;
 }
 
 bool mossnano_is_speaking(mossnano *c) {
@@ -698,7 +827,7 @@ bool mossnano_is_speaking(mossnano *c) {
     return more_comes || (c->taken < c->written && c->drop_before < c->written && !mossnano__is_cancelled(c));
 }
 
-uint64_t mossnano_underruns(mossnano *c) { return c->underruns; }
+uint64_t mossnano_underruns(mossnano *c) { return (uint64_t)c->underruns; }
 
 void mossnano_stop(mossnano *c) {
     if (!c) return;
@@ -715,6 +844,6 @@ void mossnano_stop(mossnano *c) {
     mossnano__join(c->writer);
     mossnano__release(c);
     mossnano__unmake_gate(c);
-    free(c->ring), free(c->message), free(c);
+    free(c->ring), free(c->last), free(c->message), free(c);
 }
 #endif
