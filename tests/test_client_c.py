@@ -230,7 +230,7 @@ def test_a_process_hears_the_signals_that_its_host_does_not(tmp_path: Path, host
         + """
         mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
         kill(voice->process, SIGTERM);
-        for (int ms = 0; voice->state != MOSSNANO_GONE && ms < 5000; ms += 2) mossnano__sleep_ms(2);
+        for (int ms = 0; voice->state != MOSSNANO_FAILED && ms < 5000; ms += 2) mossnano__sleep_ms(2);
         mossnano_stop(voice);
         """,
         STEADY,
@@ -536,3 +536,97 @@ def test_jitter_that_a_prebuffer_covers_costs_no_underrun(tmp_path: Path, prebuf
         STEADY,
     )
     assert said == [str(has_underruns)]
+
+
+def test_a_launch_returns_at_once_and_its_state_says_how_it_goes(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        f"""
+        char error[200];
+        mossnano_options options = {{.command = command, .on_error = say_error}};
+        mossnano *voice = mossnano_launch(&options, error, sizeof error);
+        say("starting %d '%s'", mossnano_state(voice) == MOSSNANO_STARTING, mossnano_reason(voice));
+        uint16_t codes[4] = {{0}};
+        bool fed = mossnano_feed(voice, codes, 1), finished = mossnano_finish(voice), cancelled = mossnano_cancel(voice);
+        say("%d %d %d %d", fed, mossnano_feed_codes(voice, codes, 1), finished, cancelled);
+        int16_t pcm[2] = {{7, 8}};
+        size_t pulled = mossnano_pull(voice, pcm, 1);
+        say("%zu %d %d %d", pulled, pcm[0], mossnano_is_speaking(voice), mossnano_get_format(voice).channels);
+        fclose(fopen("{tmp_path / "go"}", "w"));
+        UNTIL(mossnano_state(voice) != MOSSNANO_STARTING);
+        say("ready %d, channels %d", mossnano_state(voice) == MOSSNANO_READY, mossnano_get_format(voice).channels);
+        feed_steady(voice, 100);
+        say("pulled %d", pull_steady(voice, 50));
+        mossnano_feed(voice, "\\0\\0\\0", 1);
+        UNTIL(voice->is_over);
+        say("failed %d %s", mossnano_state(voice) == MOSSNANO_FAILED, mossnano_reason(voice));
+        mossnano_stop(voice);
+        """,
+        [
+            "sh",
+            "-c",
+            f'until [ -e "$0" ]; do sleep 0.05; done; exec "{STEADY[0]}" "{STEADY[1]}"',
+            tmp_path / "go",
+        ],
+    )
+    reason = "the process ended by itself with status 3: its stderr says more"
+    assert said == [
+        "starting 1 ''",
+        "0 0 0 0",
+        "0 7 0 0",
+        "ready 1, channels 2",
+        "pulled 50",
+        f"error process_ended 1 {reason}",
+        f"failed 1 {reason} (process_ended)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "reason"),
+    [
+        (["no-such-decoder"], "not_started", "no-such-decoder cannot be started"),
+        ([*DEMO[:-1], "nowhere"], "bad_weights", "nowhere"),
+        (["true"], "process_ended", "status 0: its stderr says more (process_ended)"),
+        (["sleep", "600"], "timeout", "no HANDSHAKE in time: allow more start_seconds"),
+        (["sh", "-c", "setsid sleep 60 2>&-"], "timeout", "no HANDSHAKE in time: allow more start_seconds"),
+    ],
+    ids=["no program", "no weights", "no decoder", "no answer", "no answer and out of reach"],
+)
+def test_a_launch_that_fails_tells_why(tmp_path: Path, command: list[str], code: str, reason: str) -> None:
+    said, failed, not_started = play(
+        tmp_path,
+        f"""
+        char error[2200];
+        mossnano_options options = {{
+            .command = command, .on_error = say_error, .start_seconds = {0.5 if code == "timeout" else 60}}};
+        mossnano *voice = mossnano_launch(&options, error, sizeof error);
+        UNTIL(voice->is_over);
+        say("failed %d %s", mossnano_state(voice) == MOSSNANO_FAILED, mossnano_reason(voice));
+        mossnano_stop(voice);
+        mossnano_start(&options, error, sizeof error); /* says the same, and on_error hears nothing */
+        say("%s", error);
+        """,
+        command,
+    )
+    assert said.startswith(f"error {code} 1 ")
+    assert failed.startswith("failed 1 ")
+    assert reason in failed
+    assert not_started == failed.removeprefix("failed 1 ")
+
+
+def test_stop_ends_a_launch(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        char error[200];
+        mossnano_options options = {.command = command, .on_error = say_error};
+        mossnano *voice = mossnano_launch(&options, error, sizeof error);
+        UNTIL(voice->has_process);
+        pid_t process = voice->process;
+        mossnano_stop(voice);
+        say("there %d", kill(process, 0) == 0);
+        mossnano_stop(mossnano_launch(&options, error, sizeof error)); /* at once */
+        """,
+        ["sleep", "600"],
+    )
+    assert said == ["there 0"]

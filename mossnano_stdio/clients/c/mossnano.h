@@ -11,6 +11,8 @@
  * wait for it. A feed beyond that is refused whole: it answers false, and on_error is told `queue_full`. Another thread
  * of ours reads all that the process says. When the ring is full it waits for room, and so does the process.
  *
+ * Where nobody wants to wait for the weights, mossnano_launch gives a client at once: ask its mossnano_state.
+ *
  * What is cut off, by cancel or by an underrun, fades out over fade_ms, and what follows fades in: after a cancel, pull
  * on. With prebuffer_ms a stream sounds once so much of it waits, or all of it, and so again after an underrun: fed in
  * real time, with jitter, 100 to 200 are enough.
@@ -50,23 +52,35 @@ typedef struct { /* as the process says in its HANDSHAKE */
     int sample_rate, channels, frame_samples, quantizers, codebook_size, frame_bytes, max_audio_bytes;
 } mossnano_format;
 
+enum mossnano_state { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_FAILED };
+
 /* Returns when the process is ready; NULL and a text in `error` when it will not be. */
 mossnano *mossnano_start(const mossnano_options *options, char *error, size_t error_bytes);
+
+/* The same at once, whether or not there is such a program: a client whose state is MOSSNANO_STARTING. on_error is told what
+ * goes wrong meanwhile, too. Until it is ready, feed, finish and cancel answer false, and pull gives nothing: it does not
+ * even know the channels of `out` yet. NULL: the options are bad, or there is no memory. */
+mossnano *mossnano_launch(const mossnano_options *options, char *error, size_t error_bytes);
+enum mossnano_state mossnano_state(const mossnano *client);
+const char *mossnano_reason(const mossnano *client); /* why it has failed; "" before */
+
+/* All zero until the client is ready. */
 mossnano_format mossnano_get_format(const mossnano *client);
 
 /* Adds frames to the stream and opens one where none is open: packed ones, frame_bytes each, or codes, `quantizers`
- * each. All four answer false when the process is gone (on_error said why), mossnano_feed_codes for bad codes too. */
+ * each. All four answer false unless the client is ready (on_error said why), mossnano_feed_codes for bad codes too. */
 bool mossnano_feed(mossnano *client, const void *packed, size_t frames);
 bool mossnano_feed_codes(mossnano *client, const uint16_t *codes, size_t frames);
 bool mossnano_finish(mossnano *client); /* the stream is complete */
 bool mossnano_cancel(mossnano *client); /* be silent, now: drops whatever was fed, and all that waits to be pulled */
 
 /* Fills `out` with `samples` samples of all channels: with sound, a fade-out where it breaks off, and silence. Returns how
- * many are real: a fade-out is not. */
+ * many are real: a fade-out is not. Before the client is ready that is none, and `out` is left alone. */
 size_t mossnano_pull(mossnano *client, int16_t *out, size_t samples);
 bool mossnano_is_speaking(mossnano *client);      /* is something to be pulled, now or later? */
 uint64_t mossnano_underruns(mossnano *client);    /* pulls that found the ring dry in the middle of a stream */
-void mossnano_stop(mossnano *client);             /* ends the process; nothing of it is left. No pull may be running */
+void mossnano_stop(mossnano *client);             /* ends the process; nothing of it is left. No pull may be
+                                                     running, and no callback of ours may call this */
 
 #ifdef __cplusplus
 }
@@ -110,7 +124,6 @@ enum { MOSSNANO_QUEUE = 4 << 20 };     /* of messages that the process has not t
 enum { MOSSNANO_MARKS = 256 };         /* streams that may begin in the ring */
 enum { MOSSNANO_STOP_MS = 2000 };      /* how long the process may take to end by itself */
 enum { MOSSNANO_LOOK_MS = 50 };        /* how often one who waits for the process looks whether that is over */
-enum { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_GONE };
 
 #ifdef _WIN32
 typedef HANDLE mossnano__thread;
@@ -141,10 +154,12 @@ struct mossnano {
     size_t queued_bytes;           /* theirs, and those of the message that is being written */
     bool cancel_is_due;            /* before all that is in the queue */
     bool stream_is_open, is_closing;
+    bool has_process;              /* that may be killed: its number is still its own */
     mossnano_options options;
     mossnano_format format;
     bool fatal_was_said;           /* the reader's, as is `message` */
-    char fault[2100];              /* why there was no HANDSHAKE */
+    bool start_fails;              /* with what goes wrong before the first HANDSHAKE: on_error is not told */
+    char fault[2200], reason[2200]; /* what was said last; and what was, when it failed */
     uint8_t *message;
     int16_t *ring;                 /* values, not samples; indices only grow, `% capacity` says where they are */
     int64_t capacity, fade_samples, prebuffer; /* the last: values */
@@ -161,6 +176,8 @@ struct mossnano {
     mossnano__atomic_i64 underruns;
     mossnano__atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
     mossnano__atomic_bool is_stopping, is_given_up; /* given up: killed, and not waited for any more */
+    mossnano__atomic_bool is_late;                  /* to say HANDSHAKE: it was killed */
+    mossnano__atomic_bool is_gone, is_over;         /* the process; and the reader, too */
     mossnano__atomic_int state;
 
     /* The puller's. A pull is `real` samples from `pull_at`, then a fade-out, then silence. */
@@ -191,7 +208,8 @@ static void mossnano__wait(mossnano *c) { SleepConditionVariableSRW(&c->queue_ch
 static void mossnano__wake(mossnano *c) { WakeAllConditionVariable(&c->queue_changed); }
 static void mossnano__sleep_ms(int ms) { Sleep((DWORD)ms); }
 static void mossnano__close_input(mossnano *c) { CloseHandle(c->input); }
-static void mossnano__kill(mossnano *c) { TerminateJobObject(c->job, 1); }
+static void mossnano__kill_process(mossnano *c) { TerminateJobObject(c->job, 1); }
+static int64_t mossnano__now_ms(void) { return (int64_t)GetTickCount64(); }
 static void mossnano__release(mossnano *c) { CloseHandle(c->output); CloseHandle(c->process); CloseHandle(c->job); }
 
 static size_t mossnano__read_some(mossnano *c, uint8_t *out, size_t bytes) {
@@ -223,7 +241,8 @@ static char *mossnano__quote(char *out, const char *word) { /* as the C runtime 
     return out;
 }
 
-static bool mossnano__spawn(mossnano *c, const char *const *command, char *error, size_t error_bytes) {
+static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
+    const char *const *command = c->options.command;
     size_t most = 1;
     for (const char *const *word = command; *word; word++) most += 2 * strlen(*word) + 3;
     char *line = (char *)malloc(most), *end = line;
@@ -271,6 +290,12 @@ static void mossnano__leave(mossnano *c) { pthread_mutex_unlock(&c->gate); }
 static void mossnano__wait(mossnano *c) { pthread_cond_wait(&c->queue_changed, &c->gate); }
 static void mossnano__wake(mossnano *c) { pthread_cond_broadcast(&c->queue_changed); }
 
+static int64_t mossnano__now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
 static void mossnano__be_deaf(void) { /* signals are for your threads; a SIGPIPE, of ours, is for nobody */
     sigset_t all;
     sigfillset(&all);
@@ -279,13 +304,13 @@ static void mossnano__be_deaf(void) { /* signals are for your threads; a SIGPIPE
 
 static void mossnano__sleep_ms(int ms) { struct timespec pause = {0, ms * 1000000L}; nanosleep(&pause, NULL); }
 static void mossnano__close_input(mossnano *c) { close(c->input); }
-static void mossnano__kill(mossnano *c) { kill(-c->process, SIGKILL); } /* its group: a wrapper may have children */
+static void mossnano__kill_process(mossnano *c) { kill(-c->process, SIGKILL); } /* its group: a wrapper may have children */
 static void mossnano__release(mossnano *c) { close(c->output); while (waitpid(c->process, NULL, 0) < 0 && errno == EINTR) {} }
 
 static bool mossnano__waits_for(mossnano *c, int pipe, short event) { /* false: it is given up */
     struct pollfd what = {pipe, event, 0};
     while (poll(&what, 1, MOSSNANO_LOOK_MS) <= 0)
-        if (c->is_given_up || (event == POLLOUT && c->state == MOSSNANO_GONE)) return false;
+        if (c->is_given_up || c->is_late || (event == POLLOUT && c->is_gone)) return false;
     return true;
 }
 
@@ -323,7 +348,8 @@ static bool mossnano__pipe(int *ends) {
     return ends[0] >= 0 && ends[1] >= 0;
 }
 
-static bool mossnano__spawn(mossnano *c, const char *const *command, char *error, size_t error_bytes) {
+static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
+    const char *const *command = c->options.command;
     int ends[4] = {-1, -1, -1, -1};
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
@@ -401,10 +427,16 @@ static bool mossnano__read_all(mossnano *c, uint8_t *out, size_t bytes) {
 }
 
 static void mossnano__say(mossnano *c, const char *code, const char *text, bool fatal) {
-    if (c->is_stopping) return;
-    if (c->state == MOSSNANO_STARTING) snprintf(c->fault, sizeof c->fault, "%s (%s)", text, code);
-    else if (c->options.on_error) c->options.on_error(c->options.context, code, text, fatal);
     c->fatal_was_said |= fatal;
+    if (c->is_stopping) return;
+    if (fatal || !c->has_ring) snprintf(c->fault, sizeof c->fault, "%s (%s)", text, code);
+    if (c->options.on_error && (c->has_ring || !c->start_fails)) c->options.on_error(c->options.context, code, text, fatal);
+}
+
+static void mossnano__kill(mossnano *c) {
+    mossnano__enter(c);
+    if (c->has_process) mossnano__kill_process(c);
+    mossnano__leave(c);
 }
 
 static bool mossnano__shake_hands(mossnano *c, const char *json) {
@@ -423,9 +455,12 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     c->ring = (int16_t *)malloc((size_t)c->capacity * sizeof *c->ring);
     c->last = (int16_t *)calloc((size_t)f->channels, sizeof *c->last);
     if (!c->ring || !c->last) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
-    c->has_ring = true;
-    c->state = MOSSNANO_READY;
-    return true;
+    mossnano__enter(c);
+    bool is_in_time = !c->is_late;
+    if (is_in_time) c->has_ring = true;
+    if (is_in_time) c->state = MOSSNANO_READY;
+    mossnano__leave(c);
+    return is_in_time;
 }
 
 static bool mossnano__is_cancelled(mossnano *c) { return c->cancels != c->cancels_answered; }
@@ -491,22 +526,23 @@ static void mossnano__empty_queue(mossnano *c) { /* whoever calls this holds the
     c->queue_end = &c->queue;
 }
 
-static void mossnano__bury(mossnano *c) {
+static void mossnano__bury(mossnano *c, const char *code, const char *text) {
     mossnano__enter(c);
     mossnano__empty_queue(c);
-    c->stream_is_open = c->cancel_is_due = c->is_sounding = false;
+    c->stream_is_open = c->cancel_is_due = c->is_sounding = c->has_process = false;
     c->cut_at = (int64_t)c->written; /* what came of its streams can still be pulled, and then fades out */
     mossnano__answer_cancel(c, c->opened, c->cancels);
-    c->state = MOSSNANO_GONE;
+    c->is_gone = true;
+    if (!c->fatal_was_said) snprintf(c->fault, sizeof c->fault, strcmp(code, "process_ended") ? "%s" : "%s (process_ended)", text);
+    memcpy(c->reason, c->fault, sizeof c->reason);
+    c->state = MOSSNANO_FAILED;
     mossnano__wake(c);
     mossnano__leave(c);
+    if (!c->fatal_was_said) mossnano__say(c, code, text, true);
 }
 
-MOSSNANO_THREAD(mossnano__read_messages) {
-    mossnano *c = (mossnano *)context;
+static void mossnano__read_messages(mossnano *c) {
     uint8_t head[MOSSNANO_HEAD];
-    char text[120];
-    mossnano__be_deaf();
     while (mossnano__read_all(c, head, sizeof head)) {
         uint32_t length = head[0] | (uint32_t)head[1] << 8 | (uint32_t)head[2] << 16 | (uint32_t)head[3] << 24;
         if (length < 1 || length > MOSSNANO_LONGEST) {
@@ -518,10 +554,6 @@ MOSSNANO_THREAD(mossnano__read_messages) {
         c->message[length - 1] = 0;
         if (!mossnano__take(c, head[4], length - 1)) { mossnano__kill(c); break; }
     }
-    snprintf(text, sizeof text, "the process ended by itself with status %d: its stderr says more", mossnano__exit_status(c));
-    if (!c->fatal_was_said) mossnano__say(c, "process_ended", text, true);
-    mossnano__bury(c);
-    return 0;
 }
 
 /* --- the writer ------------------------------------------------------------------------------------------------- */
@@ -570,7 +602,7 @@ static bool mossnano__write_next(mossnano *c) { /* false: that was all */
     size_t cancel_bytes = 0;
     mossnano__message *message = NULL;
     mossnano__enter(c);
-    while (!c->queue && !c->cancel_is_due && !c->is_closing && c->state != MOSSNANO_GONE) mossnano__wait(c);
+    while (!c->queue && !c->cancel_is_due && !c->is_closing && !c->is_gone) mossnano__wait(c);
     if (c->cancel_is_due) cancel_bytes = mossnano__make_cancel(c, cancel, sizeof cancel);
     else if (c->queue) message = mossnano__take_from_queue(c);
     c->cancel_is_due = false;
@@ -588,17 +620,66 @@ static bool mossnano__write_next(mossnano *c) { /* false: that was all */
     return true;
 }
 
+static void mossnano__await_start(mossnano *c) { /* there is nothing to write before it; and whoever is late is ended */
+    double seconds = c->options.start_seconds > 0 ? c->options.start_seconds : 60;
+    int64_t until = mossnano__now_ms() + (int64_t)(1000 * (seconds < 1e9 ? seconds : 1e9));
+    while (c->state == MOSSNANO_STARTING && !c->is_gone && !c->is_stopping && mossnano__now_ms() < until) mossnano__sleep_ms(2);
+    mossnano__enter(c);
+    c->is_late = c->state == MOSSNANO_STARTING && !c->is_gone && !c->is_stopping;
+    bool is_late = c->is_late;
+    mossnano__leave(c);
+    if (is_late) mossnano__kill(c);
+}
+
 MOSSNANO_THREAD(mossnano__write_messages) {
     mossnano *c = (mossnano *)context;
     mossnano__be_deaf();
+    mossnano__await_start(c);
     while (mossnano__write_next(c)) {}
     mossnano__close_input(c); /* which the process takes as the end */
     return 0;
 }
 
+/* --- the process ------------------------------------------------------------------------------------------------ */
+
+static void mossnano__run_process(mossnano *c) {
+    char text[2200];
+    if (!mossnano__spawn(c, text, sizeof text)) {
+        mossnano__bury(c, "not_started", text);
+        return;
+    }
+    mossnano__enter(c);
+    c->has_process = true;
+    mossnano__leave(c);
+    bool has_writer = mossnano__start_thread(&c->writer, mossnano__write_messages, c);
+    if (!has_writer) mossnano__say(c, "no_thread", "no thread to be had", true);
+    if (!has_writer || c->is_stopping) mossnano__kill(c); /* stopping: that came too early to do it */
+    mossnano__read_messages(c);
+    snprintf(text, sizeof text, "the process ended by itself with status %d: its stderr says more", mossnano__exit_status(c));
+    if (c->is_late) mossnano__bury(c, "timeout", "no HANDSHAKE in time: allow more start_seconds, or look at its stderr");
+    else mossnano__bury(c, "process_ended", text);
+    if (has_writer) mossnano__join(c->writer);
+    else mossnano__close_input(c);
+    mossnano__release(c);
+}
+
+MOSSNANO_THREAD(mossnano__run) {
+    mossnano *c = (mossnano *)context;
+    mossnano__be_deaf();
+    mossnano__run_process(c);
+    c->is_over = true;
+    return 0;
+}
+
 /* --- what you call ---------------------------------------------------------------------------------------------- */
 
-mossnano *mossnano_start(const mossnano_options *options, char *error, size_t error_bytes) {
+static mossnano *mossnano__make(const mossnano_options *options, bool start_fails, char *error, size_t error_bytes) {
+    double ring_ms = 1000 * (options->ring_seconds > 0 ? options->ring_seconds : 10);
+    if (!(options->prebuffer_ms >= 0 && options->prebuffer_ms <= ring_ms)) {
+        snprintf(error, error_bytes, "prebuffer_ms %g: 0 or more, and it must fit into the ring of %g ms (see ring_seconds)",
+                 options->prebuffer_ms, ring_ms);
+        return NULL;
+    }
     mossnano *c = (mossnano *)calloc(1, sizeof *c);
     if (c) c->message = (uint8_t *)malloc(MOSSNANO_LONGEST);
     if (!c || !c->message || !options->command || !options->command[0]) {
@@ -606,41 +687,38 @@ mossnano *mossnano_start(const mossnano_options *options, char *error, size_t er
         free(c ? c->message : NULL), free(c);
         return NULL;
     }
-    double ring_ms = 1000 * (options->ring_seconds > 0 ? options->ring_seconds : 10);
-    if (!(options->prebuffer_ms >= 0 && options->prebuffer_ms <= ring_ms)) {
-        snprintf(error, error_bytes, "prebuffer_ms %g: 0 or more, and it must fit into the ring of %g ms (see ring_seconds)",
-                 options->prebuffer_ms, ring_ms);
-        free(c->message), free(c);
-        return NULL;
-    }
     c->options = *options;
-    if (!mossnano__spawn(c, options->command, error, error_bytes)) {
-        free(c->message), free(c);
-        return NULL;
-    }
+    c->start_fails = start_fails;
     c->marked_stream = -1;
-    mossnano__make_gate(c);
     c->queue_end = &c->queue;
-    bool has_writer = mossnano__start_thread(&c->writer, mossnano__write_messages, c);
-    if (!has_writer || !mossnano__start_thread(&c->reader, mossnano__read_messages, c)) {
-        snprintf(error, error_bytes, "no thread to be had");
-        mossnano__kill(c);
-        if (has_writer) mossnano__bury(c), mossnano__join(c->writer);
-        else mossnano__close_input(c);
-        mossnano__release(c), free(c->message), free(c);
-        return NULL;
-    }
-    double left_ms = 1000 * (options->start_seconds > 0 ? options->start_seconds : 60);
-    for (; c->state == MOSSNANO_STARTING && left_ms > 0; left_ms -= 2) mossnano__sleep_ms(2);
-    if (c->state == MOSSNANO_READY || c->ring) return c; /* one that is gone already says so when it is fed */
-    bool is_late = c->state == MOSSNANO_STARTING;
-    if (is_late) snprintf(error, error_bytes, "no HANDSHAKE in time: allow more start_seconds, or look at its stderr");
-    else snprintf(error, error_bytes, "%s", c->fault);
+    mossnano__make_gate(c);
+    if (mossnano__start_thread(&c->reader, mossnano__run, c)) return c;
+    snprintf(error, error_bytes, "no thread to be had");
+    mossnano__unmake_gate(c), free(c->message), free(c);
+    return NULL;
+}
+
+mossnano *mossnano_launch(const mossnano_options *options, char *error, size_t error_bytes) {
+    return mossnano__make(options, false, error, error_bytes);
+}
+
+mossnano *mossnano_start(const mossnano_options *options, char *error, size_t error_bytes) {
+    mossnano *c = mossnano__make(options, true, error, error_bytes);
+    if (!c) return NULL;
+    while (c->state == MOSSNANO_STARTING && !c->is_over) mossnano__sleep_ms(2);
+    if (c->has_ring) return c; /* one that has failed already says so when it is fed */
+    snprintf(error, error_bytes, "%s", c->reason);
     mossnano_stop(c);
     return NULL;
 }
 
-mossnano_format mossnano_get_format(const mossnano *client) { return client->format; }
+enum mossnano_state mossnano_state(const mossnano *c) { return (enum mossnano_state)(int)c->state; }
+const char *mossnano_reason(const mossnano *c) { return c->state == MOSSNANO_FAILED ? c->reason : ""; }
+
+mossnano_format mossnano_get_format(const mossnano *c) {
+    static const mossnano_format unknown = {0, 0, 0, 0, 0, 0, 0};
+    return c->has_ring ? c->format : unknown;
+}
 
 /* The messages for some frames; NULL where there is no memory. */
 static mossnano__message *mossnano__cut(const uint8_t *at, size_t frames, size_t frame_bytes) {
@@ -688,6 +766,7 @@ bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
 }
 
 bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) {
+    if (c->state != MOSSNANO_READY) return false;
     size_t quantizers = (size_t)c->format.quantizers, frame_bytes = (size_t)c->format.frame_bytes, bits = 0;
     while (1 << bits < c->format.codebook_size) bits++;
     uint8_t *packed = (uint8_t *)calloc(frames + 1, frame_bytes);
@@ -823,7 +902,7 @@ size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
 }
 
 bool mossnano_is_speaking(mossnano *c) {
-    bool more_comes = c->state == MOSSNANO_READY && c->ended < c->opened; /* asked first: what came by then is in the ring */
+    bool more_comes = !c->is_gone && c->ended < c->opened; /* asked first: what came by then is in the ring */
     return more_comes || (c->taken < c->written && c->drop_before < c->written && !mossnano__is_cancelled(c));
 }
 
@@ -837,12 +916,10 @@ void mossnano_stop(mossnano *c) {
     c->is_closing = true;
     mossnano__wake(c);
     mossnano__leave(c);
-    for (int ms = 0; c->state != MOSSNANO_GONE && ms < MOSSNANO_STOP_MS; ms += 2) mossnano__sleep_ms(2);
-    if (c->state != MOSSNANO_GONE) mossnano__kill(c);
+    for (int ms = 0; !c->is_over && ms < MOSSNANO_STOP_MS; ms += 2) mossnano__sleep_ms(2);
+    if (!c->is_over) mossnano__kill(c);
     c->is_given_up = true;
     mossnano__join(c->reader);
-    mossnano__join(c->writer);
-    mossnano__release(c);
     mossnano__unmake_gate(c);
     free(c->ring), free(c->last), free(c->message), free(c);
 }
