@@ -6,6 +6,7 @@ Each test is the body of a main, compiled with the client and given a decoder's 
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ PROGRAM = """
 
 static void say(const char *format, ...)
 {
-    char line[4096];
+    char line[8192];
     va_list values;
     va_start(values, format);
     vsnprintf(line, sizeof line, format, values);
@@ -44,6 +45,14 @@ static void say_error(void *context, const char *code, const char *message, bool
     (void)context;
     say("error %s %d %s", code, fatal, message);
 }
+
+static void say_lost(void *context, int64_t first, int64_t last)
+{
+    (void)context;
+    say("lost %d to %d", (int)first, (int)last);
+}
+
+static void say_line(void *context, const char *line) { (void)context, say("line %s", line); }
 
 /* A minute is far more than anything here takes. */
 #define UNTIL(condition) \\
@@ -124,13 +133,20 @@ static void say_pulled(void)
     printf("\\n");
 }
 
+static void say_position(mossnano *voice)
+{
+    mossnano_position played = mossnano_played(voice);
+    say("at %d %d %d", (int)mossnano_stream(voice), (int)played.stream, (int)played.samples);
+}
+
 static int underruns(mossnano *voice) { return (int)mossnano_underruns(voice); }
 
 int main(int count, char **words)
 {
     const char *const *command = (const char *const *)words + 1;
-    (void)count, (void)say_error, (void)start, (void)hear, (void)load, (void)hang;
+    (void)count, (void)say_error, (void)say_lost, (void)say_line, (void)start, (void)hear, (void)load, (void)hang;
     (void)feed_steady, (void)finish_steady, (void)pull_steady, (void)say_pulled, (void)underruns;
+    (void)say_position;
     BODY
     return 0;
 }
@@ -630,3 +646,178 @@ def test_stop_ends_a_launch(tmp_path: Path) -> None:
         ["sleep", "600"],
     )
     assert said == ["there 0"]
+
+
+def test_it_is_known_which_process_it_is_and_what_it_says(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        char error[200];
+        mossnano_options options = {.command = command, .on_log = say_line};
+        mossnano *voice = mossnano_launch(&options, error, sizeof error);
+        say("before '%s' '%s' %d", mossnano_version(voice), mossnano_handshake(voice), mossnano_is_demo(voice));
+        UNTIL(mossnano_state(voice) == MOSSNANO_READY);
+        int pid = mossnano_pid(voice);
+        say("it is there %d", pid > 0 && kill(pid, 0) == 0);
+        say("version %s, demo %d", mossnano_version(voice), mossnano_is_demo(voice));
+        say("%s", mossnano_handshake(voice));
+        mossnano_feed(voice, "\\0\\0\\0", 1);
+        UNTIL(voice->is_over);
+        say("it is gone %d", mossnano_pid(voice));
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert [line for line in said if line.startswith("line")] == [
+        "line loading",
+        "line dying: grün",
+        "line without a last line",
+    ]
+    before, there, version, handshake, gone = (line for line in said if not line.startswith("line"))
+    assert before == "before '' '' 0"
+    assert there == "it is there 1"
+    assert version == "version 1.2, demo 1"
+    assert json.loads(handshake)["name"] == "steady"
+    assert gone == "it is gone 0"
+
+
+def test_a_long_line_comes_in_pieces(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_log = say_line});
+        mossnano_stop(voice);
+        """,
+        ["sh", "-c", f"printf '%05000d\\nshort\\n' 7 >&2; exec {' '.join(map(str, STEADY))}"],
+    )
+    assert "".join(said[:2]).count("0") == 4999
+    assert said[1].endswith("07")
+    assert said[2:4] == ["line short", "line loading"]
+
+
+def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(tmp_path: Path) -> None:
+    *said, line, lost, last_error = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){
+            .command = command, .restart = 1, .on_lost = say_lost, .on_error = say_error});
+        int before = mossnano_pid(voice);
+        feed_steady(voice, 100); /* stream 0 is heard to its end */
+        finish_steady(voice);
+        pull_steady(voice, 100);
+        feed_steady(voice, 500); /* stream 1 is cut */
+        hang(mossnano_pid(voice));
+        mossnano_feed(voice, "\\0\\0\\0", 1);
+        mossnano_finish(voice);
+        mossnano_feed(voice, "\\7\\0\\0", 1); /* stream 2 is not even begun */
+        kill(mossnano_pid(voice), SIGCONT);
+        UNTIL(mossnano_restarts(voice) == 1 && mossnano_state(voice) == MOSSNANO_READY);
+        say("again %d %d", mossnano_pid(voice) != before, mossnano_is_speaking(voice));
+        feed_steady(voice, 300); /* stream 3 lies behind what is left of stream 1 */
+        finish_steady(voice);
+        for (int pull = 0; pull < 3; pull++) {
+            say("%d", pull_steady(voice, pull == 0 ? 500 : pull == 1 ? 240 : 300));
+            say_position(voice);
+        }
+        say("speaking %d, underruns %d", mossnano_is_speaking(voice), underruns(voice));
+        mossnano_feed(voice, "\\0\\0\\0", 1); /* a stream came to its end: it may be started again */
+        UNTIL(mossnano_restarts(voice) == 2 && mossnano_state(voice) == MOSSNANO_READY);
+        say_pulled();
+        mossnano_feed(voice, "\\0\\0\\0", 1); /* none did */
+        UNTIL(voice->is_over);
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    crash = "the process ended by itself with status 3: its stderr says more"
+    again = "it is started again, without what was fed to the streams"
+    assert said == [
+        "lost 1 to 2",
+        f"error process_ended 0 {crash}; {again} 1 to 2",
+        "again 1 1",
+        "500",
+        "at 3 1 500",
+        "0",
+        "at 3 1 500",
+        "300",
+        "at 3 3 300",
+        "speaking 0, underruns 0",
+        "lost 4 to 4",
+        f"error process_ended 0 {crash}; {again} 4 to 4",
+    ]
+    assert lost == "lost 5 to 5"
+    assert last_error == f"error process_ended 1 {crash}"
+    sound = sounds(line)
+    assert sound[:600] == [LOUD] * 600
+    assert sound[599 + FADE] == 0
+    assert sound[600 + FADE + FADE :] == [LOUD] * (300 - FADE)
+    assert largest_step(sound) <= LOUD / FADE + 1
+
+
+def test_stop_ends_a_process_that_is_to_be_started_again(tmp_path: Path) -> None:
+    """While it waits to do so, and while a fed process hangs in a voice that may restart it."""
+    said = play(
+        tmp_path,
+        """
+        mossnano_options options = {.command = command, .restart = 100, .on_error = say_error};
+        mossnano *voice = start(options);
+        mossnano_feed(voice, "\\0\\0\\0", 1);
+        UNTIL(mossnano_pid(voice) == 0);
+        mossnano_stop(voice);
+        voice = start(options);
+        pid_t process = mossnano_pid(voice);
+        hang(process);
+        mossnano_stop(voice);
+        say("there %d", kill(process, 0) == 0);
+        """,
+        STEADY,
+    )
+    assert len(said) == 2
+    assert said[0].startswith("error process_ended 0 ")
+    assert said[1] == "there 0"
+
+
+def test_other_weights_after_a_crash_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(STEADY[1].read_text().replace('"sample_rate": 48000', '"sample_rate": 24000'))
+    said = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .restart = 1, .on_error = say_error});
+        mossnano_feed(voice, "\\0\\0\\0", 1);
+        UNTIL(voice->is_over);
+        say("%s", mossnano_reason(voice));
+        mossnano_stop(voice);
+        """,
+        ["sh", "-c", 'mkdir "$0" && exec "$1" "$2" || exec "$1" "$3"', tmp_path / "was", STEADY[0], STEADY[1], other],
+    )
+    change = "sample_rate was 48000 and is now 24000: start a new voice for other weights"
+    assert said[1:] == [f"error handshake 1 {change}", f"{change} (handshake)"]
+
+
+def test_played_says_how_much_of_which_stream_was_given_out(tmp_path: Path) -> None:
+    said = play(
+        tmp_path,
+        """
+        mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
+        say_position(voice);
+        feed_steady(voice, 100);
+        finish_steady(voice);
+        pull_steady(voice, 50);
+        say_position(voice);
+        feed_steady(voice, 1000);
+        pull_steady(voice, 350);
+        say_position(voice);
+        mossnano_cancel(voice);
+        pull_steady(voice, 480);
+        say_position(voice);
+        UNTIL(voice->cancels_answered == 1);
+        feed_steady(voice, 10);
+        say_position(voice);
+        pull_steady(voice, 1);
+        say_position(voice);
+        mossnano_stop(voice);
+        """,
+        STEADY,
+    )
+    assert said == ["at -1 -1 0", "at 0 0 50", "at 1 1 300", "at 1 1 300", "at 2 1 300", "at 2 2 1"]

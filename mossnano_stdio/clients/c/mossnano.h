@@ -12,6 +12,9 @@
  * of ours reads all that the process says. When the ring is full it waits for room, and so does the process.
  *
  * Where nobody wants to wait for the weights, mossnano_launch gives a client at once: ask its mossnano_state.
+ * With restart = N a process that crashes is started again, up to N times in a row (a stream that comes to its end ends
+ * the row): what was fed until then is lost, and on_error and on_lost are told. mossnano_played says how much was heard of
+ * which stream, for barge-in; mossnano_stream is the one that feed opened last. on_log gets the lines of the process' stderr.
  *
  * What is cut off, by cancel or by an underrun, fades out over fade_ms, and what follows fades in: after a cancel, pull
  * on. With prebuffer_ms a stream sounds once so much of it waits, or all of it, and so again after an underrun: fed in
@@ -45,13 +48,24 @@ typedef struct {
     double prebuffer_ms;        /* of a stream are gathered before it is heard, and again after an underrun; 0: nothing */
     void (*on_error)(void *context, const char *code, const char *message, bool fatal); /* on our thread, but for
                                   queue_full, which is said in the feed that is refused; or NULL */
-    void *context;
+    void *context;              /* that the callbacks are given */
+    void (*on_log)(void *context, const char *line);  /* on our thread: the lines of the process' stderr, which otherwise go
+                                                         to yours. Beyond 4 KiB one comes in pieces */
+    void (*on_lost)(void *context, int64_t first, int64_t last); /* on our thread: the streams, by number, that were fed to a
+                                                                    process that crashed and will not end */
+    int restart;                /* how many times in a row a process that crashed is started again */
 } mossnano_options;
 
 typedef struct { /* as the process says in its HANDSHAKE */
     int sample_rate, channels, frame_samples, quantizers, codebook_size, frame_bytes, max_audio_bytes;
 } mossnano_format;
 
+typedef struct {
+    int64_t stream;  /* the one that was pulled last, from 0; -1 before the first */
+    int64_t samples; /* of it that were given out; what fades out counts for nothing */
+} mossnano_position;
+
+/* Starting: also while a process that crashed is started again. */
 enum mossnano_state { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_FAILED };
 
 /* Returns when the process is ready; NULL and a text in `error` when it will not be. */
@@ -64,8 +78,14 @@ mossnano *mossnano_launch(const mossnano_options *options, char *error, size_t e
 enum mossnano_state mossnano_state(const mossnano *client);
 const char *mossnano_reason(const mossnano *client); /* why it has failed; "" before */
 
-/* All zero until the client is ready. */
+int mossnano_pid(const mossnano *client);            /* 0: there is no process now */
+int mossnano_restarts(const mossnano *client);
+
+/* Zero, and "", until the client is ready. */
 mossnano_format mossnano_get_format(const mossnano *client);
+const char *mossnano_version(const mossnano *client);   /* of the program */
+bool mossnano_is_demo(const mossnano *client);          /* the built-in demo, no real codec */
+const char *mossnano_handshake(const mossnano *client); /* all that the process said, as JSON */
 
 /* Adds frames to the stream and opens one where none is open: packed ones, frame_bytes each, or codes, `quantizers`
  * each. All four answer false unless the client is ready (on_error said why), mossnano_feed_codes for bad codes too. */
@@ -78,6 +98,8 @@ bool mossnano_cancel(mossnano *client); /* be silent, now: drops whatever was fe
  * many are real: a fade-out is not. Before the client is ready that is none, and `out` is left alone. */
 size_t mossnano_pull(mossnano *client, int16_t *out, size_t samples);
 bool mossnano_is_speaking(mossnano *client);      /* is something to be pulled, now or later? */
+int64_t mossnano_stream(const mossnano *client);  /* the one that feed opened last, from 0; -1 before the first */
+mossnano_position mossnano_played(const mossnano *client); /* how much was heard of which, less what the sound card holds */
 uint64_t mossnano_underruns(mossnano *client);    /* pulls that found the ring dry in the middle of a stream */
 void mossnano_stop(mossnano *client);             /* ends the process; nothing of it is left. No pull may be
                                                      running, and no callback of ours may call this */
@@ -122,6 +144,9 @@ enum { MOSSNANO_PIECE = 1 << 16 };     /* of what is fed in one message: CANCEL 
 enum { MOSSNANO_HEAD = 5 };            /* bytes of a message: its length and its kind */
 enum { MOSSNANO_QUEUE = 4 << 20 };     /* of messages that the process has not taken yet */
 enum { MOSSNANO_MARKS = 256 };         /* streams that may begin in the ring */
+enum { MOSSNANO_LINE = 4096 };         /* bytes of the process' stderr that are given out at once */
+enum { MOSSNANO_FIRST_PAUSE_MS = 250, MOSSNANO_LONGEST_PAUSE_MS = 8000 }; /* before a restart; doubles within a row */
+#define MOSSNANO_SAMPLES (INT64_C(1) << 40) /* of a stream, at most: `played` is one number of both */
 enum { MOSSNANO_STOP_MS = 2000 };      /* how long the process may take to end by itself */
 enum { MOSSNANO_LOOK_MS = 50 };        /* how often one who waits for the process looks whether that is over */
 
@@ -142,12 +167,12 @@ typedef struct mossnano__message { /* its bytes lie behind it */
 
 struct mossnano {
 #ifdef _WIN32
-    HANDLE process, job, input, output;
+    HANDLE process, job, input, output, log;
 #else
     pid_t process;
-    int input, output;
+    int input, output, log;
 #endif
-    mossnano__thread reader, writer;
+    mossnano__thread reader, writer, logger;
     mossnano__lock gate;           /* of the controlling thread and ours; the puller never takes it. It guards these: */
     mossnano__signal queue_changed;
     mossnano__message *queue, **queue_end; /* that the writer has not begun yet */
@@ -168,6 +193,7 @@ struct mossnano {
     mossnano__atomic_i64 end_of_stream;               /* where the last stream that is over ended in the ring, */
     mossnano__atomic_i64 cut_at;                      /* and where the last one broke off that was lost */
     int64_t mark_at[MOSSNANO_MARKS];                  /* where in the ring a stream begins */
+    int64_t mark_stream[MOSSNANO_MARKS];              /* and which */
     mossnano__atomic_i64 marks_written, marks_taken;  /* moved by: reader, puller */
     int64_t marked_stream;                            /* the reader's */
     mossnano__atomic_i64 opened, ended;               /* streams */
@@ -177,8 +203,11 @@ struct mossnano {
     mossnano__atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
     mossnano__atomic_bool is_stopping, is_given_up; /* given up: killed, and not waited for any more */
     mossnano__atomic_bool is_late;                  /* to say HANDSHAKE: it was killed */
+    mossnano__atomic_bool has_exited;               /* its stderr ends soon */
     mossnano__atomic_bool is_gone, is_over;         /* the process; and the reader, too */
-    mossnano__atomic_int state;
+    mossnano__atomic_int state, pid, restarts;
+    int restarts_in_a_row;         /* the reader's */
+    char *handshake, version[64];
 
     /* The puller's. A pull is `real` samples from `pull_at`, then a fade-out, then silence. */
     int64_t pull_at, real, audible; /* audible: samples, the real ones and the fade-out */
@@ -187,6 +216,8 @@ struct mossnano {
     bool is_fading_out, was_cut, fades_dropped, is_complete;
     bool is_gathering, is_fresh;   /* fresh: nothing of the stream was given yet: no fade-in, unless we were cut off */
     int64_t noticed_cancels;
+    int64_t next_stream, stream, heard; /* that is being given out, and how many samples of it were */
+    mossnano__atomic_i64 played;   /* both, for other threads */
     int64_t cut_heard;             /* the last cut_at that we came to */
     int16_t *last;                 /* the last sample that was given: a fade-out holds it where nothing follows */
 };
@@ -210,11 +241,19 @@ static void mossnano__sleep_ms(int ms) { Sleep((DWORD)ms); }
 static void mossnano__close_input(mossnano *c) { CloseHandle(c->input); }
 static void mossnano__kill_process(mossnano *c) { TerminateJobObject(c->job, 1); }
 static int64_t mossnano__now_ms(void) { return (int64_t)GetTickCount64(); }
-static void mossnano__release(mossnano *c) { CloseHandle(c->output); CloseHandle(c->process); CloseHandle(c->job); }
+static void mossnano__release(mossnano *c) {
+    CloseHandle(c->output), CloseHandle(c->process), CloseHandle(c->job);
+    if (c->options.on_log) CloseHandle(c->log);
+}
 
 static size_t mossnano__read_some(mossnano *c, uint8_t *out, size_t bytes) {
     DWORD got = 0;
     return ReadFile(c->output, out, (DWORD)bytes, &got, NULL) ? got : 0;
+}
+
+static size_t mossnano__read_log(mossnano *c, char *out, size_t bytes) {
+    DWORD got = 0;
+    return ReadFile(c->log, out, (DWORD)bytes, &got, NULL) ? got : 0;
 }
 
 static void mossnano__write(mossnano *c, const uint8_t *data, size_t bytes) { /* when it fails, the reader finds out why */
@@ -227,6 +266,7 @@ static int mossnano__exit_status(mossnano *c) {
     DWORD status = 0;
     WaitForSingleObject(c->process, INFINITE);
     GetExitCodeProcess(c->process, &status);
+    TerminateJobObject(c->job, 1); /* whoever holds its stderr open */
     return (int)status;
 }
 
@@ -254,20 +294,22 @@ static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
     start.cb = sizeof start, start.dwFlags = STARTF_USESTDHANDLES;
     SECURITY_ATTRIBUTES inherited = {sizeof inherited, NULL, TRUE};
     PROCESS_INFORMATION made;
-    HANDLE ends[4] = {NULL, NULL, NULL, NULL};
+    HANDLE ends[6] = {NULL, NULL, NULL, NULL, NULL, NULL};
     bool ok = line && wide && MultiByteToWideChar(CP_UTF8, 0, line, -1, wide, (int)most) &&
               CreatePipe(&ends[0], &ends[1], &inherited, 0) && CreatePipe(&ends[2], &ends[3], &inherited, 0) &&
               SetHandleInformation(ends[1], HANDLE_FLAG_INHERIT, 0) && SetHandleInformation(ends[2], HANDLE_FLAG_INHERIT, 0);
-    start.hStdInput = ends[0], start.hStdOutput = ends[3], start.hStdError = GetStdHandle(STD_ERROR_HANDLE);
-    c->input = ends[1], c->output = ends[2];
+    if (c->options.on_log) ok = ok && CreatePipe(&ends[4], &ends[5], &inherited, 0) && SetHandleInformation(ends[4], HANDLE_FLAG_INHERIT, 0);
+    start.hStdInput = ends[0], start.hStdOutput = ends[3], start.hStdError = c->options.on_log ? ends[5] : GetStdHandle(STD_ERROR_HANDLE);
+    c->input = ends[1], c->output = ends[2], c->log = ends[4];
     ok = ok && CreateProcessW(NULL, wide, NULL, NULL, TRUE, CREATE_NO_WINDOW | CREATE_SUSPENDED, NULL, NULL, &start, &made);
     if (!ok) snprintf(error, error_bytes, "%s cannot be started (Windows error %lu): is it installed and on the PATH?", command[0], GetLastError());
-    for (int i = 0; i < 4; i++) if (ends[i] && (!ok || i % 3 == 0)) CloseHandle(ends[i]);
+    for (int i = 0; i < 6; i++) if (ends[i] && (!ok || i == 0 || i == 3 || i == 5)) CloseHandle(ends[i]);
     free(line), free(wide);
     if (!ok) return false;
     JOBOBJECT_EXTENDED_LIMIT_INFORMATION limit; /* the launcher that pip makes has a child: end both, also if we crash */
     memset(&limit, 0, sizeof limit);
     limit.BasicLimitInformation.LimitFlags = JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE;
+    c->pid = (int)made.dwProcessId;
     c->process = made.hProcess, c->job = CreateJobObjectW(NULL, NULL);
     SetInformationJobObject(c->job, JobObjectExtendedLimitInformation, &limit, sizeof limit);
     AssignProcessToJobObject(c->job, made.hProcess);
@@ -305,12 +347,16 @@ static void mossnano__be_deaf(void) { /* signals are for your threads; a SIGPIPE
 static void mossnano__sleep_ms(int ms) { struct timespec pause = {0, ms * 1000000L}; nanosleep(&pause, NULL); }
 static void mossnano__close_input(mossnano *c) { close(c->input); }
 static void mossnano__kill_process(mossnano *c) { kill(-c->process, SIGKILL); } /* its group: a wrapper may have children */
-static void mossnano__release(mossnano *c) { close(c->output); while (waitpid(c->process, NULL, 0) < 0 && errno == EINTR) {} }
+static void mossnano__release(mossnano *c) {
+    close(c->output);
+    if (c->options.on_log) close(c->log);
+    while (waitpid(c->process, NULL, 0) < 0 && errno == EINTR) {}
+}
 
 static bool mossnano__waits_for(mossnano *c, int pipe, short event) { /* false: it is given up */
     struct pollfd what = {pipe, event, 0};
     while (poll(&what, 1, MOSSNANO_LOOK_MS) <= 0)
-        if (c->is_given_up || c->is_late || (event == POLLOUT && c->is_gone)) return false;
+        if (c->is_given_up || c->is_late || (event == POLLOUT && c->is_gone) || (pipe == c->log && c->has_exited)) return false;
     return true;
 }
 
@@ -318,6 +364,13 @@ static size_t mossnano__read_some(mossnano *c, uint8_t *out, size_t bytes) {
     ssize_t got;
     if (!mossnano__waits_for(c, c->output, POLLIN)) return 0;
     do got = read(c->output, out, bytes); while (got < 0 && errno == EINTR);
+    return got > 0 ? (size_t)got : 0;
+}
+
+static size_t mossnano__read_log(mossnano *c, char *out, size_t bytes) {
+    ssize_t got;
+    if (!mossnano__waits_for(c, c->log, POLLIN)) return 0;
+    do got = read(c->log, out, bytes); while (got < 0 && errno == EINTR);
     return got > 0 ? (size_t)got : 0;
 }
 
@@ -350,7 +403,8 @@ static bool mossnano__pipe(int *ends) {
 
 static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
     const char *const *command = c->options.command;
-    int ends[4] = {-1, -1, -1, -1};
+    int ends[6] = {-1, -1, -1, -1, -1, -1};
+    bool has_log = c->options.on_log != NULL;
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawnattr_t attributes; /* a group of its own: we end it, Ctrl-C does not. And no signal that the host blocks */
@@ -359,17 +413,19 @@ static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
     sigset_t none, all;
     sigemptyset(&none), posix_spawnattr_setsigmask(&attributes, &none);
     sigfillset(&all), sigdelset(&all, SIGKILL), sigdelset(&all, SIGSTOP), posix_spawnattr_setsigdefault(&attributes, &all);
-    int number = mossnano__pipe(ends) && mossnano__pipe(ends + 2) ? 0 : errno;
+    int number = mossnano__pipe(ends) && mossnano__pipe(ends + 2) && (!has_log || mossnano__pipe(ends + 4)) ? 0 : errno;
     if (!number) posix_spawn_file_actions_adddup2(&actions, ends[0], 0);
     if (!number) posix_spawn_file_actions_adddup2(&actions, ends[3], 1);
-    bool has_stderr = fcntl(2, F_GETFD) >= 0; /* without one, the first file that the child opens would be its stderr */
+    if (!number && has_log) posix_spawn_file_actions_adddup2(&actions, ends[5], 2);
+    bool has_stderr = has_log || fcntl(2, F_GETFD) >= 0; /* without one, the first file that the child opens would be its stderr */
     if (!has_stderr) posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
     if (!number) number = posix_spawnp(&c->process, command[0], &actions, &attributes, (char *const *)command, environ);
     posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
-    c->input = ends[1], c->output = ends[2];
+    c->input = ends[1], c->output = ends[2], c->log = ends[4];
+    if (!number) c->pid = (int)c->process;
     if (!number) fcntl(c->input, F_SETFL, O_NONBLOCK); /* the writer looks up now and then */
-    for (int i = 0; i < 4; i++) if (ends[i] >= 0 && (number || i % 3 == 0)) close(ends[i]);
+    for (int i = 0; i < 6; i++) if (ends[i] >= 0 && (number || i == 0 || i == 3 || i == 5)) close(ends[i]);
     if (number) snprintf(error, error_bytes, "%s cannot be started (%s): is it installed and on the PATH?", command[0], strerror(number));
     return !number;
 }
@@ -426,11 +482,15 @@ static bool mossnano__read_all(mossnano *c, uint8_t *out, size_t bytes) {
     return true;
 }
 
+/* A process that never became ready would not do so the next time. */
+static bool mossnano__may_restart(mossnano *c) { return c->has_ring && !c->is_stopping && c->restarts_in_a_row < c->options.restart; }
+
 static void mossnano__say(mossnano *c, const char *code, const char *text, bool fatal) {
     c->fatal_was_said |= fatal;
     if (c->is_stopping) return;
     if (fatal || !c->has_ring) snprintf(c->fault, sizeof c->fault, "%s (%s)", text, code);
-    if (c->options.on_error && (c->has_ring || !c->start_fails)) c->options.on_error(c->options.context, code, text, fatal);
+    bool is_told = c->options.on_error && (c->has_ring || !c->start_fails);
+    if (is_told) c->options.on_error(c->options.context, code, text, fatal && !mossnano__may_restart(c));
 }
 
 static void mossnano__kill(mossnano *c) {
@@ -439,13 +499,8 @@ static void mossnano__kill(mossnano *c) {
     mossnano__leave(c);
 }
 
-static bool mossnano__shake_hands(mossnano *c, const char *json) {
+static bool mossnano__make_ring(mossnano *c, const char *json) {
     mossnano_format *f = &c->format;
-    const char *keys[] = {"sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes"};
-    int *numbers[] = {&f->sample_rate, &f->channels, &f->frame_samples, &f->quantizers, &f->codebook_size, &f->frame_bytes, &f->max_audio_bytes};
-    bool ok = mossnano__number(json, "protocol") == 1 && !strncmp(mossnano__find(json, "direction"), "\"decode\"", 8);
-    for (int i = 0; i < 7; i++) ok &= (*numbers[i] = mossnano__number(json, keys[i])) > 0;
-    if (!ok) return mossnano__say(c, "handshake", "this is no decoder of protocol 1: update mossnano.h, or drop --encode", true), false;
     double seconds = c->options.ring_seconds > 0 ? c->options.ring_seconds : 10;
     double fade_ms = c->options.fade_ms > 0 ? c->options.fade_ms : c->options.fade_ms < 0 ? 0 : 5;
     c->capacity = (int64_t)(seconds * f->sample_rate) * f->channels + f->max_audio_bytes / 2;
@@ -454,7 +509,29 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     c->prebuffer = (int64_t)(c->options.prebuffer_ms * f->sample_rate / 1000) * f->channels;
     c->ring = (int16_t *)malloc((size_t)c->capacity * sizeof *c->ring);
     c->last = (int16_t *)calloc((size_t)f->channels, sizeof *c->last);
-    if (!c->ring || !c->last) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
+    c->handshake = (char *)malloc(strlen(json) + 1);
+    if (c->handshake) strcpy(c->handshake, json);
+    mossnano__text(json, "version", c->version, sizeof c->version);
+    return c->ring && c->last && c->handshake;
+}
+
+static bool mossnano__shake_hands(mossnano *c, const char *json) {
+    mossnano_format said, *f = &said;
+    const char *keys[] = {"sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes", "max_audio_bytes"};
+    int *numbers[] = {&f->sample_rate, &f->channels, &f->frame_samples, &f->quantizers, &f->codebook_size, &f->frame_bytes, &f->max_audio_bytes};
+    bool ok = mossnano__number(json, "protocol") == 1 && !strncmp(mossnano__find(json, "direction"), "\"decode\"", 8);
+    for (int i = 0; i < 7; i++) ok &= (*numbers[i] = mossnano__number(json, keys[i])) > 0;
+    if (!ok) return mossnano__say(c, "handshake", "this is no decoder of protocol 1: update mossnano.h, or drop --encode", true), false;
+    for (int i = 0; i < 7 && c->has_ring; i++) {
+        int was = mossnano__number(c->handshake, keys[i]);
+        char text[120];
+        snprintf(text, sizeof text, "%s was %d and is now %d: start a new voice for other weights", keys[i], was, *numbers[i]);
+        if (was != *numbers[i]) return mossnano__say(c, "handshake", text, true), false;
+    }
+    if (!c->has_ring) {
+        c->format = said;
+        if (!mossnano__make_ring(c, json)) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
+    }
     mossnano__enter(c);
     bool is_in_time = !c->is_late;
     if (is_in_time) c->has_ring = true;
@@ -472,6 +549,7 @@ static void mossnano__mark(mossnano *c) { /* a stream begins here */
     }
     c->marked_stream = c->ended;
     c->mark_at[c->marks_written % MOSSNANO_MARKS] = c->written;
+    c->mark_stream[c->marks_written % MOSSNANO_MARKS] = c->marked_stream;
     c->marks_written++;
 }
 
@@ -496,7 +574,11 @@ static void mossnano__answer_cancel(mossnano *c, int64_t streams, int64_t number
 static void mossnano__end(mossnano *c, const char *json) {
     c->end_of_stream = (int64_t)c->written;
     c->is_sounding = false;
-    if (!mossnano__is_true(json, "cancelled")) { c->ended++; return; }
+    if (!mossnano__is_true(json, "cancelled")) {
+        c->ended++;
+        c->restarts_in_a_row = 0;
+        return;
+    }
     char echo[64], *rest; /* our CANCEL carried how many streams were open by then, and its number */
     mossnano__text(json, "echo", echo, sizeof echo);
     int64_t streams = strtoll(echo, &rest, 10);
@@ -526,19 +608,29 @@ static void mossnano__empty_queue(mossnano *c) { /* whoever calls this holds the
     c->queue_end = &c->queue;
 }
 
-static void mossnano__bury(mossnano *c, const char *code, const char *text) {
+static bool mossnano__bury(mossnano *c, const char *code, const char *text) { /* is it to be started again? */
+    char without[100] = "", again[sizeof c->fault + 160];
+    bool is_restarted = mossnano__may_restart(c);
     mossnano__enter(c);
+    int64_t first = c->ended > c->opened_before_cancel ? (int64_t)c->ended : c->opened_before_cancel, last = c->opened - 1;
     mossnano__empty_queue(c);
     c->stream_is_open = c->cancel_is_due = c->is_sounding = c->has_process = false;
+    c->pid = 0;
     c->cut_at = (int64_t)c->written; /* what came of its streams can still be pulled, and then fades out */
     mossnano__answer_cancel(c, c->opened, c->cancels);
     c->is_gone = true;
     if (!c->fatal_was_said) snprintf(c->fault, sizeof c->fault, strcmp(code, "process_ended") ? "%s" : "%s (process_ended)", text);
-    memcpy(c->reason, c->fault, sizeof c->reason);
-    c->state = MOSSNANO_FAILED;
+    if (!is_restarted) memcpy(c->reason, c->fault, sizeof c->reason);
+    c->state = is_restarted ? MOSSNANO_STARTING : MOSSNANO_FAILED;
     mossnano__wake(c);
     mossnano__leave(c);
-    if (!c->fatal_was_said) mossnano__say(c, code, text, true);
+    if (c->is_stopping) return false;
+    if (first <= last && c->options.on_lost) c->options.on_lost(c->options.context, first, last);
+    if (first <= last) snprintf(without, sizeof without, ", without what was fed to the streams %lld to %lld", (long long)first, (long long)last);
+    snprintf(again, sizeof again, "%s; it is started again%s", text, without);
+    if (is_restarted) mossnano__say(c, code, again, true);
+    else if (!c->fatal_was_said) mossnano__say(c, code, text, true);
+    return is_restarted;
 }
 
 static void mossnano__read_messages(mossnano *c) {
@@ -642,31 +734,73 @@ MOSSNANO_THREAD(mossnano__write_messages) {
 
 /* --- the process ------------------------------------------------------------------------------------------------ */
 
-static void mossnano__run_process(mossnano *c) {
-    char text[2200];
-    if (!mossnano__spawn(c, text, sizeof text)) {
-        mossnano__bury(c, "not_started", text);
-        return;
+static size_t mossnano__give_lines(mossnano *c, char *text, size_t bytes, bool is_all) { /* says how much is left */
+    char *line = text, *end;
+    for (; (end = (char *)memchr(line, '\n', (size_t)(text + bytes - line))); line = end + 1) {
+        *end = 0;
+        if (end > line && end[-1] == '\r') end[-1] = 0;
+        c->options.on_log(c->options.context, line);
     }
+    size_t left = (size_t)(text + bytes - line);
+    if (left && (is_all || left == MOSSNANO_LINE)) {
+        line[left] = 0;
+        c->options.on_log(c->options.context, line);
+        return 0;
+    }
+    memmove(text, line, left);
+    return left;
+}
+
+MOSSNANO_THREAD(mossnano__read_lines) {
+    mossnano *c = (mossnano *)context;
+    char text[MOSSNANO_LINE + 1];
+    size_t left = 0;
+    mossnano__be_deaf();
+    for (size_t got; (got = mossnano__read_log(c, text + left, MOSSNANO_LINE - left)) > 0;)
+        left = mossnano__give_lines(c, text, left + got, false);
+    mossnano__give_lines(c, text, left, true);
+    return 0;
+}
+
+static bool mossnano__run_process(mossnano *c) { /* is it to be started again? */
+    char text[2200];
+    c->fatal_was_said = c->is_late = c->has_exited = c->is_gone = false;
+    if (!mossnano__spawn(c, text, sizeof text)) return mossnano__bury(c, "not_started", text);
     mossnano__enter(c);
     c->has_process = true;
     mossnano__leave(c);
     bool has_writer = mossnano__start_thread(&c->writer, mossnano__write_messages, c);
-    if (!has_writer) mossnano__say(c, "no_thread", "no thread to be had", true);
-    if (!has_writer || c->is_stopping) mossnano__kill(c); /* stopping: that came too early to do it */
+    bool has_logger = c->options.on_log && mossnano__start_thread(&c->logger, mossnano__read_lines, c);
+    bool has_threads = has_writer && (has_logger || !c->options.on_log);
+    if (!has_threads) mossnano__say(c, "no_thread", "no thread to be had", true);
+    if (!has_threads || c->is_stopping) mossnano__kill(c); /* stopping: that came too early to do it */
     mossnano__read_messages(c);
     snprintf(text, sizeof text, "the process ended by itself with status %d: its stderr says more", mossnano__exit_status(c));
-    if (c->is_late) mossnano__bury(c, "timeout", "no HANDSHAKE in time: allow more start_seconds, or look at its stderr");
-    else mossnano__bury(c, "process_ended", text);
+    c->has_exited = true;
+    if (has_logger) mossnano__join(c->logger); /* its last lines say why */
+    const char *late = c->is_late ? "no HANDSHAKE in time: allow more start_seconds, or look at its stderr" : NULL;
+    bool is_restarted = mossnano__bury(c, late ? "timeout" : "process_ended", late ? late : text);
     if (has_writer) mossnano__join(c->writer);
     else mossnano__close_input(c);
     mossnano__release(c);
+    return is_restarted;
+}
+
+static void mossnano__pause(mossnano *c) { /* before a restart */
+    int ms = MOSSNANO_FIRST_PAUSE_MS << (c->restarts_in_a_row < 10 ? c->restarts_in_a_row : 10);
+    if (ms > MOSSNANO_LONGEST_PAUSE_MS) ms = MOSSNANO_LONGEST_PAUSE_MS;
+    for (int64_t until = mossnano__now_ms() + ms; mossnano__now_ms() < until && !c->is_stopping;) mossnano__sleep_ms(10);
+    c->restarts_in_a_row++;
 }
 
 MOSSNANO_THREAD(mossnano__run) {
     mossnano *c = (mossnano *)context;
     mossnano__be_deaf();
-    mossnano__run_process(c);
+    while (mossnano__run_process(c)) {
+        mossnano__pause(c);
+        if (c->is_stopping) break;
+        c->restarts++;
+    }
     c->is_over = true;
     return 0;
 }
@@ -689,7 +823,7 @@ static mossnano *mossnano__make(const mossnano_options *options, bool start_fail
     }
     c->options = *options;
     c->start_fails = start_fails;
-    c->marked_stream = -1;
+    c->marked_stream = c->stream = -1;
     c->queue_end = &c->queue;
     mossnano__make_gate(c);
     if (mossnano__start_thread(&c->reader, mossnano__run, c)) return c;
@@ -718,6 +852,19 @@ const char *mossnano_reason(const mossnano *c) { return c->state == MOSSNANO_FAI
 mossnano_format mossnano_get_format(const mossnano *c) {
     static const mossnano_format unknown = {0, 0, 0, 0, 0, 0, 0};
     return c->has_ring ? c->format : unknown;
+}
+
+int mossnano_pid(const mossnano *c) { return c->pid; }
+int mossnano_restarts(const mossnano *c) { return c->restarts; }
+const char *mossnano_version(const mossnano *c) { return c->has_ring ? c->version : ""; }
+const char *mossnano_handshake(const mossnano *c) { return c->has_ring ? c->handshake : ""; }
+bool mossnano_is_demo(const mossnano *c) { return c->has_ring && mossnano__is_true(c->handshake, "demo"); }
+int64_t mossnano_stream(const mossnano *c) { return c->opened - 1; }
+
+mossnano_position mossnano_played(const mossnano *c) {
+    int64_t both = c->played;
+    mossnano_position position = {both / MOSSNANO_SAMPLES - 1, both % MOSSNANO_SAMPLES};
+    return position;
 }
 
 /* The messages for some frames; NULL where there is no memory. */
@@ -815,6 +962,7 @@ static int64_t mossnano__least(int64_t a, int64_t b) { return a < b ? a : b; }
 static void mossnano__take_marks(mossnano *c, int64_t at) {
     for (; c->marks_taken < c->marks_written && c->mark_at[c->marks_taken % MOSSNANO_MARKS] <= at; c->marks_taken++) {
         c->is_fresh = true;
+        c->next_stream = c->mark_stream[c->marks_taken % MOSSNANO_MARKS];
         c->is_gathering = c->prebuffer > 0;
     }
 }
@@ -834,8 +982,10 @@ static bool mossnano__take_real(mossnano *c, int64_t wanted, int64_t cut, int64_
         int64_t more = is_gathered ? mossnano__least(wanted - c->real, (until - at) / c->format.channels) : 0;
         if (more <= 0) break;
         if (c->is_fresh && c->real == 0 && !c->was_cut) c->level = c->fade_samples;
+        if (c->is_fresh) c->stream = c->next_stream, c->heard = 0;
         c->is_fresh = c->is_gathering = c->was_cut = false;
         c->real += more;
+        c->heard += more;
         at += more * c->format.channels;
     }
     if (c->real == wanted) return false;
@@ -888,6 +1038,7 @@ static void mossnano__end_pull(mossnano *c) {
     if (given > 0) memcpy(c->last, mossnano__at(c, given - 1), (size_t)c->format.channels * sizeof *c->last);
     c->level = c->is_complete ? 0 : mossnano__least(c->fade_samples, c->level + c->real) - (c->audible - c->real);
     c->is_fading_out = c->is_fading_out && c->level > 0;
+    c->played = (c->stream + 1) * MOSSNANO_SAMPLES + c->heard; /* one number, so that they belong together */
     c->taken = c->pull_at + given * c->format.channels; /* only now: until here the reader must not write over it */
 }
 
@@ -921,6 +1072,6 @@ void mossnano_stop(mossnano *c) {
     c->is_given_up = true;
     mossnano__join(c->reader);
     mossnano__unmake_gate(c);
-    free(c->ring), free(c->last), free(c->message), free(c);
+    free(c->ring), free(c->last), free(c->handshake), free(c->message), free(c);
 }
 #endif
