@@ -245,7 +245,7 @@ def test_a_process_hears_the_signals_that_its_host_does_not(tmp_path: Path, host
         host
         + """
         mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
-        kill(voice->process, SIGTERM);
+        kill(mossnano_pid(voice), SIGTERM);
         for (int ms = 0; voice->state != MOSSNANO_FAILED && ms < 5000; ms += 2) mossnano__sleep_ms(2);
         mossnano_stop(voice);
         """,
@@ -303,7 +303,7 @@ def test_a_process_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
         mossnano *voice = start((mossnano_options){{.command = command, .on_error = say_error, .fade_ms = -1}});
         size_t bytes, frame_bytes = (size_t)mossnano_get_format(voice).frame_bytes;
         uint8_t *many = calloc(8000, frame_bytes), *tokens = load("{tmp_path / "tokens"}", &bytes);
-        hang(voice->process);
+        hang(mossnano_pid(voice));
         bool fed = mossnano_feed(voice, many, 8000), finished = mossnano_finish(voice);
         say("fed %d %d %d", fed, finished, mossnano_cancel(voice));
         int taken = 0;
@@ -312,7 +312,7 @@ def test_a_process_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
         for (int times = 0; times < 1000; times++) mossnano_cancel(voice);
         fed = mossnano_feed(voice, tokens, bytes / frame_bytes), finished = mossnano_finish(voice);
         say("fed %d %d %d", fed, finished, mossnano_is_speaking(voice));
-        kill(voice->process, SIGCONT);
+        kill(mossnano_pid(voice), SIGCONT);
         hear(voice, "{tmp_path / "heard"}");
         mossnano_stop(voice);
         free(many), free(tokens);
@@ -335,7 +335,7 @@ def test_a_process_that_hangs_is_ended_by_stop(tmp_path: Path) -> None:
         tmp_path,
         """
         mossnano *voice = start((mossnano_options){.command = command, .on_error = say_error});
-        pid_t process = voice->process;
+        pid_t process = mossnano_pid(voice);
         hang(process);
         uint8_t *many = calloc(8000, 20);
         mossnano_feed(voice, many, 8000);
@@ -637,8 +637,8 @@ def test_stop_ends_a_launch(tmp_path: Path) -> None:
         char error[200];
         mossnano_options options = {.command = command, .on_error = say_error};
         mossnano *voice = mossnano_launch(&options, error, sizeof error);
-        UNTIL(voice->has_process);
-        pid_t process = voice->process;
+        UNTIL(mossnano_pid(voice) > 0);
+        pid_t process = mossnano_pid(voice);
         mossnano_stop(voice);
         say("there %d", kill(process, 0) == 0);
         mossnano_stop(mossnano_launch(&options, error, sizeof error)); /* at once */
