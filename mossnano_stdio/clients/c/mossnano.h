@@ -13,8 +13,9 @@
  *
  * Where nobody wants to wait for the weights, mossnano_launch gives a client at once: ask its mossnano_state.
  * With restart = N a process that crashes is started again, up to N times in a row (a stream that comes to its end ends
- * the row): what was fed until then is lost, and on_error and on_lost are told. mossnano_played says how much was heard of
- * which stream, for barge-in; mossnano_stream is the one that feed opened last. on_log gets the lines of the process' stderr.
+ * the row): what was fed until then is lost, and on_error and on_lost are told. mossnano_played says how much was heard
+ * of which stream, for barge-in; mossnano_stream is the one that feed opened last. on_log gets the lines of the process'
+ * stderr.
  *
  * What is cut off, by cancel or by an underrun, fades out over fade_ms, and what follows fades in: after a cancel, pull
  * on. With prebuffer_ms a stream sounds once so much of it waits, or all of it, and so again after an underrun: fed in
@@ -49,10 +50,10 @@ typedef struct {
     void (*on_error)(void *context, const char *code, const char *message, bool fatal); /* on our thread, but for
                                   queue_full, which is said in the feed that is refused; or NULL */
     void *context;              /* that the callbacks are given */
-    void (*on_log)(void *context, const char *line);  /* on our thread: the lines of the process' stderr, which otherwise go
-                                                         to yours. Beyond 4 KiB one comes in pieces */
-    void (*on_lost)(void *context, int64_t first, int64_t last); /* on our thread: the streams, by number, that were fed to a
-                                                                    process that crashed and will not end */
+    void (*on_log)(void *context, const char *line); /* on our thread: the lines of the process' stderr, which otherwise
+                                                        go to yours. Beyond 4 KiB one comes in pieces */
+    void (*on_lost)(void *context, int64_t first, int64_t last); /* on our thread: the streams, by number, that were fed
+                                                                    to a process that crashed and will not end */
     int restart;                /* how many times in a row a process that crashed is started again */
 } mossnano_options;
 
@@ -71,9 +72,9 @@ enum mossnano_state { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_FAILED };
 /* Returns when the process is ready; NULL and a text in `error` when it will not be. */
 mossnano *mossnano_start(const mossnano_options *options, char *error, size_t error_bytes);
 
-/* The same at once, whether or not there is such a program: a client whose state is MOSSNANO_STARTING. on_error is told what
- * goes wrong meanwhile, too. Until it is ready, feed, finish and cancel answer false, and pull gives nothing: it does not
- * even know the channels of `out` yet. NULL: the options are bad, or there is no memory. */
+/* The same at once, whether or not there is such a program: a client whose state is MOSSNANO_STARTING. on_error is told
+ * what goes wrong meanwhile, too. Until it is ready, feed, finish and cancel answer false, and pull gives nothing: it
+ * does not even know the channels of `out` yet. NULL: the options are bad, or there is no memory. */
 mossnano *mossnano_launch(const mossnano_options *options, char *error, size_t error_bytes);
 enum mossnano_state mossnano_state(const mossnano *client);
 const char *mossnano_reason(const mossnano *client); /* why it has failed; "" before */
@@ -94,8 +95,8 @@ bool mossnano_feed_codes(mossnano *client, const uint16_t *codes, size_t frames)
 bool mossnano_finish(mossnano *client); /* the stream is complete */
 bool mossnano_cancel(mossnano *client); /* be silent, now: drops whatever was fed, and all that waits to be pulled */
 
-/* Fills `out` with `samples` samples of all channels: with sound, a fade-out where it breaks off, and silence. Returns how
- * many are real: a fade-out is not. Before the client is ready that is none, and `out` is left alone. */
+/* Fills `out` with `samples` samples of all channels: with sound, a fade-out where it breaks off, and silence. Returns
+ * how many are real: a fade-out is not. Before the client is ready that is none, and `out` is left alone. */
 size_t mossnano_pull(mossnano *client, int16_t *out, size_t samples);
 bool mossnano_is_speaking(mossnano *client);      /* is something to be pulled, now or later? */
 int64_t mossnano_stream(const mossnano *client);  /* the one that feed opened last, from 0; -1 before the first */
@@ -228,7 +229,9 @@ struct mossnano {
 #define MOSSNANO_THREAD(name) static DWORD WINAPI name(LPVOID context)
 typedef LPTHREAD_START_ROUTINE mossnano__main;
 
-static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mossnano *c) { return (*t = CreateThread(NULL, 0, main, c, 0, NULL)) != NULL; }
+static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mossnano *c) {
+    return (*t = CreateThread(NULL, 0, main, c, 0, NULL)) != NULL;
+}
 static void mossnano__join(mossnano__thread t) { WaitForSingleObject(t, INFINITE); CloseHandle(t); }
 static void mossnano__be_deaf(void) {} /* to signals */
 static void mossnano__make_gate(mossnano *c) { InitializeSRWLock(&c->gate); InitializeConditionVariable(&c->queue_changed); }
@@ -298,8 +301,10 @@ static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
     bool ok = line && wide && MultiByteToWideChar(CP_UTF8, 0, line, -1, wide, (int)most) &&
               CreatePipe(&ends[0], &ends[1], &inherited, 0) && CreatePipe(&ends[2], &ends[3], &inherited, 0) &&
               SetHandleInformation(ends[1], HANDLE_FLAG_INHERIT, 0) && SetHandleInformation(ends[2], HANDLE_FLAG_INHERIT, 0);
-    if (c->options.on_log) ok = ok && CreatePipe(&ends[4], &ends[5], &inherited, 0) && SetHandleInformation(ends[4], HANDLE_FLAG_INHERIT, 0);
-    start.hStdInput = ends[0], start.hStdOutput = ends[3], start.hStdError = c->options.on_log ? ends[5] : GetStdHandle(STD_ERROR_HANDLE);
+    bool has_log = c->options.on_log != NULL;
+    if (has_log) ok = ok && CreatePipe(&ends[4], &ends[5], &inherited, 0) && SetHandleInformation(ends[4], HANDLE_FLAG_INHERIT, 0);
+    start.hStdInput = ends[0], start.hStdOutput = ends[3];
+    start.hStdError = has_log ? ends[5] : GetStdHandle(STD_ERROR_HANDLE);
     c->input = ends[1], c->output = ends[2], c->log = ends[4];
     ok = ok && CreateProcessW(NULL, wide, NULL, NULL, TRUE, CREATE_NO_WINDOW | CREATE_SUSPENDED, NULL, NULL, &start, &made);
     if (!ok) snprintf(error, error_bytes, "%s cannot be started (Windows error %lu): is it installed and on the PATH?", command[0], GetLastError());
@@ -323,7 +328,9 @@ extern char **environ;
 #define MOSSNANO_THREAD(name) static void *name(void *context)
 typedef void *(*mossnano__main)(void *);
 
-static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mossnano *c) { return pthread_create(t, NULL, main, c) == 0; }
+static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mossnano *c) {
+    return pthread_create(t, NULL, main, c) == 0;
+}
 static void mossnano__join(mossnano__thread t) { pthread_join(t, NULL); }
 static void mossnano__make_gate(mossnano *c) { pthread_mutex_init(&c->gate, NULL); pthread_cond_init(&c->queue_changed, NULL); }
 static void mossnano__unmake_gate(mossnano *c) { pthread_mutex_destroy(&c->gate); pthread_cond_destroy(&c->queue_changed); }
@@ -355,9 +362,9 @@ static void mossnano__release(mossnano *c) {
 
 static bool mossnano__waits_for(mossnano *c, int pipe, short event) { /* false: it is given up */
     struct pollfd what = {pipe, event, 0};
-    while (poll(&what, 1, MOSSNANO_LOOK_MS) <= 0)
-        if (c->is_given_up || c->is_late || (event == POLLOUT && c->is_gone) || (pipe == c->log && c->has_exited)) return false;
-    return true;
+    while (!c->is_given_up && poll(&what, 1, MOSSNANO_LOOK_MS) <= 0)
+        if (c->is_late || (event == POLLOUT && c->is_gone) || (pipe == c->log && c->has_exited)) return false;
+    return !c->is_given_up;
 }
 
 static size_t mossnano__read_some(mossnano *c, uint8_t *out, size_t bytes) {
@@ -417,7 +424,7 @@ static bool mossnano__spawn(mossnano *c, char *error, size_t error_bytes) {
     if (!number) posix_spawn_file_actions_adddup2(&actions, ends[0], 0);
     if (!number) posix_spawn_file_actions_adddup2(&actions, ends[3], 1);
     if (!number && has_log) posix_spawn_file_actions_adddup2(&actions, ends[5], 2);
-    bool has_stderr = has_log || fcntl(2, F_GETFD) >= 0; /* without one, the first file that the child opens would be its stderr */
+    bool has_stderr = has_log || fcntl(2, F_GETFD) >= 0; /* without one, the child's first file would become its stderr */
     if (!has_stderr) posix_spawn_file_actions_addopen(&actions, 2, "/dev/null", O_WRONLY, 0);
     if (!number) number = posix_spawnp(&c->process, command[0], &actions, &attributes, (char *const *)command, environ);
     posix_spawnattr_destroy(&attributes);
@@ -483,7 +490,9 @@ static bool mossnano__read_all(mossnano *c, uint8_t *out, size_t bytes) {
 }
 
 /* A process that never became ready would not do so the next time. */
-static bool mossnano__may_restart(mossnano *c) { return c->has_ring && !c->is_stopping && c->restarts_in_a_row < c->options.restart; }
+static bool mossnano__may_restart(mossnano *c) {
+    return c->has_ring && !c->is_stopping && c->restarts_in_a_row < c->options.restart;
+}
 
 static void mossnano__say(mossnano *c, const char *code, const char *text, bool fatal) {
     c->fatal_was_said |= fatal;
@@ -530,7 +539,8 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     }
     if (!c->has_ring) {
         c->format = said;
-        if (!mossnano__make_ring(c, json)) return mossnano__say(c, "out_of_memory", "no memory for the ring: lower ring_seconds", true), false;
+        const char *advice = "no memory for the ring: lower ring_seconds";
+        if (!mossnano__make_ring(c, json)) return mossnano__say(c, "out_of_memory", advice, true), false;
     }
     mossnano__enter(c);
     bool is_in_time = !c->is_late;
@@ -612,21 +622,24 @@ static bool mossnano__bury(mossnano *c, const char *code, const char *text) { /*
     char without[100] = "", again[sizeof c->fault + 160];
     bool is_restarted = mossnano__may_restart(c);
     mossnano__enter(c);
-    int64_t first = c->ended > c->opened_before_cancel ? (int64_t)c->ended : c->opened_before_cancel, last = c->opened - 1;
+    int64_t first = c->ended > c->opened_before_cancel ? (int64_t)c->ended : c->opened_before_cancel; /* that is lost */
+    int64_t last = c->opened - 1;
     mossnano__empty_queue(c);
     c->stream_is_open = c->cancel_is_due = c->is_sounding = c->has_process = false;
     c->pid = 0;
     c->cut_at = (int64_t)c->written; /* what came of its streams can still be pulled, and then fades out */
     mossnano__answer_cancel(c, c->opened, c->cancels);
     c->is_gone = true;
-    if (!c->fatal_was_said) snprintf(c->fault, sizeof c->fault, strcmp(code, "process_ended") ? "%s" : "%s (process_ended)", text);
+    const char *form = strcmp(code, "process_ended") ? "%s" : "%s (process_ended)";
+    if (!c->fatal_was_said) snprintf(c->fault, sizeof c->fault, form, text);
     if (!is_restarted) memcpy(c->reason, c->fault, sizeof c->reason);
     c->state = is_restarted ? MOSSNANO_STARTING : MOSSNANO_FAILED;
     mossnano__wake(c);
     mossnano__leave(c);
     if (c->is_stopping) return false;
     if (first <= last && c->options.on_lost) c->options.on_lost(c->options.context, first, last);
-    if (first <= last) snprintf(without, sizeof without, ", without what was fed to the streams %lld to %lld", (long long)first, (long long)last);
+    const char *streams = ", without what was fed to the streams %lld to %lld";
+    if (first <= last) snprintf(without, sizeof without, streams, (long long)first, (long long)last);
     snprintf(again, sizeof again, "%s; it is started again%s", text, without);
     if (is_restarted) mossnano__say(c, code, again, true);
     else if (!c->fatal_was_said) mossnano__say(c, code, text, true);
@@ -904,8 +917,8 @@ bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
     bool has_memory = first || frames > MOSSNANO_QUEUE / frame_bytes;
     for (mossnano__message *next; first; first = next) next = first->next, free(first);
     char text[200];
-    snprintf(text, sizeof text, "%zu bytes wait for the process to take them, and %zu frames more were fed: %d bytes (4 MiB) are allowed, feed less or later",
-             waiting, frames, MOSSNANO_QUEUE);
+    snprintf(text, sizeof text, "%zu bytes wait for the process to take them, and %zu frames more were fed: "
+             "%d bytes (4 MiB) are allowed, feed less or later", waiting, frames, MOSSNANO_QUEUE);
     if (!is_ready || !c->options.on_error) return false;
     if (has_memory) c->options.on_error(c->options.context, "queue_full", text, false);
     else c->options.on_error(c->options.context, "out_of_memory", "no memory for what was fed: feed less", false);
@@ -1019,7 +1032,9 @@ static void mossnano__begin_pull(mossnano *c, int64_t wanted) {
     c->audible = mossnano__least(wanted, c->real + fade);
 }
 
-static int16_t *mossnano__at(mossnano *c, int64_t sample) { return &c->ring[(c->pull_at + sample * c->format.channels) % c->capacity]; }
+static int16_t *mossnano__at(mossnano *c, int64_t sample) {
+    return &c->ring[(c->pull_at + sample * c->format.channels) % c->capacity];
+}
 
 static void mossnano__give(mossnano *c, int64_t sample, int16_t *out) {
     int64_t loud = c->level + sample + 1; /* of the fade-in */
