@@ -31,6 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # By what the reason of a skipped test says: how to get it to run.
 WAYS_TO_RUN_SKIPPED = {
     r"gcc is not": "apt-get install gcc libc6-dev",
+    r"g\+\+ is not": "apt-get install g++",
     r"(mcs|mono) is not": "apt-get install mono-mcs mono-runtime",
     r"node is not": "apt-get install nodejs",
     r"building needs onnxruntime": "pip install 'onnxruntime>=1.24'",

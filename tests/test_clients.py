@@ -63,7 +63,7 @@ def scenario(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def build_c(folder: Path, sources: Path) -> list[str]:
     needs("gcc")
     (source,) = sources.glob("*.c")
-    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", f"-I{CLIENTS / 'c'}"]
+    flags = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Werror", "-O1", "-pthread", f"-I{CLIENTS / 'c'}"]
     subprocess.run(["gcc", *flags, source, "-o", folder / "built"], check=True)
     return [str(folder / "built")]
 

@@ -107,7 +107,8 @@ int main(int count, char **words) {
     char error[2200];
     if (count < 5) return 2;
     mossnano_options options = {
-        .command = (const char *const *)words + 4, .ring_seconds = strtod(words[3], NULL), .on_error = say_error};
+        .command = (const char *const *)words + 4, .ring_seconds = strtod(words[3], NULL), .on_error = say_error,
+        .fade_ms = -1};
     mossnano *voice = mossnano_start(&options, error, sizeof error);
     if (!voice) return printf("not started %s\n", error), 0;
     mossnano_format f = mossnano_get_format(voice);

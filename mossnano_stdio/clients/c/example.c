@@ -17,6 +17,7 @@ int main(int count, char **words) {
 
     char error[256];
     mossnano_options options = {.command = (const char *const *)words + 2, .on_error = say_error};
+    options.fade_ms = -1; /* gaps are left out below, not heard */
     mossnano *voice = mossnano_start(&options, error, sizeof error);
     if (!voice) return fprintf(stderr, "%s\n", error), 1;
 
