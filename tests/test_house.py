@@ -55,7 +55,8 @@ ONLY_IN = {
     "signal": {"process", "client", "tools", "cli"},
     "select": {"process", "client"},
     "fcntl": {"process", "client", "tools"},
-    "msvcrt": {"process", "client"},
+    "msvcrt": {"process", "weights"},
+    "ctypes": {"process", "weights"},  # of Windows: what its own calls only tell
     "subprocess": {"client", "tools"},
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
     # load; library may be called by many; `play` shows its progress, `conformance` has a watchdog, `bench` decodes

@@ -88,7 +88,7 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
         names = _save_official_graphs(stage, weights)
         streaming = official.streaming_decode(weights.decoder)
         metadata = build_metadata(checkpoint_name, weights.format, OFFICIAL_FILES, streaming, OPSET)
-        (stage / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        (stage / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8", newline="\n")
         graphs = _save_own_graphs(stage, weights)
         sidecar = Sidecar(
             name=name,

@@ -57,8 +57,8 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[st
         "weight_map": dict.fromkeys(sorted(tensors), SHARD_NAME),
     }
     (folder / SHARD_NAME).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _decoder(config: CodecConfig, tensors: _Tensors) -> DecoderWeights:

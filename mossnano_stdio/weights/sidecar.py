@@ -82,7 +82,7 @@ def save_sidecar(folder: Path, sidecar: Sidecar) -> None:
     document["files"] = {
         name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in sidecar.files.items()
     }
-    (folder / SIDECAR_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (folder / SIDECAR_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
