@@ -24,6 +24,7 @@ from types import FrameType
 
 from mossnano_stdio import __version__
 from mossnano_stdio.errors import Terminated, exit_status_of
+from mossnano_stdio.files import named_stdout
 
 VERBS = {
     "info": "say what a file or a weights folder is",
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.platform == "win32" and not sys.stdout.isatty():  # by itself a pipe takes the letters of one region only
             sys.stdout.reconfigure(encoding="utf-8")
     try:
-        with _sigterm_raised():
+        with _sigterm_raised(), named_stdout():
             return _run_tool(verb, words[1:])
     except (Exception, KeyboardInterrupt, Terminated) as ending:  # noqa: BLE001 - a bug keeps its traceback
         return exit_status_of(ending, program=f"mossnano {verb}")

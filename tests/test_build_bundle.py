@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,13 @@ from mossnano_stdio.build.decode_step import FAST_DATA, FAST_FILE, save_fast_gra
 from mossnano_stdio.build.encode_step import ENCODE_STEP_DATA, ENCODE_STEP_FILE, save_encode_step
 from mossnano_stdio.build.model import DecoderWeights, EncoderWeights, LayerWeights, TransformerWeights
 from mossnano_stdio.codecs import load_decoder, load_encoder_runtime, load_runtime
-from mossnano_stdio.errors import BundleError, ExitStatus, OutputError
+from mossnano_stdio.errors import BundleError, ExitStatus, OutputError, Terminated
 from mossnano_stdio.tokens.format import Codes
 from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
 from mossnano_stdio.weights.graphs import GraphSpec
 from mossnano_stdio.weights.metadata import DECODE_DATA, DECODE_STEP_FILE, ENCODE_DATA, ENCODE_FILE, METADATA_NAME
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME
-from tests.tool import call_tool
+from tests.tool import COMMAND, call_tool
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +92,92 @@ def test_the_sidecar_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert moved == ["a.onnx", "z.data", SIDECAR_NAME]
 
 
-def test_a_full_disk_is_an_output_error(tmp_path: Path, tiny_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "graph.onnx")
+def stages_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".building-")]
 
-    monkeypatch.setattr(bundle, "save_graphs", full)
-    outcome = call_tool("build", tiny_reference, tmp_path)
-    assert outcome.status == ExitStatus.OUTPUT_FAILED
-    assert "graph.onnx: cannot be written: No space left on device (ENOSPC)" in outcome.error_line
-    assert list(tmp_path.iterdir()) == []
+
+def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    arguments = [str(COMMAND), "standin", str(tmp_path), "--size", "nano"]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        while not (tmp_path / "checkpoint").is_dir() or not stages_in(tmp_path):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    assert stages_in(tmp_path)
+    outcome = call_tool("standin", tmp_path, "--size", "tiny")
+    assert outcome.status == 0, outcome.err
+    assert stages_in(tmp_path) == stages_in(tmp_path / "checkpoint") == []
+
+
+def test_a_build_removes_nothing_of_one_that_runs(tmp_path: Path) -> None:
+    abandoned = tmp_path / ".building-0_abcxyz"
+    own = tmp_path / ".building-site"
+    with staged(tmp_path) as running:
+        (running / "half").touch()
+        for folder in (abandoned, own):
+            folder.mkdir()
+            (folder / "half").touch()
+        with staged(tmp_path) as stage:
+            (stage / "file").touch()
+        assert (running / "half").exists()
+        assert not abandoned.exists()
+        assert (own / "half").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {own.name, "file", "half"}
+
+
+def test_a_stage_that_another_build_took_away_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its making and its lock it looks abandoned."""
+    made: list[str] = []
+    make = tempfile.mkdtemp
+
+    def make_and_lose(prefix: str, dir: Path) -> str:
+        made.append(make(prefix=prefix, dir=dir))
+        if len(made) == 1:
+            bundle._remove_abandoned(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+    with staged(tmp_path) as stage:
+        assert [str(stage)] == made[1:]
+        assert stage.is_dir()
+
+
+def test_a_folder_that_cannot_be_locked_is_built_in_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some network file systems. What lies there may belong to anybody, so it is left."""
+    left = tmp_path / ".building-abcdefgh"
+    left.mkdir()
+
+    def unsupported(opened: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with staged(tmp_path) as stage:
+        (stage / "file").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {left.name, "file"}
+
+
+@pytest.mark.parametrize("ending", [Terminated, KeyboardInterrupt])
+def test_a_standin_that_is_stopped_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    def stop(*_: object) -> None:
+        raise ending
+
+    monkeypatch.setattr(bundle, "_try", stop)
+    outcome = call_tool("standin", tmp_path / "out", "--size", "tiny")
+    assert outcome.status in (ExitStatus.TERMINATED, ExitStatus.INTERRUPTED)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_in_standin_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with subprocess.Popen([COMMAND, "standin", folder, "--size", "nano"], stderr=subprocess.DEVNULL) as stopped:
+        while not (folder / "checkpoint").is_dir() or not stages_in(folder):
+            assert stopped.poll() is None
+            time.sleep(0.01)
+        stopped.terminate()
+    assert stopped.returncode == ExitStatus.TERMINATED
+    assert not folder.exists()
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,37 @@ def test_what_somebody_changed_is_not_overwritten(tmp_path: Path) -> None:
     assert changed.read_text() == "mine"
     assert call_tool("clients", "c", tmp_path, "--force").status == ExitStatus.DONE
     assert files_in(tmp_path) == files_in(CLIENTS / "c")
+
+
+@contextlib.contextmanager
+def without_roots_rights() -> Iterator[None]:
+    """Whoever runs the tests, permissions hold for him."""
+    was = os.geteuid()
+    if not was:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file" / "x", "Not a directory (ENOTDIR)"), (tmp_path / "file", "File exists (E")):
+        refused = call_tool("clients", "c", folder)
+        assert refused.status == ExitStatus.OUTPUT_FAILED
+        assert f"{folder}: cannot be written: {why}" in refused.error_line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such permissions here")
+@pytest.mark.parametrize("where", ["there", "there/new"])
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, where: str) -> None:
+    (tmp_path / "there").mkdir(0o000)
+    with without_roots_rights():
+        refused = call_tool("clients", "c", tmp_path / where)
+    assert refused.status == ExitStatus.OUTPUT_FAILED
+    assert f"{tmp_path / where}: cannot " in refused.error_line  # be written, or write the first file there
+    assert refused.error_line.endswith("Permission denied (EACCES)")
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ ONLY_IN = {
     "safetensors": {"build"},
     "signal": {"process", "client", "tools", "cli"},
     "select": {"process", "client"},
-    "fcntl": {"process", "client", "tools"},
+    "fcntl": {"process", "client", "tools", "build"},  # build locks the folder that it builds in
     "msvcrt": {"process", "weights"},
-    "ctypes": {"process", "weights"},  # of Windows: what its own calls only tell
+    "ctypes": {"process", "weights"},  # of Windows: what only its own calls tell
     "subprocess": {"client", "tools"},
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
     # load; library may be called by many; `play` shows its progress, `conformance` has a watchdog, `bench` decodes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ FRAMES = some_frames(20)
 TOKENS = Message(Kind.TOKENS, tokens_payload(FRAMES))
 STREAM = encoded(TOKENS, END)
 PCM = expected_pcm(FRAMES, SMALL)
+NANO_TOKENS = Message(Kind.TOKENS, bytes(20) + bytes.fromhex("010830000105187000020928b000030d38f00004") * 9)
 MELODY = ROOT / "mossnano_stdio" / "demo" / "melody.bin"
 
 
@@ -197,6 +199,39 @@ def test_weights_that_do_not_load_are_an_error_in_place_of_the_handshake(argumen
     (message,) = decoded(done.stdout)
     assert fields(message) | {"message": ""} == {"code": "bad_weights", "message": "", "stream": None, "fatal": True}
     assert named in fields(message)["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only here are names any bytes")
+def test_a_path_that_is_no_text_is_shown_as_text(tmp_path: Path) -> None:
+    """A lone surrogate in JSON is refused by half of all readers."""
+    folder = Path(shutil.copytree(MELODY.parent / "weights", tmp_path / os.fsdecode(b"gew\xf6hnlich")))
+    whole = run([*PROCESS, "--weights", str(folder)], MELODY.read_bytes())
+    assert whole.returncode == 0
+    assert fields(decoded(whole.stdout)[0])["weights"] == str(tmp_path / "gew?hnlich")
+    assert pcm_of(decoded(whole.stdout)) == pcm_of(decoded(run(DEMO, MELODY.read_bytes()).stdout))
+    (folder / "demo_decode_step.onnx").write_bytes(b"none")
+    damaged = run([*PROCESS, "--weights", str(folder)])
+    assert damaged.returncode == 66
+    assert str(tmp_path / "gew?hnlich") in fields(decoded(damaged.stdout)[0])["message"]
+
+
+@pytest.mark.parametrize("graph", ["official", "fast"])
+def test_weights_are_replaced_by_renaming_as_the_page_says(built_bundle: Path, tmp_path: Path, graph: str) -> None:
+    folder, other = tmp_path / "weights", tmp_path / "new"
+    shutil.copytree(built_bundle, folder)
+    shutil.copytree(built_bundle, other)
+    for path in other.glob("*.data"):
+        path.write_bytes(bytes(path.stat().st_size))
+    command = [*PROCESS, "--weights", str(folder), "--graph", graph, "--chunk-frames", "1", "--threads", "1"]
+    expected = pcm_of(decoded(run(command, encoded(NANO_TOKENS, END)).stdout))
+    with Child(command) as child:
+        child.next()
+        folder.rename(tmp_path / "old")
+        other.rename(folder)
+        shutil.rmtree(tmp_path / "old")
+        child.say(NANO_TOKENS, END)
+        assert pcm_of(child.until(Kind.END)) == expected
+    assert "Weights stay mapped from their files while it runs" in (ROOT / "protocol.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from mossnano_stdio.files import open_named
+
 OPSET = 17
 IR_VERSION = 8  # the one that goes with opset 17: old runtimes read it
 EXTERNAL_BYTES = 1024
@@ -120,12 +122,13 @@ def save_graphs(folder: Path, graphs: Mapping[str, GraphBuilder], data_name: str
     external = {name: array for name, array in weights.items() if array.nbytes >= EXTERNAL_BYTES}
     places: dict[str, tuple[str, int]] = {}
     offset = 0
-    with (folder / data_name).open("wb") as data:
+    with open_named(folder / data_name) as data:
         for name, array in external.items():
             places[name] = (data_name, offset)
             offset += data.write(array.data)
     for file_name, graph in graphs.items():
-        (folder / file_name).write_bytes(graph.model(places).SerializeToString(deterministic=True))
+        with open_named(folder / file_name) as file:
+            file.write(graph.model(places).SerializeToString(deterministic=True))
     return [*graphs, data_name]
 
 

@@ -33,6 +33,7 @@ from mossnano_stdio.build.model import (
     TransformerWeights,
 )
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.files import open_named
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -56,9 +57,11 @@ def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[st
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": dict.fromkeys(sorted(tensors), SHARD_NAME),
     }
-    (folder / SHARD_NAME).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
+    with open_named(folder / SHARD_NAME) as file:
+        file.write(save(dict(tensors), metadata={"format": "pt"}))
+    for name, document in ((INDEX_NAME, index), (CONFIG_NAME, config)):
+        with open_named(folder / name) as file:
+            file.write(json.dumps(document, indent=2).encode() + b"\n")
 
 
 def _decoder(config: CodecConfig, tensors: _Tensors) -> DecoderWeights:

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,23 @@ def _create(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool, data
             mapped = [open_files.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
             names = [file.path.name for file in graph.data]
             options.add_external_initializers_from_files_in_memory(names, mapped, [len(data) for data in mapped])
-        return onnxruntime.InferenceSession(str(graph.path), options, providers=providers, enable_fallback=0)
+        path = open_files.enter_context(_path_as_text(graph.path))
+        return onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
+
+
+@contextlib.contextmanager
+def _path_as_text(path: Path) -> Iterator[str]:
+    """A path that onnxruntime takes: it wants UTF-8. On Linux a name may be any bytes, and a way leads around them."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{folder}/{path.name}"
+        finally:
+            os.close(folder)
+    else:
+        yield str(path)
 
 
 def _session_options(onnxruntime: Any, engine: Engine) -> Any:

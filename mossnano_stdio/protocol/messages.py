@@ -116,7 +116,16 @@ def json_message(kind: Kind, fields: Mapping[str, Any]) -> Message:
 
     >>> json_message(Kind.SETTINGS, {"chunk_frames": 4})
     Message(kind=<Kind.SETTINGS: 9>, payload=b'{"chunk_frames":4}')
+
+    What is no character (a path may have such bytes) would be an escape that strict readers refuse:
+
+    >>> json_message(Kind.HANDSHAKE, {"weights": "/\\udcff"}).payload
+    b'{"weights":"/?"}'
     """
+    fields = {
+        name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
     return Message(kind, json.dumps(fields, separators=(",", ":"), allow_nan=False).encode("ascii"))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mossnano_stdio.errors import ExitStatus, UsageError
-from mossnano_stdio.files import open_output
+from mossnano_stdio.files import cannot_write, open_output, told_as
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 
@@ -37,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is None:
         raise UsageError(f"where to? mossnano clients {args.client} DIR")
     copies = {path: args.folder / path.name for path in _files_of(args.client)}
-    if not args.force:
-        _check_untouched(copies)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    with told_as(cannot_write(args.folder)):
+        if not args.force:
+            _check_untouched(copies)
+        args.folder.mkdir(parents=True, exist_ok=True)
     for path, copy in copies.items():
         with open_output(copy) as file:
             file.write(path.read_bytes())

@@ -13,7 +13,6 @@ Rules of this room:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError, reason_of
+from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.folder import WEIGHTS_NAME
@@ -80,7 +80,7 @@ def _part_of_bundle(direction: str) -> Selection:
 def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
     """Have every file of `selection` in `folder`, right to the byte; the names of those that were not so before."""
     placed = []
-    with _writing(folder):
+    with told_as(cannot_write(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     for name in selection.file_names:
         record = selection.repository.files[name]
@@ -90,7 +90,7 @@ def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
             continue
         cached = _cached_file(selection.repository, name, record)
         unfinished = folder / f".{name}.{os.getpid()}.part"
-        with _writing(destination):
+        with told_as(cannot_write(destination)):
             try:
                 shutil.copyfile(cached, unfinished)
                 unfinished.replace(destination)
@@ -190,14 +190,6 @@ def _remove_from_cache(path: Path) -> None:
     content = path.resolve()
     path.unlink(missing_ok=True)
     content.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 def _import_hub() -> Any:

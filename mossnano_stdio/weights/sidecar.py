@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.files import open_named
 from mossnano_stdio.weights.checked_json import Entry, load_json
 from mossnano_stdio.weights.graphs import EMPTY_POSITION, FileRecord, GraphSpec, StateSpec
 
@@ -82,7 +83,8 @@ def save_sidecar(folder: Path, sidecar: Sidecar) -> None:
     document["files"] = {
         name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in sidecar.files.items()
     }
-    (folder / SIDECAR_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8", newline="\n")
+    with open_named(folder / SIDECAR_NAME) as file:
+        file.write(json.dumps(document, indent=2).encode() + b"\n")
 
 
 def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
