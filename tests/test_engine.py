@@ -24,6 +24,7 @@ from mossnano_stdio.weights import published
 from mossnano_stdio.weights.folder import DEMO_FOLDER, load_bundle
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.sidecar import Sidecar, record_files, save_sidecar
+from tests.conftest import needs_symlinks
 from tests.oracle import Sound, furthest
 
 STEP = "moss_audio_tokenizer_decode_step.onnx"
@@ -248,6 +249,7 @@ def test_metadata_of_another_codec_is_refused(folder: Path) -> None:
         codecs.load_runtime(load_bundle(folder))
 
 
+@needs_symlinks
 @pytest.mark.parametrize("layout", ["as the hub keeps it", "every file elsewhere", "folder"])
 def test_weights_behind_symlinks(tiny_bundle: Path, tmp_path: Path, layout: str, codes: Codes, audio: Sound) -> None:
     names = [path.name for path in tiny_bundle.iterdir()]
@@ -294,6 +296,7 @@ def test_a_path_that_is_no_text(built_bundle: Path, tmp_path: Path, codes: Codes
         assert furthest(decoder.step(codes), audio) < TOLERANCE
 
 
+@needs_symlinks
 def test_data_missing_behind_a_symlink(folder: Path) -> None:
     (folder / SHARED).unlink()
     (folder / SHARED).symlink_to("nowhere")

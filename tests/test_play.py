@@ -29,7 +29,7 @@ from tests.tool import COMMAND
 needs_portaudio = pytest.mark.skipif(missing_portaudio() is not None, reason=str(missing_portaudio()))
 needs_sound_server = pytest.mark.skipif(missing_sound_server() is not None, reason=str(missing_sound_server()))
 
-PLAY = [str(COMMAND), "play"]
+PLAY = [*COMMAND, "play"]
 MELODY = Path(str(files("mossnano_stdio") / "demo" / "melody.mossnano"))
 MELODY_WIRE = MELODY.with_suffix(".bin")
 HELLO = json_message(Kind.HANDSHAKE, {"sample_rate": 48000, "channels": 2})
@@ -67,7 +67,7 @@ def test_raw_pcm_is_played_to_the_sample(file_device: FileDevice) -> None:
 @needs_portaudio
 def test_an_artifact_is_played_as_it_is_decoded(file_device: FileDevice, tmp_path: Path) -> None:
     decoded = tmp_path / "melody.raw"
-    subprocess.run([COMMAND, "decode", "--weights", "demo", MELODY, decoded], check=True, capture_output=True)
+    subprocess.run([*COMMAND, "decode", "--weights", "demo", MELODY, decoded], check=True, capture_output=True)
     done = play(file_device.environment, "--weights", "demo", "--prebuffer-ms", "all", "--stats", MELODY)
     assert done.returncode == 0, done.stderr
     assert b"demo weights" in done.stderr
