@@ -207,8 +207,8 @@ def test_sound_is_passed_on_as_it_comes() -> None:
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*COMMAND, "unframe"], **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*COMMAND, "unframe"], stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -173,6 +172,10 @@ def test_what_makes_no_sense_is_a_usage_error(arguments: list[str], message: str
 
 
 def test_a_terminal_is_not_played() -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no pseudo-terminals to make and read")
+    import pty
+
     leader, follower = pty.openpty()
     done = subprocess.run(PLAY, stdin=follower, capture_output=True, timeout=60, check=False)
     os.close(leader)
@@ -218,6 +221,10 @@ def feed_until_broken(pipe: Any, data: bytes) -> None:
 
 @needs_sound_server
 def test_a_terminal_shows_where_playing_is(sound_server: SoundServer) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no pseudo-terminals to make and read")
+    import pty
+
     leader, follower = pty.openpty()
     player = subprocess.Popen([*PLAY, "--raw"], env=sound_server.environment, stdin=subprocess.PIPE, stderr=follower)
     os.close(follower)
