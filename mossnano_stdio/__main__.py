@@ -34,6 +34,10 @@ def run() -> NoReturn:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if sys.platform == "win32":
+        from mossnano_stdio.process.logs import flush_stderr
+
+        flush_stderr()
     os._exit(status)
 
 

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text come out as they are
+        if sys.platform == "win32" and not sys.stdout.isatty():  # by itself a pipe takes the letters of one region only
+            sys.stdout.reconfigure(encoding="utf-8")
     try:
         with _sigterm_raised(), named_stdout():
             return _run_tool(verb, words[1:])

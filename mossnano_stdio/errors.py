@@ -202,7 +202,11 @@ def exit_status_of(error: BaseException, program: str) -> int:
 
     One line for whatever is no bug of ours, nothing at all for a reader that went away, a traceback for the rest.
     """
-    if isinstance(error, BrokenPipeError):
+    is_reader_gone = isinstance(error, BrokenPipeError) or (
+        # Windows says EINVAL of a pipe that nobody reads any more, and no file of ours is called so.
+        sys.platform == "win32" and isinstance(error, OSError) and error.errno == errno.EINVAL and not error.filename
+    )
+    if is_reader_gone:
         _silence_stdout()
         return ExitStatus.READER_GONE
     status, line = _verdict(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,56 @@ TIMEOUT_SECONDS = 60
 
 
 def double(plan: Mapping[str, Any] | None = None, *arguments: str) -> list[str]:
-    """The command line of the process around the decoder double; see double_process.py."""
-    return [sys.executable, "-m", "tests.double_process", json.dumps(plan or {}), *arguments]
+    """The command line of the process around the decoder double; see double_process.py. It runs in any folder."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.double_process import main; main()"
+    return [sys.executable, "-c", program, json.dumps(plan or {}), *arguments]
+
+
+if sys.platform == "win32":
+    import ctypes
+
+    def _asked(call: str, pid: int) -> int:
+        """What one of Windows' calls answers that take a process; there is none any more: 0."""
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.OpenProcess.restype = ctypes.c_void_p
+        handle = ctypes.c_void_p(kernel.OpenProcess(0x1F0FFF, False, pid))
+        try:
+            if call == "WaitForSingleObject":
+                return int(kernel.WaitForSingleObject(handle, 0)) if handle else 0
+            return int(ctypes.WinDLL("ntdll")[call](handle))
+        finally:
+            kernel.CloseHandle(handle)
+
+    def kill(pid: int) -> None:
+        os.kill(pid, signal.SIGTERM)
+
+    def stop(pid: int) -> None:
+        _asked("NtSuspendProcess", pid)
+
+    def go_on(pid: int) -> None:
+        _asked("NtResumeProcess", pid)
+
+    def is_there(pid: int) -> bool:
+        return _asked("WaitForSingleObject", pid) == 258  # it would have to be waited for
+
+else:
+
+    def kill(pid: int) -> None:
+        """End it at once, without a word from it."""
+        os.kill(pid, signal.SIGKILL)
+
+    def stop(pid: int) -> None:
+        """It does nothing any more, and is not gone."""
+        os.kill(pid, signal.SIGSTOP)
+
+    def go_on(pid: int) -> None:
+        os.kill(pid, signal.SIGCONT)
+
+    def is_there(pid: int) -> bool:
+        return Path(f"/proc/{pid}/stat").exists()
+
+
+KILLED = 15 if sys.platform == "win32" else -9  # the status of who was
 
 
 def run(command: Sequence[str], wire: bytes = b"", **more: Any) -> subprocess.CompletedProcess[bytes]:

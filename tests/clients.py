@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, Played, StreamEnd
 from mossnano_stdio.client.exchange import State
-from tests.child import ROOT
 
 
 class FaceOfStream(Protocol):
@@ -208,8 +207,7 @@ def wait_until(face: Face, is_so: Callable[[], bool]) -> None:
 
 def start(client: str, command: Sequence[str], **options: Any) -> Face:
     """One of CLIENTS around a command of the tests."""
-    here = ["env", "-C", str(ROOT), *command]  # the doubles are modules of the tests
     if "log" not in options:
         options["stderr"] = subprocess.DEVNULL
-    face: Face = CLIENTS[client](command=here, **options)
+    face: Face = CLIENTS[client](command=command, **options)
     return face

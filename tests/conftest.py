@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
 from importlib.metadata import version
@@ -42,6 +43,10 @@ WAYS_TO_RUN_SKIPPED = {
     r"two CPUs": "let it use two CPUs (see taskset)",
     r"no git checkout": "run it in a git clone",
 }
+
+needs_symlinks = pytest.mark.skipif(
+    sys.platform == "win32", reason="on Windows a symlink takes rights that few have, and wine has none that work"
+)
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny"
 

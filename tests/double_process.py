@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mossnano_stdio.process import loop, stdio
+from mossnano_stdio.process.logs import flush_stderr
 from tests.doubles import NANO, SMALL, CountingDecoder, CountingEncoder
 
 
@@ -52,7 +53,9 @@ def main() -> None:
     spoil_descriptors(plan)
     signals = stdio.StopSignals()
     signals.install()
-    os._exit(loop.main(signals, sys.argv[2:], load))
+    status = loop.main(signals, sys.argv[2:], load)
+    flush_stderr()
+    os._exit(status)
 
 
 def on_step(plan: dict[str, Any], step: int) -> None:
@@ -60,8 +63,9 @@ def on_step(plan: dict[str, Any], step: int) -> None:
         print("a stray print")
         sys.stdout.flush()
         os.write(1, b"a stray write\n")
-        ctypes.CDLL(None).puts(b"a stray puts")
-        ctypes.CDLL(None).fflush(None)
+        libc = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+        libc.puts(b"a stray puts")
+        libc.fflush(None)
         warnings.warn("a stray warning", stacklevel=1)
     name = plan.get("raising", {}).get(str(step))
     if name:

@@ -119,7 +119,7 @@ def _rotate(x: Array, positions: NDArray[Any], period: float) -> Array:
     """Each pair (2j, 2j + 1) as a complex number, turned by its own angle."""
     size = x.shape[1]
     angles = positions[:, None] * period ** (-2 * np.arange(size // 2) / size)
-    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * angles)
+    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * (np.cos(angles) + 1j * np.sin(angles))
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 
 

@@ -4,7 +4,8 @@
 
 Rules of this room:
 
-- Standard library only, one thread, one poll loop: as unlike our process as can be.
+- Standard library only, one thread, one poll loop: as unlike our process as can be. Windows polls no pipes, so there a
+  second thread reads, and the first one waits for who reads.
 - Its codec is no codec: mono at 8 kHz, 5 samples a frame, 3 codes of 9 bits below 300, padded to 4 bytes. Every
   sample depends on every code since the stream began.
 - Each breakage is one line at the place that it breaks. Without one it keeps every promise.
@@ -76,8 +77,21 @@ class OtherPeer:
     # --- the loop --------------------------------------------------------------------------------
 
     def run(self) -> int:
-        os.set_blocking(1, False)
         self.put_handshake()
+        maybe_status = self.run_to_the_end()
+        if maybe_status is not None:
+            return maybe_status
+        if self.broken == "a last word on stdout":
+            os.write(1, b"bye")
+        if self.broken == "ends with 1 when all is well" and self.status == 0:
+            return 1
+        return self.status or 0
+
+    def run_to_the_end(self) -> int | None:
+        """Until all is done; or the status, where nobody reads any more."""
+        if sys.platform == "win32":
+            return self.run_on_windows()
+        os.set_blocking(1, False)
         poller = select.poll()
         poller.register(1, 0)
         while True:
@@ -99,12 +113,38 @@ class OtherPeer:
             if events.get(1, 0) & select.POLLOUT:
                 del self.output[: os.write(1, self.output[:4096])]
             if 0 in events:
-                self.read()
-        if self.broken == "a last word on stdout":
-            os.write(1, b"bye")
-        if self.broken == "ends with 1 when all is well" and self.status == 0:
-            return 1
-        return self.status or 0
+                self.take_in(os.read(0, 1 << 16))
+        return None
+
+    def run_on_windows(self) -> int | None:
+        """The same with a thread that reads."""
+        import queue
+        import threading
+
+        arrivals: queue.Queue[bytes] = queue.Queue(INBOX_BYTES >> 16)
+
+        def read() -> None:
+            while data := os.read(0, 1 << 16):
+                arrivals.put(data)
+            arrivals.put(b"")
+
+        threading.Thread(target=read, daemon=True).start()
+        while True:
+            if self.status is None:
+                self.take_turn()
+            try:
+                is_ahead = self.broken == "decodes ahead of the reader" and self.status is None and self.has_work()
+                while self.output and not is_ahead:
+                    del self.output[: os.write(1, self.output[:4096])]
+            except OSError:
+                return 1 if self.broken == "ends with 1 when nobody reads" else 141
+            if self.status is not None and not self.output:
+                return None
+            while not self.ended and self.inbox_bytes < INBOX_BYTES:
+                try:
+                    self.take_in(arrivals.get(block=not self.has_work()))
+                except queue.Empty:
+                    break
 
     def has_work(self) -> bool:
         return bool(self.inbox or self.ended or self.due_frames() or (self.stream and self.stream.finished))
@@ -142,8 +182,7 @@ class OtherPeer:
 
     # --- input -----------------------------------------------------------------------------------
 
-    def read(self) -> None:
-        data = os.read(0, 1 << 16)
+    def take_in(self, data: bytes) -> None:
         if not data:
             self.ended = True
             if self.buffer and self.fault is None and self.broken != "a cut message goes unnoticed":

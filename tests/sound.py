@@ -121,7 +121,8 @@ class SoundServer:
 
     def stop(self) -> None:
         for process in (*self._others, self._server):
-            process.send_signal(signal.SIGCONT)
+            if sys.platform != "win32":
+                process.send_signal(signal.SIGCONT)
             process.kill()
             process.wait()
 
@@ -130,10 +131,12 @@ class SoundServer:
         self._server.wait()
 
     def pause_server(self) -> None:
-        self._server.send_signal(signal.SIGSTOP)
+        if sys.platform != "win32":
+            self._server.send_signal(signal.SIGSTOP)
 
     def resume_server(self) -> None:
-        self._server.send_signal(signal.SIGCONT)
+        if sys.platform != "win32":
+            self._server.send_signal(signal.SIGCONT)
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:

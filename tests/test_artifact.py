@@ -344,7 +344,7 @@ def test_what_does_not_fit_names_both_values(
 
 @pytest.mark.skipif(not REAL_CODES.exists(), reason="the real codes are not here")
 def test_real_codes_come_back() -> None:
-    lines = REAL_CODES.read_text().splitlines()
+    lines = REAL_CODES.read_text("utf-8").splitlines()
     assert len(lines) == 10
     for line in lines:
         codes = json.loads(line)["audio_codes"]

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+if sys.platform == "win32":
+    pytest.skip("tests/gdscript.py starts and ends processes as POSIX does", allow_module_level=True)
+
 from mossnano_stdio.protocol.messages import Kind, encode_message
 from tests.child import DEMO, ROOT, run
 from tests.doubles import NANO, some_frames, tokens_payload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def test_what_somebody_changed_is_not_overwritten(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def without_roots_rights() -> Iterator[None]:
     """Whoever runs the tests, permissions hold for him."""
+    if sys.platform == "win32":
+        pytest.skip("there are no such permissions here")
     was = os.geteuid()
     if not was:
         os.seteuid(65534)
@@ -63,13 +66,14 @@ def without_roots_rights() -> Iterator[None]:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder, why in ((tmp_path / "file" / "x", "Not a directory (ENOTDIR)"), (tmp_path / "file", "File exists (E")):
+    is_file = "EEXIST" if sys.platform == "win32" else "ENOTDIR"
+    for folder, code in ((tmp_path / "file" / "x", is_file), (tmp_path / "file", "EEXIST")):
         refused = call_tool("clients", "c", folder)
         assert refused.status == ExitStatus.OUTPUT_FAILED
-        assert f"{folder}: cannot be written: {why}" in refused.error_line
+        assert f"{folder}: cannot be written: " in refused.error_line
+        assert refused.error_line.endswith(f"({code})")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there are no such permissions here")
 @pytest.mark.parametrize("where", ["there", "there/new"])
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, where: str) -> None:
     (tmp_path / "there").mkdir(0o000)

@@ -188,6 +188,7 @@ def test_another_length_breaks_any_limit(pair: tuple[Path, Path], tmp_path: Path
 
 
 def test_nothing_beside_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     (tmp_path / "a.pcm").write_bytes(b"")
     plot = tmp_path / "x.png"
     outcome = call_tool("compare", tmp_path / "a.pcm", "-", "--chunk-frames", 1, "--json", "--plot", plot)
@@ -206,6 +207,7 @@ def test_raw_pcm_of_another_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunks", [[], ["--chunk-frames", "3"]])
 def test_a_picture_is_drawn(pair: tuple[Path, Path], tmp_path: Path, chunks: list[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     assert call_tool("compare", *pair, "--plot", tmp_path / "x.png", *chunks).status == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,6 +12,7 @@ import pytest
 
 from mossnano_stdio.weights import digest
 from mossnano_stdio.weights.digest import MEMORY_NAME, SMALL_BYTES, cache_folder, sha256_of
+from tests.conftest import needs_symlinks
 
 LONG_AGO_NS = 1_600_000_000_000_000_000
 
@@ -106,6 +107,7 @@ def test_a_file_that_is_still_fresh_is_not_remembered(
     assert hashed == ["large", "large"]
 
 
+@needs_symlinks
 def test_links_to_one_file_share_one_memory(tmp_path: Path, hashed: list[str]) -> None:
     path = large_file(tmp_path)
     link = tmp_path / "link"

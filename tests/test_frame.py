@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.pcm import wav_header
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.tokens import Artifact, build_artifact, pack_frames
+from tests.child import DEMO
 from tests.tool import COMMAND, call_tool, run_tool
 
 CODES = np.random.default_rng(9).integers(0, 1024, (7, 16)).astype(np.uint16)
@@ -192,7 +193,7 @@ def test_the_longest_audio_message_passes() -> None:
 
 
 def test_sound_is_passed_on_as_it_comes() -> None:
-    process = subprocess.Popen([COMMAND, "unframe"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*COMMAND, "unframe"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
     with process:
@@ -205,17 +206,26 @@ def test_sound_is_passed_on_as_it_comes() -> None:
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
-    script = f'"{COMMAND}" unframe; echo $? >&2'
-    stream = stream_of(*[(1, bytes(1 << 16))] * 64)
-    run = subprocess.run(
-        ["bash", "-c", f"({script}) | head -c 10 > /dev/null"], input=stream, capture_output=True, timeout=60
-    )
-    assert run.stderr.split() == [b"141"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*COMMAND, "unframe"], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(stream_of((1, bytes(1 << 16))))
+        process.stdin.flush()
+        assert process.stdout.read(10) == bytes(10)
+        process.stdout.close()
+        with contextlib.suppress(OSError):  # it is gone before it has read all of this
+            process.stdin.write(stream_of(*[(1, bytes(1 << 16))] * 64))
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == ExitStatus.READER_GONE
 
 
 @pytest.mark.parametrize("form", ["artifact", "tokens"])
 def test_through_the_process(form: str) -> None:
-    stdio = [str(Path(sys.executable).with_name("mossnano-stdio")), "--weights", "demo", "--chunk-frames", "4"]
+    stdio = [*DEMO, "--chunk-frames", "4"]
     stream = call_tool("frame", "-", "--as", form, stdin=ARTIFACT).out
     framed = subprocess.run(stdio, input=stream, stdout=subprocess.PIPE, timeout=60, check=True)
     raw = subprocess.run([*stdio, "--output", "raw"], input=stream, stdout=subprocess.PIPE, timeout=60, check=True)

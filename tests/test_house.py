@@ -48,7 +48,7 @@ SIDE_DOORS = {
     "weights": {"checked_json", "hub"},
     "playback": {"defaults"},
     "protocol": {"connection", "decoding", "encoding"},
-    "process": {"flags", "logs"},
+    "process": {"flags", "logs", "windows"},
     "build": {"arithmetic", "bundle", "extract"},
 }
 
@@ -67,7 +67,8 @@ ONLY_IN = {
     "signal": {"process", "client", "tools", "cli"},
     "select": {"process", "client"},
     "fcntl": {"process", "client", "tools", "build"},  # build locks the folder that it builds in
-    "msvcrt": {"process", "client"},
+    "msvcrt": {"process", "weights"},
+    "ctypes": {"process", "weights"},  # of Windows: what only its own calls tell
     "subprocess": {"client", "tools"},
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
     # load; library may be called by many; `play` shows its progress, `conformance` has a watchdog, `bench` decodes

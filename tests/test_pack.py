@@ -60,7 +60,7 @@ def test_every_number_can_be_given(tmp_path: Path) -> None:
 @pytest.mark.skipif(not REAL_CODES.exists(), reason="the real codes are not here")
 @pytest.mark.parametrize("form", FORMS)
 def test_real_codes_survive_pack_info_and_unpack(tmp_path: Path, form: str) -> None:
-    for line in REAL_CODES.read_text().splitlines():
+    for line in REAL_CODES.read_text("utf-8").splitlines():
         codes = json.loads(line)["audio_codes"]
         packed = call_tool("pack", "-", "-", "--form", "json", stdin=json.dumps(codes).encode())
         (tmp_path / "x.mossnano").write_bytes(packed.out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from tests.tool import COMMAND
 needs_portaudio = pytest.mark.skipif(missing_portaudio() is not None, reason=str(missing_portaudio()))
 needs_sound_server = pytest.mark.skipif(missing_sound_server() is not None, reason=str(missing_sound_server()))
 
-PLAY = [str(COMMAND), "play"]
+PLAY = [*COMMAND, "play"]
 MELODY = Path(str(files("mossnano_stdio") / "demo" / "melody.mossnano"))
 MELODY_WIRE = MELODY.with_suffix(".bin")
 HELLO = json_message(Kind.HANDSHAKE, {"sample_rate": 48000, "channels": 2})
@@ -67,7 +66,7 @@ def test_raw_pcm_is_played_to_the_sample(file_device: FileDevice) -> None:
 @needs_portaudio
 def test_an_artifact_is_played_as_it_is_decoded(file_device: FileDevice, tmp_path: Path) -> None:
     decoded = tmp_path / "melody.raw"
-    subprocess.run([COMMAND, "decode", "--weights", "demo", MELODY, decoded], check=True, capture_output=True)
+    subprocess.run([*COMMAND, "decode", "--weights", "demo", MELODY, decoded], check=True, capture_output=True)
     done = play(file_device.environment, "--weights", "demo", "--prebuffer-ms", "all", "--stats", MELODY)
     assert done.returncode == 0, done.stderr
     assert b"demo weights" in done.stderr
@@ -173,6 +172,10 @@ def test_what_makes_no_sense_is_a_usage_error(arguments: list[str], message: str
 
 
 def test_a_terminal_is_not_played() -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no pseudo-terminals to make and read")
+    import pty
+
     leader, follower = pty.openpty()
     done = subprocess.run(PLAY, stdin=follower, capture_output=True, timeout=60, check=False)
     os.close(leader)
@@ -218,6 +221,10 @@ def feed_until_broken(pipe: Any, data: bytes) -> None:
 
 @needs_sound_server
 def test_a_terminal_shows_where_playing_is(sound_server: SoundServer) -> None:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no pseudo-terminals to make and read")
+    import pty
+
     leader, follower = pty.openpty()
     player = subprocess.Popen([*PLAY, "--raw"], env=sound_server.environment, stdin=subprocess.PIPE, stderr=follower)
     os.close(follower)

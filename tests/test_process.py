@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mossnano_stdio import codecs
 from mossnano_stdio.protocol.connection import Action
 from mossnano_stdio.protocol.decoding import DECODING
 from mossnano_stdio.protocol.encoding import ENCODING
@@ -94,9 +95,8 @@ def test_frames_that_come_while_a_chunk_is_decoded_go_into_one_chunk() -> None:
     assert chunks == [1, 2, 4]
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="counts threads in /proc, needs two CPUs"
-)
+@pytest.mark.skipif(codecs.default_threads() < 2, reason="needs two CPUs")
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_numpy_starts_no_threads_unless_the_user_wants_them() -> None:
     def threads(**wish: str) -> int:
         environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
@@ -115,8 +115,9 @@ def test_nothing_in_is_a_handshake_out() -> None:
 def test_the_demo_stream_gives_what_the_python_module_and_the_console_script_both_promise(tmp_path: Path) -> None:
     scripts = Path(sys.executable).parent
     with MELODY.open("rb") as stdin:
-        raw = subprocess.run([scripts / "mossnano-stdio", "--weights", "demo", "--output", "raw"], stdin=stdin,
-                             capture_output=True, check=True)  # fmt: skip
+        script = [*PROCESS] if sys.platform == "win32" else [scripts / "mossnano-stdio"]  # no scripts under wine
+        raw = subprocess.run([*script, "--weights", "demo", "--output", "raw"], stdin=stdin, capture_output=True,
+                             check=True)  # fmt: skip
     framed = run(DEMO, MELODY.read_bytes())
     assert pcm_of(decoded(framed.stdout)) == raw.stdout
     assert len(raw.stdout) > 5 * 48000 * 4
@@ -191,7 +192,7 @@ def test_what_cannot_go_on_says_so_and_ends(raised: str, status: int, code: str,
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--weights", "/no/where"], "/no/where"), (["--weights", "demo", "--provider", "coreml"], "coreml")],
+    [(["--weights", "/no/where"], str(Path("/no/where"))), (["--weights", "demo", "--provider", "coreml"], "coreml")],
 )
 def test_weights_that_do_not_load_are_an_error_in_place_of_the_handshake(arguments: list[str], named: str) -> None:
     done = run([*PROCESS, *arguments])
@@ -215,6 +216,7 @@ def test_a_path_that_is_no_text_is_shown_as_text(tmp_path: Path) -> None:
     assert str(tmp_path / "gew?hnlich") in fields(decoded(damaged.stdout)[0])["message"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files that are in use are neither renamed nor removed there")
 @pytest.mark.parametrize("graph", ["official", "fast"])
 def test_weights_are_replaced_by_renaming_as_the_page_says(built_bundle: Path, tmp_path: Path, graph: str) -> None:
     folder, other = tmp_path / "weights", tmp_path / "new"
@@ -276,6 +278,8 @@ def test_messages_longer_than_max_message_bytes_are_refused() -> None:
 
 
 def test_a_full_inbox_stops_reading_and_nothing_is_lost() -> None:
+    if sys.platform == "win32":
+        pytest.skip("what a pipe has taken, and no more, is not known there")
     frames = some_frames(3000, NANO)
     with Child(double({"nano": True})) as child:
         child.next()
@@ -304,11 +308,13 @@ def test_statistics_at_the_end_and_on_request() -> None:
         child.next()
         child.write(STREAM)
         child.until(Kind.END)
-        child.process.send_signal(signal.SIGUSR1)
-        asked = json.loads(child.stderr.readline())
+        asked: list[dict[str, float]] = []
+        if sys.platform != "win32":
+            child.process.send_signal(signal.SIGUSR1)
+            asked = [json.loads(child.stderr.readline())]
         _, _, err = child.finish()
     final = json.loads(err)
-    for stats in (asked, final):
+    for stats in (*asked, final):
         assert (stats["streams"], stats["frames"], stats["errors"]) == (1, 20, 0)
         assert stats["peak_resident_bytes"] > 10_000_000
         assert stats["step_p50_ms"] <= stats["step_p95_ms"]
@@ -347,7 +353,7 @@ TOKENS_NANO = Message(Kind.TOKENS, tokens_payload(FRAMES_NANO))
 
 # --- protocol.md -----------------------------------------------------------------------------------
 
-PROTOCOL = (ROOT / "protocol.md").read_text()
+PROTOCOL = (ROOT / "protocol.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+if sys.platform != "linux":
+    pytest.skip("looks into /proc, and leans on Linux's pipes", allow_module_level=True)
+
 from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message
 from mossnano_stdio.tokens import Codes, pack_frames
 from tests.child import DEMO, LONG, PROCESS, ROOT, Child, decoded, double, encoded, fields, pcm_of, random_tokens, run
 from tests.conftest import SHARED, STEP, repeated
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames, tokens_payload
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and leans on Linux's pipes")
 
 END = Message(Kind.END)
 FRAME_PCM_BYTES = NANO.frame_pcm_bytes

@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+if sys.platform != "linux":
+    pytest.skip("leans on Linux's pipes, signals and terminals", allow_module_level=True)
+
 from mossnano_stdio.errors import OutOfMemoryError
 from mossnano_stdio.process.inbox import Inbox
 from mossnano_stdio.process.stdio import InputThread
@@ -37,8 +40,6 @@ from tests.child import (
 )
 from tests.conftest import repeated
 from tests.doubles import NANO, SMALL, expected_pcm, some_frames, tokens_payload
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="leans on Linux's pipes")
 
 FRAMES = some_frames(20)
 STREAM = encoded(Message(Kind.TOKENS, tokens_payload(FRAMES)), Message(Kind.END))

@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer = subprocess.run([*DEMO], input=MELODY.with_suffix(".bin").read_bytes(), capture_output=True, check=True)
     (folder / "melody.out").write_bytes(answer.stdout)
     for words in (["pack", "codes.npy", "tiny.mossnano"], ["unframe", "melody.out", "melody.wav"]):
-        subprocess.run([COMMAND, *words], cwd=folder, check=True)
+        subprocess.run([*COMMAND, *words], cwd=folder, check=True)
     return folder
 
 
@@ -110,7 +110,7 @@ def test_no_tool_speaks_to_the_network(verb: str, folder: Path, tmp_path: Path) 
             pytest.skip(missing)
     if verb in ("build", "standin"):
         skip_if_nothing_can_be_built()
-    assert_quiet([str(COMMAND), *COMMANDS[verb]], folder, tmp_path)
+    assert_quiet([*COMMAND, *COMMANDS[verb]], folder, tmp_path)
 
 
 def test_every_tool_was_looked_at() -> None:

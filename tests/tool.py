@@ -12,7 +12,12 @@ from unittest import mock
 
 from mossnano_stdio import cli
 
-COMMAND = Path(sys.executable).with_name("mossnano")
+# On Windows the script would be a process of its own in front of the one that works.
+COMMAND = (
+    [sys.executable, "-m", "mossnano_stdio.cli"]
+    if sys.platform == "win32"
+    else [str(Path(sys.executable).with_name("mossnano"))]
+)
 
 
 class Outcome(NamedTuple):
@@ -46,5 +51,5 @@ def call_tool(*arguments: object, stdin: bytes = b"") -> Outcome:
 
 def run_tool(*arguments: object, stdin: bytes = b"") -> Outcome:
     """`mossnano ARGUMENTS` as a process of its own."""
-    run = subprocess.run([COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60)
+    run = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=60)
     return Outcome(run.returncode, run.stdout, run.stderr.decode())

@@ -112,7 +112,9 @@ class Session:
 
 def default_threads() -> int:
     """The CPUs that this process may use, at most four."""
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    usable = os.cpu_count() or 1
+    if sys.platform == "linux":
+        usable = len(os.sched_getaffinity(0))
     return min(MAX_DEFAULT_THREADS, usable)
 
 

@@ -105,11 +105,11 @@ class Player:
     def push(self, pcm: bytes, should_stop: ShouldStop | None = None, since: float | None = None) -> bool:
         """Queue whole samples, waiting while the ring is full. False: `should_stop` or an abort cut it short.
 
-        `since` is the instant, by time.monotonic(), from which the latency to the speaker is measured, for example
+        `since` is the instant, by time.perf_counter(), from which the latency to the speaker is measured, for example
         when the tokens of this PCM came in. None means now.
         """
         self._refuse_if_finished()
-        since = time.monotonic() if since is None else since
+        since = time.perf_counter() if since is None else since
         if self._maybe_first_since is None:
             self._maybe_first_since = since
         samples = self._converter.convert(pcm)
@@ -218,7 +218,7 @@ class Player:
                 self._stream.start()
             except self._sounddevice.PortAudioError as error:
                 raise DeviceError(f"{self.device.name} does not start: {error}; {CHOOSE_ANOTHER}") from error
-            self._maybe_started_at = time.monotonic()
+            self._maybe_started_at = time.perf_counter()
 
     def _play_out(self, should_stop: ShouldStop | None) -> bool:
         self._feed.stopping = True
@@ -235,7 +235,7 @@ class Player:
 
     def _was_played_out(self, seconds_ago: float) -> bool:
         maybe_at = self._feed.maybe_played_out_at
-        return maybe_at is not None and time.monotonic() - maybe_at >= seconds_ago
+        return maybe_at is not None and time.perf_counter() - maybe_at >= seconds_ago
 
     def _is_told_to_stop(self, should_stop: ShouldStop | None) -> bool:
         return self._feed.aborting or (should_stop is not None and should_stop())
@@ -254,7 +254,7 @@ class Player:
                 f"{self.device.name} stopped in the middle: was it unplugged, did its sound server end? "
                 f"Bring it back, or {CHOOSE_ANOTHER}"
             )
-        if time.monotonic() - max(self._maybe_started_at, self._feed.last_call_at) > _LOST_AFTER_SECONDS:
+        if time.perf_counter() - max(self._maybe_started_at, self._feed.last_call_at) > _LOST_AFTER_SECONDS:
             raise DeviceError(
                 f"{self.device.name} has taken no sound for {_LOST_AFTER_SECONDS:g} s: is its sound server hanging? "
                 f"Restart that, or {CHOOSE_ANOTHER}"
@@ -297,7 +297,7 @@ class Player:
         maybe_since, maybe_heard = self._maybe_first_since, self._feed.maybe_first_heard_at
         if maybe_since is None or maybe_heard is None:
             return {"first_sound_ms": None, "first_sound_unix_seconds": None}
-        unix_seconds = time.time() - (time.monotonic() - maybe_heard)
+        unix_seconds = time.time() - (time.perf_counter() - maybe_heard)
         return {
             "first_sound_ms": round(1000 * (maybe_heard - maybe_since), 1),
             "first_sound_unix_seconds": round(unix_seconds, 4),
@@ -331,7 +331,7 @@ class Player:
         try:
             if status.output_underflow:
                 self._feed.device_underflows += 1
-            verdict = self._feed.fill(out, time.monotonic(), times.outputBufferDacTime - times.currentTime)
+            verdict = self._feed.fill(out, time.perf_counter(), times.outputBufferDacTime - times.currentTime)
         except Exception as bug:  # noqa: BLE001 - the pushing side raises it
             self._maybe_bug = bug
             verdict = Outlook.ABORTED

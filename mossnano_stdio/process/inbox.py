@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,7 +67,7 @@ class Inbox:
         with self._changed:
             while self._waiting and self._waiting_bytes + cost_bytes > self._limit_bytes:
                 self._changed.wait(WAKE_SECONDS)
-            self._waiting.append(Arrival(message, time.monotonic()))
+            self._waiting.append(Arrival(message, time.perf_counter()))
             self._waiting_bytes += cost_bytes
             self._waiting_cancels += message.kind == Kind.CANCEL
             self._changed.notify_all()
@@ -77,13 +78,17 @@ class Inbox:
             self._maybe_ending = ending
             self._changed.notify_all()
 
-    def get(self) -> Arrival | Ending:
-        """The next message, or the ending once all messages are gone. Sleeps while there is neither."""
+    def get(self, look_round: Callable[[], object] = lambda: None) -> Arrival | Ending:
+        """The next message, or the ending once all messages are gone.
+
+        Sleeps while there is neither, and looks round WAKE_SECONDS apart.
+        """
         with self._changed:
             while not self._waiting:
                 if self._maybe_ending is not None:
                     return self._maybe_ending
-                self._changed.wait(WAKE_SECONDS)
+                if not self._changed.wait(WAKE_SECONDS):
+                    look_round()
             arrival = self._waiting.popleft()
             self._waiting_bytes -= len(arrival.message.payload) + MESSAGE_COST_BYTES
             self._waiting_cancels -= arrival.message.kind == Kind.CANCEL

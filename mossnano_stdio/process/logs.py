@@ -9,16 +9,23 @@ Rules of this room:
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
 import os
 import select
 import sys
 import time
+from functools import cache
 from typing import Final
+
+from mossnano_stdio.process.writing import WriteThread
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 _STDERR: Final = 2
+_FLUSH_SECONDS: Final = 0.2
+_MAX_WAITING_BYTES: Final = 1 << 14  # of lines that a thread has still to write
 _MAX_LINE_BYTES: Final = 4096  # what a pipe that is writable takes without making us wait (PIPE_BUF)
 
 log = logging.getLogger("mossnano")
@@ -70,14 +77,30 @@ def write_stderr(line: str) -> bool:
     """Write one line if stderr takes it at once. False: it was dropped."""
     data = line.encode("utf-8", "replace")[: _MAX_LINE_BYTES - 1] + b"\n"
     try:
-        return _is_writable() and os.write(_STDERR, data) == len(data)
+        if sys.platform == "win32":
+            writer = _stderr_writer()
+            if writer.left_bytes > _MAX_WAITING_BYTES:
+                return False
+            writer.put(data)
+            return True
+        poller = select.poll()
+        poller.register(_STDERR, select.POLLOUT)
+        is_writable = any(events & select.POLLOUT for _, events in poller.poll(0))
+        return is_writable and os.write(_STDERR, data) == len(data)
     except OSError:
         return False
 
 
-def _is_writable() -> bool:
+@cache
+def _stderr_writer() -> WriteThread:
+    """Windows cannot poll a pipe: there a thread writes, and what it has not got rid of was not taken at once."""
+    writer = WriteThread(_STDERR)
+    atexit.register(flush_stderr)
+    return writer
+
+
+def flush_stderr() -> None:
+    """The last lines get a moment to be read, where a thread writes them."""
     if sys.platform == "win32":
-        return True  # Windows polls sockets only
-    poller = select.poll()
-    poller.register(_STDERR, select.POLLOUT)
-    return any(events & select.POLLOUT for _, events in poller.poll(0))
+        with contextlib.suppress(OSError):
+            _stderr_writer().wait(_FLUSH_SECONDS)

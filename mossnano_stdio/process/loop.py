@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -154,11 +155,17 @@ class _Process:
         self._signals.report_with(self.report)
         with self._signals.ending():
             messages = MessageReader(self._options.max_message_bytes)
-            InputThread(self._inbox, messages, None if self._options.output == "none" else self._fd.fd).start()
+            reading = InputThread(self._inbox, messages, None if self._options.output == "none" else self._fd.fd)
+            # Reading beside the loading saves the peer a wait for a full pipe. On Windows, a thread that waits for its
+            # input can lock out the loading of libraries.
+            if sys.platform != "win32":
+                reading.start()
             connection = self._maybe_connection = self._connect(load(self._options))
+            if sys.platform == "win32":
+                reading.start()
         self._output.start(connection.format)
         self._put(connection.handshake())
-        self._ready_seconds = time.monotonic()
+        self._ready_seconds = time.perf_counter()
         try:
             while isinstance(event := self._next_event(connection), Arrival):
                 self._put_all(connection.handle(event.message, event.seconds))
@@ -247,7 +254,7 @@ class _Process:
         while connection.is_due and (connection.is_sated or self._inbox.is_empty):
             self._put_all(connection.advance())
         with self._signals.raising():
-            return self._inbox.get()
+            return self._inbox.get(self._fd.check_reader)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
         for answer in answers:
@@ -258,7 +265,7 @@ class _Process:
         stream = self._maybe_connection.open if self._maybe_connection else None
         if answer.kind in (Kind.AUDIO, Kind.TOKENS) and stream is not None and not stream.has_answered:
             stream.has_answered = True
-            self._first_audio.add(time.monotonic() - max(stream.opened_seconds, self._ready_seconds))
+            self._first_audio.add(time.perf_counter() - max(stream.opened_seconds, self._ready_seconds))
         if answer.kind == Kind.ERROR:
             log.error("%s", parse_json(answer)["message"])
             if self._stops_on_error:

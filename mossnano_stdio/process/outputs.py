@@ -111,7 +111,7 @@ class SpeakerOutput(Output):
         if self._maybe_player is None:
             return
         if message.kind == Kind.AUDIO:
-            self._maybe_player.push(message.payload, self._should_stop, since=time.monotonic())
+            self._maybe_player.push(message.payload, self._should_stop, since=time.perf_counter())
         elif message.kind == Kind.END and parse_json(message)["cancelled"]:
             self._maybe_player.flush()
         elif message.kind == Kind.END:

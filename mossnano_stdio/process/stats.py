@@ -77,12 +77,14 @@ def peak_resident_bytes() -> int | None:
 
     Linux is asked through /proc: what getrusage answers there counts the parent's memory before exec too.
     """
+    if sys.platform == "win32":
+        from mossnano_stdio.process.windows import resident_bytes
+
+        return resident_bytes(peak=True)
     if _STATUS_FILE.exists():
         for line in _STATUS_FILE.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

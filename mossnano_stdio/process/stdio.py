@@ -6,8 +6,9 @@ Rules of this room:
   or a native library's, can then not reach the stream.
 - Reading is a thread's work, with os.read: it returns what is there, and it does not keep the interpreter from ending.
   Decoding and writing are the main thread's.
-- No write may block for good: a pipe is polled, then given no more than it takes at once. All of a message is written,
-  or an error says why not. A broken pipe is a reader who left; every other failure is an OutputError with its errno.
+- No write may block for good: a pipe is polled, then given no more than it takes at once. Windows cannot poll pipes:
+  there a thread writes, and who waits for it looks up WAKE_SECONDS apart. All of a message is written, or an error says
+  why not. A broken pipe is a reader who left; every other failure is an OutputError with its errno.
 - A signal wakes the thread that the kernel chose, which need not be the main one: so a pipe is polled beside the
   output that every signal writes to.
 - SIGINT and SIGTERM are noted whenever they come and raised (`Stopped`) only where nothing can be torn: while waiting
@@ -31,14 +32,18 @@ from types import FrameType
 from typing import Final
 
 from mossnano_stdio.errors import ExitStatus, InputCutError, OutOfMemoryError, OutputError, reason_of
-from mossnano_stdio.process.inbox import Ending, Inbox
+from mossnano_stdio.process.inbox import WAKE_SECONDS, Ending, Inbox
+from mossnano_stdio.process.writing import WriteThread
 from mossnano_stdio.protocol import MessageReader
+
+if sys.platform == "win32":
+    from mossnano_stdio.process.windows import is_pipe_without_reader
 
 READ_BYTES: Final = 1 << 16
 STOP_GRACE_SECONDS: Final = 0.2
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
-_CAN_POLL: Final = hasattr(select, "poll")  # Windows can poll sockets only
-_READER_GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ESHUTDOWN)
+_ERRNO_OF_A_PIPE_LEFT: Final = errno.EINVAL if sys.platform == "win32" else errno.EPIPE
+_READER_GONE: Final = (_ERRNO_OF_A_PIPE_LEFT, errno.EPIPE, errno.ECONNRESET, errno.ESHUTDOWN)
 
 # --- standard file descriptors ------------------------------------------------------------------
 
@@ -100,14 +105,16 @@ class StopSignals:
 
     def install(self) -> None:
         _fill_closed_descriptors()  # else the pipe would take their places
-        if _CAN_POLL:
+        signal.signal(signal.SIGINT, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+        if sys.platform == "win32":
+            signal.signal(signal.SIGBREAK, self._note)  # Ctrl-Break, and what a console that closes sends
+        else:
             self.maybe_wake_fd, wake_writer = os.pipe()
             for fd in (self.maybe_wake_fd, wake_writer):
                 os.set_blocking(fd, False)
             signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
-        signal.signal(signal.SIGINT, self._note)
-        signal.signal(signal.SIGTERM, self._note)
-        if sys.platform != "win32":  # a host that blocks signals in its threads has us start with them blocked
+            # A host that blocks signals in its threads has us start with them blocked.
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def woken(self) -> None:
@@ -149,12 +156,12 @@ class StopSignals:
         """How long the message that is being written may still take; None = no signal came."""
         if self._maybe_received is None:
             return None
-        return max(0.0, self._received_seconds + STOP_GRACE_SECONDS - time.monotonic())
+        return max(0.0, self._received_seconds + STOP_GRACE_SECONDS - time.perf_counter())
 
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
         if self._maybe_received is None:
             self._maybe_received = signal_number
-            self._received_seconds = time.monotonic()
+            self._received_seconds = time.perf_counter()
         if self._may_end:
             os._exit(Stopped(signal_number).exit_status)
         if self._may_raise:
@@ -171,22 +178,33 @@ class OutputFd:
     def __init__(self, fd: int, signals: StopSignals, write: Callable[[int, memoryview], int] = os.write) -> None:
         self.fd = fd
         self._signals = signals
-        self._write = write
-        self._maybe_poller = _poller_for(fd, select.POLLOUT) if _may_stall(fd) else None
-        if self._maybe_poller is not None and signals.maybe_wake_fd is not None:
-            self._maybe_poller.register(signals.maybe_wake_fd, select.POLLIN)
+        self._left = memoryview(b"")  # of the message that is being written
+        if sys.platform == "win32":
+            self._thread = WriteThread(fd, write)
+        else:
+            self._write = write
+            self._maybe_poller: select.poll | None = None
+            if not stat.S_ISREG(os.fstat(fd).st_mode):  # a regular file makes nobody wait
+                self._maybe_poller = select.poll()
+                self._maybe_poller.register(fd, select.POLLOUT)
+                if signals.maybe_wake_fd is not None:
+                    self._maybe_poller.register(signals.maybe_wake_fd, select.POLLIN)
 
     def write(self, data: bytes) -> None:
-        left = memoryview(data)
+        self._left = memoryview(data)
         try:
-            while left:
-                left = left[self._write_some(left) :]
+            self._write_left()
         except OSError as error:
             if error.errno in _READER_GONE:
                 raise BrokenPipeError(error.errno, "the reader of our output is gone") from None
             raise OutputError(
-                f"the output cannot be written: {reason_of(error)}, with {len(left)} bytes of a message to go"
+                f"the output cannot be written: {reason_of(error)}, with {len(self._left)} bytes of a message to go"
             ) from None
+
+    def check_reader(self) -> None:
+        """BrokenPipeError where nobody can read any more what will be written. POSIX's input thread sees it itself."""
+        if sys.platform == "win32" and is_pipe_without_reader(self.fd):
+            raise BrokenPipeError(errno.EPIPE, "the reader of our output is gone")
 
     def rewrite_start(self, data: bytes) -> bool:
         """Replace the first bytes of the output, where that is possible: False for pipes and the like."""
@@ -199,37 +217,36 @@ class OutputFd:
         os.lseek(self.fd, end, os.SEEK_SET)
         return True
 
-    def _write_some(self, left: memoryview) -> int:
-        if self._maybe_poller is None:
-            return self._write(self.fd, left)
-        self._wait_until_writable(self._maybe_poller)
-        try:
-            return self._write(self.fd, left[: select.PIPE_BUF])  # so much fits into a pipe that polls as writable
-        except BlockingIOError:
-            return 0  # whoever shares a non-blocking pipe with us was quicker
+    if sys.platform == "win32":
 
-    def _wait_until_writable(self, poller: select.poll) -> None:
-        while True:
-            grace_seconds = self._signals.grace_seconds()
-            events = poller.poll(None if grace_seconds is None else grace_seconds * 1000)
-            if any(fd == self.fd for fd, _ in events):
-                return
-            if events:
-                self._signals.woken()
-            else:
-                self._signals.check()
+        def _write_left(self) -> None:
+            self._thread.put(bytes(self._left))
+            while not self._thread.wait(WAKE_SECONDS):
+                self._left = self._left[len(self._left) - self._thread.left_bytes :]
+                if self._signals.grace_seconds() == 0:
+                    self._signals.check()
 
+    else:
 
-def _may_stall(fd: int) -> bool:
-    return not stat.S_ISREG(os.fstat(fd).st_mode)
+        def _write_left(self) -> None:
+            while self._left:
+                most_bytes = len(self._left)
+                if self._maybe_poller is not None:
+                    self._wait_until_writable(self._maybe_poller)
+                    most_bytes = select.PIPE_BUF  # so much fits into a pipe that polls as writable
+                with contextlib.suppress(BlockingIOError):  # whoever shares a non-blocking pipe with us was quicker
+                    self._left = self._left[self._write(self.fd, self._left[:most_bytes]) :]
 
-
-def _poller_for(fd: int, events: int) -> select.poll | None:
-    if not _CAN_POLL:
-        return None
-    poller = select.poll()
-    poller.register(fd, events)
-    return poller
+        def _wait_until_writable(self, poller: select.poll) -> None:
+            while True:
+                grace_seconds = self._signals.grace_seconds()
+                events = poller.poll(None if grace_seconds is None else grace_seconds * 1000)
+                if any(fd == self.fd for fd, _ in events):
+                    return
+                if events:
+                    self._signals.woken()
+                else:
+                    self._signals.check()
 
 
 # --- input --------------------------------------------------------------------------------------
@@ -270,9 +287,13 @@ class InputThread(threading.Thread):
         self._inbox.end(ending)
 
     def _read_all(self) -> Ending:
-        maybe_poller = self._make_poller()
+        if sys.platform != "win32":
+            poller = select.poll()
+            poller.register(_STDIN, select.POLLIN)
+            if self._maybe_output_fd is not None:
+                poller.register(self._maybe_output_fd, 0)  # errors and hang-ups are told unasked
         while True:
-            if maybe_poller is not None and self._reader_is_gone(maybe_poller.poll()):
+            if sys.platform != "win32" and any(fd == self._maybe_output_fd for fd, _ in poller.poll()):
                 return Ending(is_reader_gone=True)
             try:
                 data = self._read(_STDIN, READ_BYTES)
@@ -282,15 +303,6 @@ class InputThread(threading.Thread):
                 return Ending(self._maybe_cut())
             for message in self._messages.feed(data):
                 self._inbox.put(message)
-
-    def _make_poller(self) -> select.poll | None:
-        maybe_poller = _poller_for(_STDIN, select.POLLIN) if _CAN_POLL else None
-        if maybe_poller is not None and self._maybe_output_fd is not None:
-            maybe_poller.register(self._maybe_output_fd, 0)  # errors and hang-ups are told unasked
-        return maybe_poller
-
-    def _reader_is_gone(self, events: list[tuple[int, int]]) -> bool:
-        return any(fd == self._maybe_output_fd for fd, _ in events)
 
     def _maybe_cut(self) -> InputCutError | None:
         incomplete_bytes = self._messages.incomplete_bytes

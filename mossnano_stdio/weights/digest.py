@@ -45,21 +45,41 @@ def cache_folder() -> Path:
 def sha256_of(path: Path, *, afresh: bool = False) -> str:
     """The SHA-256 of the file's content, in hexadecimal; `afresh`: whatever is remembered."""
     target = path.resolve()  # the hub's cache has several links to one file
-    marks = _marks_of(target.stat())
-    is_small = marks[0] < SMALL_BYTES
-    if not (afresh or is_small) and (remembered := _load_memory().get(str(target))) and remembered[:-1] == marks:
-        return str(remembered[-1])
     with target.open("rb") as file:
+        marks = _marks_of(file.fileno())
+        is_small = marks[0] < SMALL_BYTES
+        if not (afresh or is_small) and (remembered := _load_memory().get(str(target))) and remembered[:-1] == marks:
+            return str(remembered[-1])
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        marks_after = _marks_of(os.fstat(file.fileno()))
+        marks_after = _marks_of(file.fileno())
     is_settled = max(marks[1:3]) + SETTLED_NS < time.time_ns()  # both its times
     if not is_small and marks_after == marks and is_settled:
         _remember(str(target), [*marks, sha256])
     return sha256
 
 
-def _marks_of(status: os.stat_result) -> Marks:
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+def _marks_of(fd: int) -> Marks:
+    """What changes with the content. Its time of change nobody can set back, as he can its time of modification."""
+    status = os.fstat(fd)
+    changed_ns = status.st_ctime_ns
+    if sys.platform == "win32":
+        changed_ns = _changed_ns(fd)
+    return [status.st_size, status.st_mtime_ns, changed_ns, status.st_ino]
+
+
+if sys.platform == "win32":
+
+    def _changed_ns(fd: int) -> int:
+        """What st_ctime is elsewhere; on Windows that is the time of creation."""
+        import ctypes
+        import msvcrt
+        from ctypes import wintypes
+
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.GetFileInformationByHandleEx.argtypes = [wintypes.HANDLE, ctypes.c_int, wintypes.LPVOID, wintypes.DWORD]
+        basic = (ctypes.c_int64 * 5)()  # created, accessed, written, changed, in 100 ns since 1601; attributes
+        is_told = kernel.GetFileInformationByHandleEx(msvcrt.get_osfhandle(fd), 0, basic, ctypes.sizeof(basic))
+        return 100 * (basic[3] - 116_444_736_000_000_000) if is_told else time.time_ns()  # now: never remembered
 
 
 def _load_memory() -> dict[str, list[int | str]]:
@@ -89,7 +109,7 @@ def _remember(key: str, entry: list[int | str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f".{MEMORY_NAME}.{os.getpid()}.part"
         try:
-            unfinished.write_text(document, encoding="utf-8")
+            unfinished.write_text(document, encoding="utf-8", newline="\n")
             unfinished.replace(folder / MEMORY_NAME)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -134,7 +134,15 @@ def timed_ms(call: Callable[[], object]) -> float:
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform == "win32":
+        from mossnano_stdio.process.windows import resident_bytes as bytes_now
+
+        return bytes_now(peak=False) or 0
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS tells the most that it was, in bytes
 
 
 class Worker:

@@ -165,7 +165,7 @@ class Peer:
         if self._process.returncode is not None:
             return  # its number may be somebody else's by now
         with contextlib.suppress(OSError):
-            if HAS_SIGNALS:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
+            if sys.platform == "win32":
                 self._process.kill()
+            else:
+                os.killpg(self._process.pid, signal.SIGKILL)

@@ -48,7 +48,7 @@ _WAV_GUID_AT, _WAV_PCM_GUID_START = 24, b"\x01\x00"
 
 @dataclass(frozen=True)
 class Pcm:
-    """Whole samples, and the instant (time.monotonic) at which what they were made of came in."""
+    """Whole samples, and the instant (time.perf_counter) at which what they were made of came in."""
 
     pcm: bytes
     since: float
@@ -136,7 +136,7 @@ class _Input:
 def _whole_samples(pieces: Iterator[bytes], sample_bytes: int) -> Iterator[Pcm | MossnanoError]:
     rest = b""
     for piece in pieces:
-        since = time.monotonic()
+        since = time.perf_counter()
         rest += piece
         whole_bytes = len(rest) - len(rest) % sample_bytes
         yield Pcm(rest[:whole_bytes], since)
@@ -164,12 +164,12 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
         chunks = DecodingChunks(runtime.new_decoder(), Ramp())
         chunks.push(artifact.codes)
         chunks.finish(artifact.original_samples)
-        since = time.monotonic()
+        since = time.perf_counter()
         while chunk := chunks.step():
             if chunk.error is not None:
                 yield chunk.error
             yield Pcm(chunk.pcm, since)
-            since = time.monotonic()
+            since = time.perf_counter()
 
     return Source(artifact.sample_rate, artifact.channels, events())
 
@@ -241,7 +241,7 @@ def _maybe_event(message: Message | MossnanoError, sample_bytes: int) -> Pcm | E
         case Kind.AUDIO if len(message.payload) % sample_bytes:
             raise PayloadError(f"AUDIO of {len(message.payload)} bytes is not whole samples of {sample_bytes} bytes")
         case Kind.AUDIO:
-            return Pcm(message.payload, time.monotonic())
+            return Pcm(message.payload, time.perf_counter())
         case Kind.END:
             return EndOfStream(is_cancelled=parse_json(message).get("cancelled") is True)
         case Kind.ERROR:
@@ -322,4 +322,4 @@ def _audio_file(data: _Input) -> Source:
         ) from None
     samples = recording.samples
     pcm = samples.astype("<i2").tobytes() if samples.dtype == np.int16 else to_pcm16(recording.audio)
-    return Source(recording.sample_rate, samples.shape[1], iter([Pcm(pcm, time.monotonic())]))
+    return Source(recording.sample_rate, samples.shape[1], iter([Pcm(pcm, time.perf_counter())]))
