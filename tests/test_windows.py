@@ -1,7 +1,6 @@
 """The process, the tools and the clients on Windows: run under wine, from Linux.
 
-.ci/wine DIR makes a Windows Python; $MOSSNANO_WINE names DIR. This checkout runs there, and must give there what it gives
-here.
+.ci/wine DIR makes a Windows Python, $MOSSNANO_WINE names DIR. What this checkout gives there is what it gives here.
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@
  */
 #define MOSSNANO_IMPLEMENTATION
 #include "mossnano.h"
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
 
 static void say_error(void *context, const char *code, const char *message, bool fatal) {
     (void)context;
@@ -27,6 +31,9 @@ int main(int count, char **words) {
     mossnano_finish(voice);
     fclose(tokens);
 
+#ifdef _WIN32
+    _setmode(_fileno(stdout), _O_BINARY); /* or each 0x0A in the sound would become two bytes */
+#endif
     int16_t pcm[480 * 8]; /* 10 ms: what a sound card asks for */
     size_t channels = (size_t)mossnano_get_format(voice).channels;
     while (channels <= 8 && mossnano_is_speaking(voice)) {

@@ -21,7 +21,7 @@
  * on. With prebuffer_ms a stream sounds once so much of it waits, or all of it, and so again after an underrun: fed in
  * real time, with jitter, 100 to 200 are enough.
  *
- * POSIX: link with -pthread; tested on Linux. Windows, macOS: compiled once (zig cc), NOT RUN.
+ * POSIX: link with -pthread; tested on Linux. Windows: mingw, run under wine 8. macOS: compiled once (zig cc), NOT RUN.
  * MSVC needs /std:c11 /experimental:c11atomics. Protocol version 1, see protocol.md.
  */
 #ifndef MOSSNANO_H
