@@ -5,8 +5,8 @@ Rules of this room:
 - A tool is a module with `add_arguments(parser)` and `run(args) -> int`; its page of help is its docstring.
 - `python -m mossnano_stdio.cli` is `mossnano`, and `python -m mossnano_stdio` is the process.
 - `mossnano --help` imports no tool, so neither numpy nor onnxruntime nor sounddevice.
-- Whatever ends a tool ends it here: an error of ours is one line on stderr and its own exit status, Ctrl-C and
-  SIGTERM unwind it and are 130 and 143.
+- Every error ends here: one of ours prints one line on stderr and exits with its own status; Ctrl-C and SIGTERM
+  unwind the tool and exit with 130 and 143.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _run_tool(verb: str, words: list[str]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_raised() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that no tool leaves a half file behind."""
+    """Within, SIGTERM raises Terminated, so that tools unwind as from Ctrl-C and leave no half-written file."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated

@@ -23,7 +23,7 @@ from mossnano_stdio.codecs import EncoderRuntime, GraphName, Runtime, UnfitRunti
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.pcm import FULL_SCALE
 from mossnano_stdio.process.flags import add_engine_arguments
-from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.tokens import Codes
 from mossnano_stdio.tools.facts import as_json
 from mossnano_stdio.weights import DEMO, Bundle, WeightFile, find_weights, load_bundle
 
@@ -48,7 +48,7 @@ class _EngineFlags(TypedDict):
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     verdict: Literal["ok", "FAILED", "absent", "unknown"]
     about: Literal["file", "graph", "sound"]
@@ -71,17 +71,13 @@ def run(args: argparse.Namespace) -> int:
         if not _failed(rows):
             rows += _check_sound(graphs)
     _show(bundle, rows, as_one_json=args.json)
-    return _status(rows)
+    if _failed(row for row in rows if row.about != "sound"):
+        return ExitStatus.NO_WEIGHTS
+    return ExitStatus.CHECK_FAILED if _failed(rows) else ExitStatus.DONE
 
 
 def _failed(rows: Iterable[Row]) -> bool:
     return any(row.verdict == "FAILED" for row in rows)
-
-
-def _status(rows: Iterable[Row]) -> ExitStatus:
-    if _failed(row for row in rows if row.about != "sound"):
-        return ExitStatus.NO_WEIGHTS
-    return ExitStatus.CHECK_FAILED if _failed(rows) else ExitStatus.DONE
 
 
 def _show(bundle: Bundle, rows: list[Row], *, as_one_json: bool) -> None:
@@ -101,7 +97,7 @@ def _show(bundle: Bundle, rows: list[Row], *, as_one_json: bool) -> None:
 
 
 def _check_files(bundle: Bundle) -> Iterator[Row]:
-    """Each file once, although graphs share some."""
+    """Checks each file once, although graphs share some."""
     needed = {file.path for file in bundle.graphs["decode_step"].files}
     files = {file.path: file for graph in bundle.graphs.values() for file in graph.files}
     yield _check_file(bundle.metadata_file, is_needed=True)
@@ -128,7 +124,7 @@ def _check_file(file: WeightFile, *, is_needed: bool) -> Row:
 
 
 class _Graphs:
-    """The graphs of a bundle, each loaded once."""
+    """Loads each graph of a bundle once and keeps it for the checks of the sound."""
 
     def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
         self._bundle = bundle
@@ -140,7 +136,7 @@ class _Graphs:
         self.maybe_full_encoder: FullEncoder | None = None
 
     def check(self) -> Iterator[Row]:
-        """Load all that are there."""
+        """Load every graph that is there."""
         for name, load in self._loaders().items():
             if not self._bundle.has_graph(name):
                 continue
@@ -149,10 +145,9 @@ class _Graphs:
                 continue
             try:
                 load()
-            except UnfitRuntimeError as error:
-                yield Row("absent", "graph", name, str(error).removeprefix(f"{self._bundle.graphs[name].path}: "))
             except BundleError as error:
-                yield Row("FAILED", "graph", name, str(error).removeprefix(f"{self._bundle.graphs[name].path}: "))
+                verdict: Literal["absent", "FAILED"] = "absent" if isinstance(error, UnfitRuntimeError) else "FAILED"
+                yield Row(verdict, "graph", name, str(error).removeprefix(f"{self._bundle.graphs[name].path}: "))
             else:
                 yield Row("ok", "graph", name, "loads, and its inputs and outputs are what they should be")
 
@@ -201,7 +196,7 @@ def _check_sound(graphs: _Graphs) -> Iterator[Row]:
 
 
 def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> Iterator[Row]:
-    """Encode what was decoded, in chunks and at once."""
+    """Encode the decoded sound at once and in chunks, and compare the codes."""
     audio = whole[: SHORT_FRAMES * full.format.frame_samples]
     try:
         expected = full.encode(audio)
@@ -213,17 +208,13 @@ def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> 
 
 
 def _reference(full: FullDecoder) -> tuple[Codes, Audio]:
-    """Seeded codes and what they sound like as a whole: fewer where many do not fit into memory."""
-    codes = _seeded_codes(full.format, LONG_FRAMES)
+    """Decode seeded codes at once; fewer of them where LONG_FRAMES do not fit into memory."""
+    shape = (LONG_FRAMES, full.format.quantizers)
+    codes = np.random.default_rng(SEED).integers(0, full.format.codebook_size, shape).astype(np.uint16)
     try:
         return codes, full.decode(codes)
     except UsageError:
         return codes[:SHORT_FRAMES], full.decode(codes[:SHORT_FRAMES])
-
-
-def _seeded_codes(codec_format: CodecFormat, frames: int) -> Codes:
-    random = np.random.default_rng(SEED)
-    return random.integers(0, codec_format.codebook_size, (frames, codec_format.quantizers)).astype(np.uint16)
 
 
 def _judge_reference(whole: Audio) -> Row:

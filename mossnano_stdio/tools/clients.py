@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from mossnano_stdio.errors import ExitStatus, UsageError
@@ -27,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    clients = _clients()
+    table = (CLIENTS / "README.md").read_text("utf-8")
+    clients = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, re.MULTILINE))  # name -> what it is
     if args.client is None:
         for name, what in clients.items():
             print(f"{name:<{max(map(len, clients))}}  {what}")
@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no client {args.client!r}, but {', '.join(clients)}")
     if args.folder is None:
         raise UsageError(f"where to? mossnano clients {args.client} DIR")
-    copies = {path: args.folder / path.name for path in _files_of(args.client)}
+    files = (path for path in sorted((CLIENTS / args.client).iterdir()) if path.is_file() and path.name[0] != ".")
+    copies = {path: args.folder / path.name for path in files}
     with told_as(cannot_write(args.folder)):
         if not args.force:
             _check_untouched(copies)
@@ -46,16 +47,6 @@ def run(args: argparse.Namespace) -> int:
             file.write(path.read_bytes())
         print(copy)
     return ExitStatus.DONE
-
-
-def _clients() -> dict[str, str]:
-    """Name -> what it is, by the table in the clients' README."""
-    text = (CLIENTS / "README.md").read_text("utf-8")
-    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, re.MULTILINE))
-
-
-def _files_of(client: str) -> Iterator[Path]:
-    return (path for path in sorted((CLIENTS / client).iterdir()) if path.is_file() and path.name[0] != ".")
 
 
 def _check_untouched(copies: dict[Path, Path]) -> None:

@@ -71,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         _save_plot(args.plot, reference, candidate, comparison)
     facts = _facts(args, comparison)
-    print(as_json(facts | _every_join(comparison)) if args.json else as_table(facts))
+    if args.json:
+        if comparison.inside_jump_steps is not None:
+            facts["joins"] = [_join_facts(join, comparison) for join in comparison.joins]
+        print(as_json(facts))
+    else:
+        print(as_table(facts))
     if broken := _broken_limits(args, comparison):
         raise CheckFailedError("; ".join(broken))
     return ExitStatus.DONE
@@ -119,12 +124,6 @@ def _facts(args: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
     return facts
 
 
-def _every_join(comparison: Comparison) -> dict[str, Any]:
-    if comparison.inside_jump_steps is None:
-        return {}
-    return {"joins": [_join_facts(join, comparison) for join in comparison.joins]}
-
-
 def _join_facts(join: Join, comparison: Comparison) -> dict[str, Any]:
     return {**vars(join), "seconds": join.sample / comparison.sample_rate}
 
@@ -160,7 +159,11 @@ def _save_plot(path: str, reference: Recording, candidate: Recording, comparison
     _draw(waves, candidate.steps_between, comparison, label="candidate", color="tab:orange")
     waves.set_ylabel("16-bit steps")
     waves.legend(loc="upper right")
-    _draw(errors, _noise(reference, candidate), comparison, label="error", color="tab:red")
+
+    def noise(start: int, stop: int) -> NDArray[np.float64]:
+        return candidate.steps_between(start, stop) - reference.steps_between(start, stop)
+
+    _draw(errors, noise, comparison, label="error", color="tab:red")
     errors.set_ylabel("error, 16-bit steps")
     _draw_joins(joins, comparison)
     joins.set_ylabel("jump, 16-bit steps")
@@ -169,12 +172,8 @@ def _save_plot(path: str, reference: Recording, candidate: Recording, comparison
         figure.savefig(file, format=PurePath(path).suffix.removeprefix("."))
 
 
-def _noise(reference: Recording, candidate: Recording) -> StepsBetween:
-    return lambda start, stop: candidate.steps_between(start, stop) - reference.steps_between(start, stop)
-
-
 def _draw(axes: Axes, steps_between: StepsBetween, comparison: Comparison, *, label: str, color: str) -> None:
-    """The least and the largest value in each of the picture's columns."""
+    """Draw the range from the least to the largest value in each of the picture's columns."""
     columns = min(PLOT_COLUMNS, comparison.compared_samples)
     edges = np.linspace(0, comparison.compared_samples, columns + 1).astype(int)
     parts = [steps_between(start, stop) for start, stop in itertools.pairwise(edges.tolist())]

@@ -18,8 +18,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,7 +29,7 @@ from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.process.flags import add_chunk_arguments, add_decoder_arguments, chosen_schedule
 from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, load_artifact
 from mossnano_stdio.tokens.arrays import sample_range
-from mossnano_stdio.tools.facts import as_json
+from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import Engine, Runtime, SeekingDecoder
@@ -58,8 +57,12 @@ def run(args: argparse.Namespace) -> int:
     loaded = _load(args)
     artifact.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
     part = _seek(args, artifact, loaded)
-    chunks = DecodingChunks(loaded.decoder, _schedule(args, part, loaded.decoder.format))
-    with open_output(args.sound) as output, _progress(len(part.codes)) as advance:
+    if args.decoder == "full":
+        schedule: Schedule = Fixed(max(1, len(part.codes)))
+    else:
+        schedule = chosen_schedule(args, loaded.decoder.format.frames_per_second)
+    chunks = DecodingChunks(loaded.decoder, schedule)
+    with open_output(args.sound) as output, progress_bar(len(part.codes), "frame") as advance:
         write, finish = _sink(output, args.sound, artifact, part)
         facts = _render(chunks, part, write, advance)
         finish()
@@ -117,7 +120,7 @@ def _identity(bundle: Bundle, graph: str, engine: Engine) -> dict[str, Any]:
 
 
 class _AtOnce:
-    """A Decoder whose only chunk is all of its stream."""
+    """A Decoder that decodes its whole stream in one chunk."""
 
     decodes_prefix = False
 
@@ -126,13 +129,7 @@ class _AtOnce:
         self.step = decode
 
     def reset(self) -> None:
-        """There is nothing to forget."""
-
-
-def _schedule(args: argparse.Namespace, part: _Part, codec_format: CodecFormat) -> Schedule:
-    if args.decoder == "full":
-        return Fixed(max(1, len(part.codes)))
-    return chosen_schedule(args, codec_format.frames_per_second)
+        """Does nothing: no state is kept between streams."""
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------
@@ -140,7 +137,7 @@ def _schedule(args: argparse.Namespace, part: _Part, codec_format: CodecFormat) 
 
 @dataclass(frozen=True)
 class _Part:
-    """The frames that are decoded, and which of their samples are wanted: the first `samples` after the skipped."""
+    """The frames to decode. Of their samples the first `skipped_samples` are left out, the next `samples` written."""
 
     codes: Codes
     skipped_samples: int
@@ -148,7 +145,7 @@ class _Part:
 
 
 def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Part:
-    """All of the artifact, or what --start and --duration leave of it, with the decoder brought there."""
+    """Find the frames that --start and --duration ask for, and bring the decoder to the first of them."""
     if args.start is None and args.duration is None:
         return _Part(artifact.codes, 0, artifact.original_samples)
     from mossnano_stdio.codecs import maybe_warm_up_frames, seek
@@ -173,7 +170,7 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
 def _render(
     decoding: DecodingChunks, part: _Part, write: Callable[[bytes], object], advance: Callable[[int], object]
 ) -> dict[str, Any]:
-    """Decode all of the part; the facts of the summary."""
+    """Decode and write all of the part; returns the facts of the summary."""
     started = time.perf_counter()
     maybe_first_audio_ms = None
     chunks = 0
@@ -203,7 +200,7 @@ def _render(
 def _sink(
     output: BinaryIO, name: str, artifact: Artifact, part: _Part
 ) -> tuple[Callable[[bytes], object], Callable[[], object]]:
-    """How PCM is written, and what is to be done when all of it was."""
+    """Returns a function that writes PCM, and one to call after all of it."""
     skipped_bytes = part.skipped_samples * SAMPLE_BYTES * artifact.channels
     if not name.lower().endswith(WAV_SUFFIX):
         return _without_first(skipped_bytes, output.write), output.flush
@@ -212,7 +209,7 @@ def _sink(
 
 
 def _without_first(count: int, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
-    """A `write` that leaves the first `count` bytes out."""
+    """Returns a `write` that drops the first `count` bytes."""
     left = count
 
     def write_rest(data: bytes) -> None:
@@ -223,20 +220,8 @@ def _without_first(count: int, write: Callable[[bytes], object]) -> Callable[[by
     return write_rest
 
 
-@contextmanager
-def _progress(frames: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal's stderr, where tqdm is installed; elsewhere nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda _: None
-        return
-    with tqdm(total=frames, unit="frame", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield bar.update
-
-
 def _seconds(text: str) -> float:
-    """Any number of seconds from 0; how long the recording is, is not known yet."""
+    """Any number of seconds from 0: the recording's length, an upper limit, is not known yet."""
     try:
         seconds = float(text)
     except ValueError:

@@ -13,7 +13,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from mossnano_stdio.pcm.recordings import Sound, read_sound, resampled
 from mossnano_stdio.process.flags import add_engine_arguments, whole_number
 from mossnano_stdio.tokens import build_artifact
 from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
-from mossnano_stdio.tools.facts import as_json
+from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
     from mossnano_stdio.codecs import EncoderRuntime, FullEncoder
@@ -59,23 +58,26 @@ def run(args: argparse.Namespace) -> int:
         encoder = _load(args, sound, name)
         quantizers = args.quantizers or encoder.format.quantizers
         started = time.perf_counter()
-        with _progress(sound) as blocks:
-            wide = (_with_channels(block, encoder.format.channels) for block in blocks)
-            at_rate = resampled(wide, encoder.format.channels, sound.sample_rate, encoder.format.sample_rate)
+        channels = encoder.format.channels
+        with progress_bar(round(sound.samples / sound.sample_rate, 1), "s") as advance:
+            # a single channel goes to all
+            wide = (np.broadcast_to(block, (len(block), channels)) for block in _followed_blocks(sound, advance))
+            at_rate = resampled(wide, channels, sound.sample_rate, encoder.format.sample_rate)
             encoded = encode_blocks(encoder, at_rate, quantizers)
         took_seconds = time.perf_counter() - started
     with open_output(args.artifact) as output:
         output.write(build_artifact(encoded.artifact))
-    facts = _facts(encoded, took_seconds)
+    facts = _facts(encoded, encoder, took_seconds)
     if args.json:
-        print(as_json(facts | _identity(encoder)))
+        print(as_json(facts))
     else:
-        _say(f"{args.artifact}: {facts['seconds']:.2f} s, encoded {facts['real_time_factor'] or 0:.1f} x real time")
+        figures = f"{facts['seconds']:.2f} s, encoded {facts['real_time_factor'] or 0:.1f} x real time"
+        print(f"mossnano encode: {args.artifact}: {figures}", file=sys.stderr)
     return ExitStatus.DONE
 
 
 def _load(args: argparse.Namespace, sound: Sound, name: str) -> EncoderRuntime | FullEncoder:
-    """An encoder that takes this recording and gives as many quantizers as are asked for."""
+    """Load the encoder; refuse a recording it cannot take, and more quantizers than it has."""
     from mossnano_stdio.codecs import load_encoder
     from mossnano_stdio.weights import find_weights, load_bundle
 
@@ -91,12 +93,14 @@ def _load(args: argparse.Namespace, sound: Sound, name: str) -> EncoderRuntime |
     return load_encoder(bundle, provider=args.provider, threads=args.threads)
 
 
-def _with_channels(block: Audio, channels: int) -> Audio:
-    """A single channel goes to all."""
-    return np.broadcast_to(block, (len(block), channels))
+def _followed_blocks(sound: Sound, advance: Callable[[float], object]) -> Iterator[Audio]:
+    """Passes the blocks on and reports the seconds of each once it has been encoded."""
+    for block in sound.blocks:
+        yield block
+        advance(len(block) / sound.sample_rate)
 
 
-def _facts(encoded: EncodedAudio, took_seconds: float) -> dict[str, Any]:
+def _facts(encoded: EncodedAudio, encoder: EncoderRuntime | FullEncoder, took_seconds: float) -> dict[str, Any]:
     return {
         "frames": encoded.frames,
         "seconds": encoded.duration_seconds,
@@ -105,36 +109,8 @@ def _facts(encoded: EncodedAudio, took_seconds: float) -> dict[str, Any]:
         "file_bytes": encoded.file_bytes,
         "encode_seconds": round(took_seconds, 6),
         "real_time_factor": round(encoded.duration_seconds / took_seconds, 2) if encoded.frames else None,
-    }
-
-
-def _identity(encoder: EncoderRuntime | FullEncoder) -> dict[str, Any]:
-    return {
         "weights": str(encoder.bundle.folder),
         "graph": encoder.graph_name,
         "provider": encoder.engine.provider,
         "threads": encoder.engine.threads,
     }
-
-
-@contextmanager
-def _progress(sound: Sound) -> Iterator[Iterator[Audio]]:
-    """The blocks, and a bar on a terminal's stderr that follows them, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield sound.blocks
-        return
-    seconds = sound.samples / sound.sample_rate
-    with tqdm(total=round(seconds, 1), unit="s", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield _told(sound, bar.update)
-
-
-def _told(sound: Sound, advance: Callable[[float], object]) -> Iterator[Audio]:
-    for block in sound.blocks:
-        yield block
-        advance(len(block) / sound.sample_rate)
-
-
-def _say(line: str) -> None:
-    print(f"mossnano encode: {line}", file=sys.stderr)

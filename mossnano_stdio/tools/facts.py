@@ -1,16 +1,18 @@
-"""How the tools show facts: a table for people, one JSON object for programs.
+"""How the tools show facts (a table for people, one JSON object for programs) and how far they are (a bar).
 
 Rules of this room:
 
-- Facts are a dict whose keys say their units. Both forms show the same facts under the same names.
-- JSON is strict: what no JSON can hold (infinity, NaN) is null there.
+- Facts are a dict whose keys name their units. Table and JSON show the same facts under the same names.
+- JSON is strict: infinity and NaN, which JSON cannot hold, become null.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -24,7 +26,7 @@ def as_json(facts: Mapping[str, Any]) -> str:
 
 
 def as_table(facts: Mapping[str, Any]) -> str:
-    """One line each; what is itself a dict is indented below its name.
+    """One line for each fact; a dict within stands indented below its name.
 
     >>> print(as_table({"frames": 3, "messages": {"TOKENS": 1200, "END": 1}, "demo": False, "name": None}))
     frames    3
@@ -37,6 +39,18 @@ def as_table(facts: Mapping[str, Any]) -> str:
     rows = list(_rows(facts, depth=0))
     width = max((len(label) for label, _ in rows), default=0)
     return "\n".join(f"{label:<{width}}  {value}".rstrip() for label, value in rows)
+
+
+@contextmanager
+def progress_bar(total: float, unit: str) -> Iterator[Callable[[float], object]]:
+    """Gives a function that takes each step done. A bar shows them on a terminal's stderr, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda _: None
+        return
+    with tqdm(total=total, unit=unit, leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 def _rows(facts: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:

@@ -16,16 +16,11 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    """Adds nothing: this tool takes no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
     with open_output(STANDARD_STREAM) as file:
-        file.write(_page())
+        installed = PACKAGE / NAME  # where a wheel puts it; an editable install has it in its checkout
+        file.write((installed if installed.exists() else PACKAGE.parent / NAME).read_bytes())
     return ExitStatus.DONE
-
-
-def _page() -> bytes:
-    """From the package, where a wheel puts it; else from the checkout that an editable install points to."""
-    installed = PACKAGE / NAME
-    return (installed if installed.exists() else PACKAGE.parent / NAME).read_bytes()

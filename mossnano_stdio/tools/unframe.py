@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
                         sound.write(message.payload)
                     case Kind.ERROR:
                         error_count += 1
-                        _tell(parse_json(message))
+                        error = parse_json(message)
+                        where = "" if error.get("stream") is None else f" in stream {error['stream']}"
+                        _say(f"ERROR{where}: {error.get('code')}: {error.get('message')}")
             output.flush()
         if reader.incomplete_bytes:
             raise InputError(f"the stream is cut inside a message: {reader.incomplete_bytes} bytes of it are there")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Sound:
-    """PCM on its way out, in the form that was asked for."""
+    """Writes PCM in the form that was asked for."""
 
     def __init__(self, output: BinaryIO, is_wav: bool) -> None:
         self._output = output
@@ -98,12 +100,7 @@ class _Sound:
         return self._maybe_writer
 
 
-def _tell(error: dict[str, Any]) -> None:
-    where = "" if error.get("stream") is None else f" in stream {error['stream']}"
-    _say(f"ERROR{where}: {error.get('code')}: {error.get('message')}")
-
-
 def _say(line: str) -> None:
-    """One line, whatever a peer has put into it."""
+    """Print one line; letters of a peer that are not printable, line ends among them, become spaces."""
     shown = "".join(letter if letter.isprintable() else " " for letter in line)
     print(f"mossnano unframe: {shown}", file=sys.stderr)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,31 +50,23 @@ def run(args: argparse.Namespace) -> int:
         with open_input(args.path) as file:
             start = file.read(LENGTH_BYTES)
             pieces = itertools.chain([start], iter(lambda: file.read(PIECE_BYTES), b""))
-            if _may_be_a_length(start, args.max_message_bytes):
+            could_be_message = len(start) == LENGTH_BYTES and not MAGIC.startswith(start)
+            if could_be_message and 1 <= int.from_bytes(start, "little") <= args.max_message_bytes:
                 tally = Tally(args.max_message_bytes)
                 maybe_fault = tally.read(pieces)
                 facts = {"kind": "framed stream", **tally.facts()}
             else:
-                facts = artifact_facts(_read_artifact(pieces))
+                reader = ArtifactReader()
+                for piece in pieces:
+                    reader.push(piece)
+                facts = artifact_facts(reader.artifact())
     print(as_json(facts) if args.json else as_table(facts))
     if maybe_fault is not None:
         raise maybe_fault
     return ExitStatus.DONE
 
 
-def _may_be_a_length(start: bytes, max_message_bytes: int) -> bool:
-    is_whole = len(start) == LENGTH_BYTES and not MAGIC.startswith(start)
-    return is_whole and 1 <= int.from_bytes(start, "little") <= max_message_bytes
-
-
 # --- artifacts ---------------------------------------------------------------------------------------------------
-
-
-def _read_artifact(pieces: Iterable[bytes]) -> Artifact:
-    reader = ArtifactReader()
-    for piece in pieces:
-        reader.push(piece)
-    return reader.artifact()
 
 
 def artifact_facts(artifact: Artifact) -> dict[str, Any]:
@@ -97,7 +88,7 @@ def artifact_facts(artifact: Artifact) -> dict[str, Any]:
 
 
 def _code_statistics(artifact: Artifact) -> dict[str, Any]:
-    """How the codes are spread: over all, and for each quantizer where these are few enough to be read."""
+    """How the codes are spread, over all quantizers and, where these are few enough to be shown, for each."""
     rows = artifact.codes.T
     if not artifact.frames:
         return {}

@@ -1,11 +1,10 @@
-"""What a framed stream comes to, in whichever direction it went: messages, frames, seconds, faults.
+"""Counts the messages, frames, seconds and faults of a framed stream, in whichever direction it went.
 
 Rules of this room:
 
-- A tally only looks: nothing is decoded, and what is wrong is counted and passed over, as the session does it.
-- Frames are counted where they are seen, in TOKENS and ARTIFACT. A stream without any, a decoder's output, has them
-  from its ENDs.
-- The format is what HANDSHAKE and SETTINGS say. Until they do, nano's numbers are assumed, and the facts say so.
+- A tally decodes nothing. It counts a message that is wrong as an error and goes on, as the process does.
+- Frames are counted in TOKENS and ARTIFACT. A stream that has neither, a decoder's output, says them in its ENDs.
+- HANDSHAKE and SETTINGS say the format. Until they do, nano's numbers are assumed, and the facts say so.
 """
 
 from __future__ import annotations
@@ -43,20 +42,31 @@ class Tally:
         self._errors: list[str] = []
         self._error_count = 0
         self._maybe_artifact: ArtifactReader | None = None  # the one that is not whole yet
-        self._skips_artifact = False  # the rest of a bad one
+        self._skips_artifact = False  # inside a bad one, until the next begins
         self._is_truncated = False
 
     def read(self, pieces: Iterable[bytes]) -> InputError | None:
-        """Count all that comes. What is answered is why that is not the whole of it, where it is not."""
+        """Count every message. Returns what ended the stream early: a length that cannot be, or a cut."""
         try:
             for piece in pieces:
                 for message in self._reader.feed(piece):
-                    self._count(message)
+                    self._kinds[kind_name(message.kind)] += 1
+                    self._payload_bytes += len(message.payload)
+                    try:
+                        self._look_into(message)
+                    except PayloadError as error:
+                        self._note_error(f"{kind_name(message.kind)}: {error}")
         except ProtocolError as error:
             return error
-        maybe_place = self._maybe_place_of_cut()
-        self._is_truncated = maybe_place is not None
-        return InputError(f"the stream is cut inside {maybe_place}") if maybe_place else None
+        if incomplete_bytes := self._reader.incomplete_bytes:
+            place = f"a message: {incomplete_bytes} bytes of it are there"
+        elif self._maybe_artifact is not None:
+            place = f"an artifact: {self._maybe_artifact.missing_bytes} bytes of it are missing"
+        else:
+            self._is_truncated = False
+            return None
+        self._is_truncated = True
+        return InputError(f"the stream is cut inside {place}")
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -77,25 +87,13 @@ class Tally:
     def _format(self) -> CodecFormat:
         return CodecFormat(**(vars(NANO) | self._said))
 
-    def _maybe_place_of_cut(self) -> str | None:
-        if incomplete_bytes := self._reader.incomplete_bytes:
-            return f"a message: {incomplete_bytes} bytes of it are there"
-        if self._maybe_artifact is not None:
-            return f"an artifact: {self._maybe_artifact.missing_bytes} bytes of it are missing"
-        return None
-
-    def _count(self, message: Message) -> None:
-        self._kinds[kind_name(message.kind)] += 1
-        self._payload_bytes += len(message.payload)
-        try:
-            self._look_into(message)
-        except PayloadError as error:
-            self._note_error(f"{kind_name(message.kind)}: {error}")
-
     def _look_into(self, message: Message) -> None:
         match message.kind:
             case Kind.HANDSHAKE | Kind.SETTINGS:
-                self._take_format(parse_json(message))
+                fields = parse_json(message)
+                said = {name: number for name in vars(NANO) if (number := _count_in(fields, name))}
+                if CodecFormat(**(vars(self._format) | said)).frame_bytes:  # 0 bytes where a codebook has one entry
+                    self._said |= said
             case Kind.TOKENS:
                 self._count_tokens(message.payload)
             case Kind.ARTIFACT:
@@ -112,11 +110,6 @@ class Tally:
                 fields = parse_json(message)
                 self._note_error(f"{fields.get('code')}: {fields.get('message')}")
 
-    def _take_format(self, fields: dict[str, Any]) -> None:
-        said = {name: number for name in vars(NANO) if (number := _count_in(fields, name))}
-        if CodecFormat(**(vars(self._format) | said)).frame_bytes:  # a codebook of one entry needs no bits at all
-            self._said |= said
-
     def _count_tokens(self, payload: bytes) -> None:
         codec = self._format
         frames, rest_bytes = divmod(len(payload), codec.frame_bytes)
@@ -129,7 +122,7 @@ class Tally:
         if self._skips_artifact and not payload.startswith(MAGIC):
             return
         artifact = self._maybe_artifact or ArtifactReader()
-        self._maybe_artifact, self._skips_artifact = None, True  # until it is found right so far
+        self._maybe_artifact, self._skips_artifact = None, True  # where push raises, the rest is skipped
         missing_bytes = artifact.push(payload)
         if missing_bytes:
             self._maybe_artifact = artifact
@@ -154,6 +147,6 @@ class Tally:
 
 
 def _count_in(fields: dict[str, Any], name: str) -> int:
-    """The number of that name, where there is one above 0 that makes sense; else 0."""
+    """The field of that name where it is a whole number from 1 to 2**32 - 1, else 0."""
     value = fields.get(name)
     return value if type(value) is int and 0 < value < 1 << 32 else 0

@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.list_devices:
-        _list_devices(args.json)
+        devices = output_devices()
+        if args.json:
+            print(as_json({"devices": [asdict(device) for device in devices]}))
+        else:
+            print(*map(_device_row, devices), sep="\n")
         return ExitStatus.DONE
     if args.json:
         raise UsageError("--json says in which form to --list-devices, so it needs that")
@@ -67,14 +71,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             source = open_source(file, name, Decoding(args.weights, args.threads, args.provider, args.graph))
         return _play(source, args)
-
-
-def _list_devices(as_one_json: bool) -> None:
-    devices = output_devices()
-    if as_one_json:
-        print(as_json({"devices": [asdict(device) for device in devices]}))
-    else:
-        print(*map(_device_row, devices), sep="\n")
 
 
 def _device_row(device: OutputDevice) -> str:
@@ -114,7 +110,7 @@ def _play(source: Source, args: argparse.Namespace) -> int:
 
 
 class _ProgressLine:
-    """Where playing is, rewritten ten times a second where stderr is a terminal. Log lines take its place."""
+    """Rewrites a line with the position ten times a second where stderr is a terminal, and clears it for log lines."""
 
     def __init__(self, player: Player) -> None:
         self._player = player

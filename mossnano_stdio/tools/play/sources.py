@@ -1,12 +1,11 @@
-"""Whatever can be played, told by its first bytes: bytes in, PCM out while they still come.
+"""Tells by its first bytes what an input is, and gives its PCM while the rest still comes.
 
 Rules of this room:
 
-- Nothing is read ahead of what is asked for, and nothing waits for more bytes than it needs: a live stream sounds
-  live, and a reader who does not keep up holds up its writer.
-- A fault is among the events, at the place where it was met: all before it is played, and what follows it too where
-  there is a way to go on. Only what makes any sound impossible is raised.
-- A graph is loaded for an artifact and for nothing else.
+- Each event reads no more bytes than it needs: a live stream sounds live, and a slow reader slows its writer.
+- A fault is an event, at the place where it was met: what comes before it is played, and what follows it too where
+  that can be read. Only a fault that makes any sound impossible is raised.
+- A graph is loaded for artifacts only.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ class Pcm:
 
 @dataclass(frozen=True)
 class EndOfStream:
-    """What came before is a whole stream, or one that nobody wants to hear any more."""
+    """The end of a stream, whole or cancelled."""
 
     is_cancelled: bool
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is played. A fault is among the events, at the place where it was met: what comes before it is played."""
+    """What is played: its numbers, and its events in order, faults among them."""
 
     sample_rate: int
     channels: int
@@ -72,7 +71,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What decodes an artifact, should the input be one."""
+    """How to decode the input if it is an artifact."""
 
     weights: str | None = None  # as `find_weights` takes it
     threads: int | None = None
@@ -81,29 +80,32 @@ class Decoding:
 
 
 def open_source(file: BinaryIO, name: str, decoding: Decoding) -> Source:
-    """An artifact, what mossnano-stdio answers, or an audio file. `name` is for the errors."""
+    """Open an artifact, what mossnano-stdio answers, or an audio file. `name` is for the errors."""
     data = _Input(file, name)
     start = data.look(LENGTH_BYTES + len(MAGIC))
     if not start:
         raise InputError(f"{name} is empty: there is nothing to play")
     if start.startswith(MAGIC):
         return _artifact(data, decoding)
-    if _may_be_a_message(start):
-        return _framed(data)
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) > LENGTH_BYTES and 1 <= length <= LONGEST_MESSAGE_BYTES and start[LENGTH_BYTES] in list(Kind):
+        messages = _messages(data.pieces())
+        sample_rate, channels = _greeted(next(messages, None))
+        return Source(sample_rate, channels, _events(messages, SAMPLE_BYTES * channels))
     if start.startswith(b"RIFF") and (maybe_wav := _maybe_wav(data)):
         return maybe_wav
     return _audio_file(data)
 
 
 def open_raw(file: BinaryIO, name: str, sample_rate: int, channels: int) -> Source:
-    """PCM16LE, whatever its first bytes are."""
+    """Take the input as PCM16LE, whatever its first bytes are."""
     if sample_rate < 1 or channels < 1:
         raise UsageError(f"{channels} channels at {sample_rate} Hz are no sound: both must be 1 or more")
     return Source(sample_rate, channels, _whole_samples(_Input(file, name).pieces(), SAMPLE_BYTES * channels))
 
 
 class _Input:
-    """Bytes as they come, and a look at the first of them without taking them."""
+    """Reads bytes as they come, and can look at the first of them without taking them."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         assert isinstance(file, io.BufferedReader)  # its read1 gives what is there, and does not wait for more
@@ -118,11 +120,11 @@ class _Input:
         return self._seen[:count]
 
     def skip(self, count: int) -> None:
-        """Past what was looked at."""
+        """Drop the first `count` of the bytes that were looked at."""
         self._seen = self._seen[count:]
 
     def pieces(self) -> Iterator[bytes]:
-        """Everything, each piece as soon as it is there."""
+        """All that is left, each piece as soon as it is there."""
         seen, self._seen = self._seen, b""
         if seen:
             yield seen
@@ -177,19 +179,8 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
 # --- what mossnano-stdio answers ---------------------------------------------------------------------------------
 
 
-def _may_be_a_message(start: bytes) -> bool:
-    length = int.from_bytes(start[:LENGTH_BYTES], "little")
-    return len(start) > LENGTH_BYTES and 1 <= length <= LONGEST_MESSAGE_BYTES and start[LENGTH_BYTES] in list(Kind)
-
-
-def _framed(data: _Input) -> Source:
-    messages = _messages(data.pieces())
-    sample_rate, channels = _greeted(next(messages, None))
-    return Source(sample_rate, channels, _events(messages, SAMPLE_BYTES * channels))
-
-
 def _messages(pieces: Iterator[bytes]) -> Iterator[Message | MossnanoError]:
-    """Every message, and what was wrong where they end too early."""
+    """Gives every message, then the fault that ended them too early, if one did."""
     reader = MessageReader(LONGEST_MESSAGE_BYTES)
     try:
         for piece in pieces:
@@ -202,7 +193,7 @@ def _messages(pieces: Iterator[bytes]) -> Iterator[Message | MossnanoError]:
 
 
 def _greeted(first: Message | MossnanoError | None) -> tuple[int, int]:
-    """What the HANDSHAKE says of the PCM that follows: sample rate and channels."""
+    """Read sample rate and channels from the HANDSHAKE, which must come first; refuse what cannot be played."""
     if not isinstance(first, Message):
         raise first or InputError("the input ended before its first message")
     if first.kind == Kind.ERROR:
@@ -259,7 +250,7 @@ def _said_error(message: Message) -> InputError:
 
 
 def _maybe_wav(data: _Input) -> Source | None:
-    """A WAV of 16 bits is played while it comes in. None: it is another one, to be read as a whole."""
+    """Opens a WAV of 16 bits, which is played while it comes in. None: another WAV, which is read as a whole."""
     maybe_format: tuple[int, int] | None = None
     at = 12  # after RIFF, size, WAVE
     while at < LONGEST_WAV_HEADER_BYTES:
@@ -312,7 +303,7 @@ def _wav_samples(pieces: Iterator[bytes], data_bytes: int, sample_bytes: int) ->
 
 
 def _audio_file(data: _Input) -> Source:
-    """Whatever the package reads as audio; read as a whole."""
+    """Read the whole of an audio file of any kind that the package reads."""
     try:
         recording = read_audio(data.rest(), data.name)
     except InputError as error:
