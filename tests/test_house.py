@@ -89,7 +89,6 @@ class Imported(NamedTuple):
     module: str
     line: int
     is_late: bool  # inside a function, or for the type checker only
-    is_typing: bool
 
 
 class Source(NamedTuple):
@@ -112,24 +111,22 @@ def sources() -> tuple[Source, ...]:
 
 
 def imports_of(source: Source) -> Iterator[Imported]:
-    def visit(node: ast.AST, is_late: bool, is_typing: bool) -> Iterator[Imported]:
-        is_typing = is_typing or (
-            isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        )
+    def visit(node: ast.AST, is_late: bool) -> Iterator[Imported]:
+        is_typing = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         is_late = is_late or is_typing or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         match node:
             case ast.Import():
-                yield from (Imported(alias.name, node.lineno, is_late, is_typing) for alias in node.names)
+                yield from (Imported(alias.name, node.lineno, is_late) for alias in node.names)
             case ast.ImportFrom():
                 assert not node.level, f"{source.name}:{node.lineno}: imports are absolute here"
                 for alias in node.names:
                     is_module = f"{node.module}.{alias.name}" in module_names()
                     module = f"{node.module}.{alias.name}" if is_module else str(node.module)
-                    yield Imported(module, node.lineno, is_late, is_typing)
+                    yield Imported(module, node.lineno, is_late)
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, is_late, is_typing)
+            yield from visit(child, is_late)
 
-    return visit(source.tree, is_late=False, is_typing=False)
+    return visit(source.tree, is_late=False)
 
 
 def module_of(source: Source) -> str:
@@ -204,8 +201,7 @@ def test_no_circles_inside_a_room() -> None:
     """Nor anywhere else, as imports between rooms go down."""
     below: dict[str, set[str]] = {module_of(source): set() for source in sources()}
     for source, imported in all_imports():
-        if not imported.is_typing:
-            below[module_of(source)] |= {name for name in below if name == imported.module} - {module_of(source)}
+        below[module_of(source)] |= {name for name in below if name == imported.module} - {module_of(source)}
     while leaves := [name for name, needed in below.items() if not needed]:
         for name in leaves:
             del below[name]

@@ -16,7 +16,7 @@ from mossnano_stdio.chunks import Chunks, Decoder, DecodingChunks
 from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, TokenError
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
-from mossnano_stdio.protocol.stream import Answers, State, Stream
+from mossnano_stdio.protocol.stream import Answers, Owner, State, Stream
 from mossnano_stdio.tokens import MAGIC, ArtifactReader, unpack_frames
 
 
@@ -29,15 +29,15 @@ class DecodingStream(Stream):
         super().__init__(number, state, chunks, opened_seconds)
         self.artifact = ArtifactReader()
 
-    def step(self, connection: Connection) -> Answers:
+    def step(self, owner: Owner) -> Answers:
         chunk = self.chunks.step()
         if chunk is None:
             return
         self.frames += chunk.frames
-        self.samples += len(chunk.pcm) // connection.format.sample_bytes
+        self.samples += len(chunk.pcm) // owner.format.sample_bytes
         if chunk.error is not None:
-            yield connection.error(chunk.error)
-        most_bytes = connection.max_audio_bytes
+            yield owner.error(chunk.error)
+        most_bytes = owner.max_audio_bytes
         for start in range(0, len(chunk.pcm), most_bytes):
             yield Message(Kind.AUDIO, chunk.pcm[start : start + most_bytes])
 

@@ -19,7 +19,7 @@ from mossnano_stdio.errors import AudioError, MossnanoError
 from mossnano_stdio.pcm import from_pcm16
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
-from mossnano_stdio.protocol.stream import Answers, State, Stream
+from mossnano_stdio.protocol.stream import Answers, Owner, State, Stream
 from mossnano_stdio.tokens import pack_frames
 
 
@@ -32,12 +32,12 @@ class EncodingStream(Stream):
         super().__init__(number, state, chunks, opened_seconds)
         self.partial_sample = b""
 
-    def step(self, connection: Connection) -> Answers:
+    def step(self, owner: Owner) -> Answers:
         codes = self.chunks.step()
         if codes is not None:
             self.frames += len(codes)
-            self.samples += len(codes) * connection.format.frame_samples
-            packed = pack_frames(codes[:, : connection.quantizers], connection.format.codebook_size)
+            self.samples += len(codes) * owner.format.frame_samples
+            packed = pack_frames(codes[:, : owner.quantizers], owner.format.codebook_size)
             yield Message(Kind.TOKENS, packed)
 
     def finish_input(self) -> None:

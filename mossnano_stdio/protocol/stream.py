@@ -12,14 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mossnano_stdio.chunks import Chunks
 from mossnano_stdio.errors import MossnanoError
 from mossnano_stdio.protocol.messages import Message
-
-if TYPE_CHECKING:
-    from mossnano_stdio.protocol.connection import Connection
+from mossnano_stdio.tokens import CodecFormat
 
 Answers = Iterator[Message]
 
@@ -32,6 +30,19 @@ class State(Enum):
     ARTIFACT = "in an unfinished artifact"
     AUDIO = "in an audio stream"
     SKIP = "in a stream that went bad"
+
+
+class Owner(Protocol):
+    """What a stream asks of the connection that it belongs to."""
+
+    format: CodecFormat
+    quantizers: int
+
+    @property
+    def max_audio_bytes(self) -> int: ...
+
+    def error(self, error: MossnanoError, *, fatal: bool = False) -> Message:
+        """What is told of an error. It counts, for the stream that is open too."""
 
 
 class Stream(ABC):
@@ -47,7 +58,7 @@ class Stream(ABC):
         chunks.reset()
 
     @abstractmethod
-    def step(self, connection: Connection) -> Answers:
+    def step(self, owner: Owner) -> Answers:
         """Compute the one chunk that is due."""
 
     @abstractmethod
