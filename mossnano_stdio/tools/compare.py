@@ -29,6 +29,7 @@ from mossnano_stdio.pcm.comparison import Comparison, Join, compare_recordings
 from mossnano_stdio.pcm.recordings import Recording, read_audio
 from mossnano_stdio.process.flags import any_number
 from mossnano_stdio.tools.facts import as_json, as_table
+from mossnano_stdio.weights import NANO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,14 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", metavar="CANDIDATE", help="what it is")
     parser.add_argument("--chunk-frames", type=int, metavar="N", help="frames in the candidate's chunks: look at joins")
     parser.add_argument(
-        "--frame-samples", type=int, default=3840, metavar="N", help="samples in a frame (default: 3840)"
+        "--frame-samples",
+        type=int,
+        default=NANO.frame_samples,
+        metavar="N",
+        help="samples in a frame (default: %(default)s)",
     )
     parser.add_argument("--max-error", type=any_number, metavar="STEPS", help="the largest error that is allowed")
     parser.add_argument(
         "--min-snr", type=any_number, metavar="DB", help="the least signal-to-noise ratio that is allowed"
     )
     parser.add_argument("--plot", metavar="FILE.png", help="draw both waveforms, the error and the joins")
-    parser.add_argument("--sample-rate", type=int, default=48000, metavar="HZ", help="of raw PCM (default: 48000)")
+    parser.add_argument(
+        "--sample-rate", type=int, default=NANO.sample_rate, metavar="HZ", help="of raw PCM (default: %(default)s)"
+    )
     parser.add_argument("--channels", type=int, default=2, metavar="N", help="of raw PCM (default: 2)")
     parser.add_argument("--json", action="store_true", help="one JSON object, with every join in it")
 

@@ -16,9 +16,7 @@ from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.tokens import FIELD_LIMITS, Artifact, build_artifact
 from mossnano_stdio.tokens.plain import FORMS, form_of, load_codes
-
-NANO_FRAME_SAMPLES = 3840
-NANO_QUANTIZERS = 16
+from mossnano_stdio.weights import NANO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--original-samples",
         type=int,
         metavar="N",
-        help=f"length of the sound per channel (default: frames x {NANO_FRAME_SAMPLES})",
+        help=f"length of the sound per channel (default: frames x {NANO.frame_samples})",
     )
-    parser.add_argument("--sample-rate", type=int, default=48000, metavar="HZ", help="default: 48000")
+    parser.add_argument("--sample-rate", type=int, default=NANO.sample_rate, metavar="HZ", help="default: %(default)s")
     parser.add_argument("--channels", type=int, default=2, metavar="N", help="default: 2")
-    parser.add_argument("--codebook-size", type=int, default=1024, metavar="N", help="default: 1024")
+    parser.add_argument(
+        "--codebook-size", type=int, default=NANO.codebook_size, metavar="N", help="default: %(default)s"
+    )
     parser.add_argument(
         "--quantizers",
         type=int,
         metavar="N",
-        help=f"codes in a frame; .u16le alone needs it (default: {NANO_QUANTIZERS})",
+        help=f"codes in a frame; .u16le alone needs it (default: {NANO.quantizers})",
     )
 
 
@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
     for name in FIELD_LIMITS.keys() - {"frames"}:
         _check_option(name, getattr(args, name))
     with open_input(args.codes) as file:
-        codes = load_codes(file.read(), form, args.quantizers or NANO_QUANTIZERS)
+        codes = load_codes(file.read(), form, args.quantizers or NANO.quantizers)
     frames, quantizers = codes.shape
     if args.quantizers not in (None, quantizers):
         raise UsageError(f"--quantizers is {args.quantizers}, but {args.codes} has {quantizers} codes in each frame")
-    samples = frames * NANO_FRAME_SAMPLES if args.original_samples is None else args.original_samples
+    samples = frames * NANO.frame_samples if args.original_samples is None else args.original_samples
     artifact = Artifact(args.sample_rate, args.channels, samples, quantizers, frames, args.codebook_size, codes)
     with open_output(args.artifact) as file:
         file.write(build_artifact(artifact))

@@ -20,9 +20,9 @@ from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.protocol import Kind, MessageReader, parse_json
 from mossnano_stdio.tokens import SAMPLE_BYTES
+from mossnano_stdio.weights import NANO
 
 PIECE_BYTES = 1 << 16
-NANO_SAMPLE_RATE, NANO_CHANNELS = 48000, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ class _Sound:
         self._maybe_said = sample_rate, channels
 
     def write(self, pcm: bytes) -> None:
-        channels = self._maybe_said[1] if self._maybe_said else NANO_CHANNELS
+        channels = self._maybe_said[1] if self._maybe_said else NANO.channels
         if len(pcm) % (SAMPLE_BYTES * channels):
             raise InputError(f"AUDIO of {len(pcm)} bytes is no whole number of samples of {channels} channels")
         if self._is_wav:
@@ -95,8 +95,8 @@ class _Sound:
     def _writer(self) -> WavWriter:
         if self._maybe_writer is None:
             if self._maybe_said is None:
-                _say(f"no HANDSHAKE came: {NANO_SAMPLE_RATE} Hz and {NANO_CHANNELS} channels are assumed")
-            self._maybe_writer = WavWriter(self._output, *(self._maybe_said or (NANO_SAMPLE_RATE, NANO_CHANNELS)))
+                _say(f"no HANDSHAKE came: {NANO.sample_rate} Hz and {NANO.channels} channels are assumed")
+            self._maybe_writer = WavWriter(self._output, *(self._maybe_said or (NANO.sample_rate, NANO.channels)))
         return self._maybe_writer
 
 

@@ -28,7 +28,7 @@ from mossnano_stdio.weights.metadata import (
     build_streaming,
     states_of,
 )
-from mossnano_stdio.weights.published import CHECKPOINT_NAME
+from mossnano_stdio.weights.published import CHECKPOINT_NAME, NANO
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "ENCODE_DATA",
     "ENCODE_FILE",
     "METADATA_NAME",
+    "NANO",
     "OFFICIAL_FILES",
     "SIDECAR_NAME",
     "STATES_OF_A_CACHE",

@@ -153,7 +153,7 @@ def load_bundle(folder: Path) -> Bundle:
         format=CodecFormat(
             *parse_codec_config(metadata),
             codebook_size=sidecar.codebook_size
-            or (published.CODEBOOK_SIZE if is_published else _codebook_size(graphs["decode_step"])),
+            or (published.NANO.codebook_size if is_published else _codebook_size(graphs["decode_step"])),
         ),
         metadata_file=metadata_file,
         graphs=graphs,

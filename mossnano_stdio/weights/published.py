@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.graphs import FileRecord
 from mossnano_stdio.weights.metadata import (
     DECODE_DATA,
@@ -31,7 +32,8 @@ class PinnedRepository:
     files: Mapping[str, FileRecord]
 
 
-CODEBOOK_SIZE = 1024  # of the published weights; their metadata has no place for it
+# What the published weights decode. Their metadata says all of it but the size of the codebooks.
+NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 LICENCE = "Apache-2.0"
 
 WEIGHTS_NAME = "MOSS-Audio-Tokenizer-Nano-ONNX"  # of the folder that holds the bundle

@@ -16,8 +16,8 @@ from typing import Any, Final
 from mossnano_stdio.errors import InputError, PayloadError, ProtocolError
 from mossnano_stdio.protocol import Kind, Message, MessageReader, kind_name, parse_json
 from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES, ArtifactReader, CodecFormat
+from mossnano_stdio.weights import NANO
 
-NANO: Final = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 MOST_ERRORS_KEPT: Final = 10  # by their text; all are counted
 
 

@@ -29,6 +29,7 @@ from mossnano_stdio.process.flags import add_decoder_arguments, add_player_argum
 from mossnano_stdio.process.logs import log, start_logging, write_stderr
 from mossnano_stdio.tools.facts import as_json
 from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
+from mossnano_stdio.weights import NANO
 
 PROGRESS_SECONDS: Final = 0.1
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", action="store_true", help="one line of JSON on stderr at the end")
     raw = parser.add_argument_group("raw PCM, 16 bits, little-endian, channels interleaved")
     raw.add_argument("--raw", action="store_true", help="take the input as that, whatever its first bytes are")
-    raw.add_argument("--sample-rate", type=int, default=48_000, metavar="HZ", help="(default: %(default)s)")
+    raw.add_argument("--sample-rate", type=int, default=NANO.sample_rate, metavar="HZ", help="(default: %(default)s)")
     raw.add_argument("--channels", type=int, default=2, metavar="N", help="(default: %(default)s)")
     decoding = parser.add_argument_group("decoding of artifacts")
     add_decoder_arguments(decoding)
