@@ -220,7 +220,7 @@ def test_modules_that_do_not_fit_together(
 ) -> None:
     config = json.loads((tiny_reference / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(changed(config, path, value)))
-    (tmp_path / SINGLE_NAME).symlink_to(tiny_reference.resolve() / SINGLE_NAME)
+    shutil.copyfile(tiny_reference / SINGLE_NAME, tmp_path / SINGLE_NAME)
     with pytest.raises(BundleError) as caught:
         load_checkpoint(tmp_path)
     assert all(word in str(caught.value) for word in words), caught.value

@@ -157,9 +157,9 @@ def test_what_was_played_is_counted_for_each_stream(client: str) -> None:
 # --- the log ---------------------------------------------------------------------------------------
 
 
-def program_that_logs(text: bytes) -> list[str]:
-    """A decoder that says this on stderr, and then is like any other."""
-    return before_other_peer(f"os.write(2, {text!r})")
+def program_that_logs(text: str) -> list[str]:
+    """A decoder that says this, a Python expression, on stderr, and then is like any other."""
+    return before_other_peer(f"os.write(2, {text})")
 
 
 def before_other_peer(program: str, *arguments: str) -> list[str]:
@@ -171,7 +171,7 @@ def before_other_peer(program: str, *arguments: str) -> list[str]:
 @both
 def test_the_log_comes_line_by_line(client: str) -> None:
     lines: list[str] = []
-    face = start(client, program_that_logs(b"one\ntwo\r\n\nno \xff UTF-8\nunended"), log=lines.append)
+    face = start(client, program_that_logs(r'b"one\ntwo\r\n\nno \xff UTF-8\nunended"'), log=lines.append)
     face.decode([[1, 2, 3]])
     face.close()
     assert lines == ["one", "two", "", "no \ufffd UTF-8", "unended"]
@@ -180,7 +180,7 @@ def test_the_log_comes_line_by_line(client: str) -> None:
 @both
 def test_a_line_of_the_log_that_does_not_end_is_cut(client: str) -> None:
     lines: list[str] = []
-    face = start(client, program_that_logs(b"x" * 100_000 + b"\nshort\n"), log=lines.append)
+    face = start(client, program_that_logs(r'b"x" * 100_000 + b"\nshort\n"'), log=lines.append)
     face.close()
     assert "".join(lines) == "x" * 100_000 + "short"
     assert lines[-1] == "short"

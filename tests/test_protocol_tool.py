@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.child import ROOT
 from tests.tool import call_tool
 
@@ -18,6 +20,7 @@ def test_the_page_is_printed() -> None:
 
 
 def test_the_page_travels_in_the_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="the extra `test` is not installed")
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 def call_tool(*arguments: object, stdin: bytes = b"") -> Outcome:
     """`mossnano ARGUMENTS` without a new process."""
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n"), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
