@@ -75,7 +75,6 @@ class Connection:
         self.open: Stream | None = None
         self.streams_opened = 0
         self.error_count = 0
-        self.is_dropping = False  # a CANCEL waits further back: what stands before it is counted and not done
         self.maybe_misfit: str | None = None  # why the peer's last HANDSHAKE does not fit
         self._message_seconds = 0.0  # when the message that is handled was there
         self._chunks = direction.new_chunks(codec, schedule, on_step)
@@ -151,7 +150,7 @@ class Connection:
         if self.open is None:
             return
         self._look_for_cancel()
-        if self.is_dropping:
+        if self.open.is_dropped:
             self.open.chunks.reset()
             return
         try:
@@ -215,14 +214,14 @@ class Connection:
         yield Message(Kind.PING, message.payload)
 
     def finish(self, stream: Stream, message: Message) -> Answers:
-        if not self.is_dropping:
+        if not stream.is_dropped:
             maybe_rest = stream.maybe_rest()
             if maybe_rest is not None:
                 yield self.error(maybe_rest)
             if stream.state is not State.SKIP:
                 stream.finish_input()
                 yield from self.compute_due()
-        if not self.is_dropping:  # a CANCEL may have come while the rest was computed
+        if not stream.is_dropped:  # a CANCEL may have come while the rest was computed
             yield from self._end(stream, cancelled=False, **stream.end_extras())
         self._close()
 
@@ -274,13 +273,12 @@ class Connection:
     def open_stream(self, state: State) -> Stream:
         self.open = self.direction.new_stream(self.streams_opened, state, self._chunks, self._message_seconds)
         self.streams_opened += 1
-        if self.is_dropping:
-            self._maybe_first_dropped = self._maybe_first_dropped or self.open
+        self._look_for_cancel()
         return self.open
 
     def fail(self, stream: Stream, error: MossnanoError) -> Answers:
         """This stream is lost; the input of it that is still to come is skipped."""
-        if not self.is_dropping:
+        if not stream.is_dropped:
             yield self.error(error)
         stream.state = State.SKIP
         stream.forget_input()
@@ -294,8 +292,8 @@ class Connection:
         return error_message(error, stream=self.open.number if self.open else None, fatal=fatal)
 
     def _look_for_cancel(self) -> None:
-        self.is_dropping = self._cancel_waiting()
-        if self.is_dropping:
+        if self.open is not None and self._cancel_waiting():
+            self.open.is_dropped = True
             self._maybe_first_dropped = self._maybe_first_dropped or self.open
 
     def _close(self) -> None:

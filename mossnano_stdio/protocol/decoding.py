@@ -68,7 +68,7 @@ def open_tokens(connection: Connection, stream: None, message: Message) -> Answe
 
 
 def push_tokens(connection: Connection, stream: Stream, message: Message) -> Answers:
-    if connection.is_dropping:
+    if stream.is_dropped:
         return
     try:
         codes = unpack_frames(message.payload, connection.quantizers, connection.format.codebook_size)
@@ -94,7 +94,7 @@ def grow_artifact(connection: Connection, stream: Any, message: Message) -> Answ
     except ArtifactError as error:
         yield from connection.fail(stream, error)
         return
-    if not connection.is_dropping:
+    if not stream.is_dropped:
         stream.chunks.push(artifact.codes)
         stream.chunks.finish(artifact.original_samples)
         yield from connection.compute_due()

@@ -72,7 +72,7 @@ def open_audio(connection: Connection, stream: None, message: Message) -> Answer
 
 
 def push_audio(connection: Connection, stream: Any, message: Message) -> Answers:
-    if not connection.is_dropping:
+    if not stream.is_dropped:
         pcm = stream.partial_sample + message.payload
         whole_bytes = len(pcm) // connection.format.sample_bytes * connection.format.sample_bytes
         stream.partial_sample = pcm[whole_bytes:]

@@ -52,6 +52,7 @@ class Stream(ABC):
         self.chunks = chunks
         self.opened_seconds = opened_seconds
         self.has_answered = False
+        self.is_dropped = False  # a CANCEL waits further back: what stands before it is counted and not done
         self.frames = 0
         self.samples = 0
         self.errors = 0
