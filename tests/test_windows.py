@@ -242,3 +242,16 @@ def test_the_c_client_is_compiled_and_hears_the_same(tmp_path: Path) -> None:
     here = run([*DEMO, "--output", "raw", "--chunk-frames", "8"], encoded(Message(Kind.TOKENS, bytes(range(200)) * 5)))
     assert there.returncode == 0, there.stderr.decode()
     assert there.stdout == here.stdout
+
+
+@pytest.mark.skipif(shutil.which("mcs") is None, reason="mcs is not installed")
+def test_the_csharp_client_hears_a_process_on_windows(tmp_path: Path) -> None:
+    """Mono runs on Linux here; what it starts and talks to is the process on Windows."""
+    sources = [str(path) for path in (ROOT / "mossnano_stdio" / "clients" / "csharp").glob("*.cs")]
+    subprocess.run(["mcs", f"-out:{tmp_path / 'Example.exe'}", *sources], check=True, capture_output=True)
+    (tmp_path / "frames.bin").write_bytes(bytes(range(200)) * 5)
+    command = ["mono", "Example.exe", "frames.bin", *PROCESS, "--weights", "demo", "--chunk-frames", "8"]
+    there = subprocess.run(command, cwd=tmp_path, stdin=subprocess.PIPE, capture_output=True, check=False)
+    here = run([*DEMO, "--output", "raw", "--chunk-frames", "8"], encoded(Message(Kind.TOKENS, bytes(range(200)) * 5)))
+    assert there.returncode == 0, there.stderr.decode()
+    assert there.stdout == here.stdout
