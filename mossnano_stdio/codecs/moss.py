@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -174,52 +175,92 @@ class OfficialDecoder:
 # --- ours --------------------------------------------------------------------------------------------------------
 
 
-class FastRuntime:
-    """A loaded fast graph, shared by the decoders that it makes."""
+class InPlaceRuntime:
+    """A loaded graph of ours, shared by the decoders, or encoders, that it makes."""
 
-    graph_name: Literal["fast"] = "fast"
-    decodes_prefix = True
+    graph_name: str
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.format = bundle.format
-        graph = bundle.graph("fast")
+        graph = bundle.graph(self.graph_name)
+        self.path = graph.path
         self.precision = graph.precision
-        self.in_place = InPlaceGraph(
-            graph,
-            engine,
-            inputs={"rows": TensorSpec((None, self.format.quantizers), INT32)},
-            outputs={"audio": TensorSpec((None, self.format.channels), FLOAT32)},
-        )
+        self.in_place = InPlaceGraph(graph, engine, inputs, outputs)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
         """How far each layer looks back."""
         return self.in_place.layer_context_frames
 
+
+class FastRuntime(InPlaceRuntime):
+    """The graph that decodes."""
+
+    graph_name = "fast"
+    decodes_prefix = True
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        super().__init__(
+            bundle,
+            engine,
+            inputs={"rows": TensorSpec((None, bundle.format.quantizers), INT32)},
+            outputs={"audio": TensorSpec((None, bundle.format.channels), FLOAT32)},
+        )
+
     def new_decoder(self) -> FastDecoder:
         return FastDecoder(self)
 
 
-class FastDecoder:
-    """Frames in, samples out, chunk after chunk as if they came at once."""
+class StreamEncoderRuntime(InPlaceRuntime):
+    """The graph that encodes (build/encode_step.py has its contract)."""
 
-    def __init__(self, runtime: FastRuntime) -> None:
+    graph_name = "encode_step"
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        if not bundle.has_graph("encode_step"):
+            raise BundleError(f"{bundle.folder}: has no streaming encoder; `mossnano build` makes one")
+        super().__init__(
+            bundle,
+            engine,
+            inputs={"audio": TensorSpec((None, bundle.format.channels), FLOAT32)},
+            outputs={"codes": TensorSpec((None, bundle.format.quantizers), INT32)},
+        )
+
+    def new_encoder(self) -> StreamEncoder:
+        return StreamEncoder(self)
+
+
+class InPlaceSteps:
+    """One stream over such a graph, chunk after chunk as if they came at once."""
+
+    def __init__(self, runtime: InPlaceRuntime) -> None:
         self.runtime = runtime
+        self.format = runtime.format
         self._stream = runtime.in_place.open_stream()
-
-    @property
-    def format(self) -> CodecFormat:
-        return self.runtime.format
-
-    @property
-    def decodes_prefix(self) -> bool:
-        return self.runtime.decodes_prefix
 
     @property
     def next_frame(self) -> int:
         return self._stream.next_frame
+
+    def reset(self, start_frame: int = 0) -> None:
+        """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
+        self._stream.reset(start_frame)
+
+    def snapshot(self) -> InPlaceState:
+        return self._stream.snapshot()
+
+    def restore(self, state: InPlaceState) -> None:
+        self._stream.restore(state)
+
+
+class FastDecoder(InPlaceSteps):
+    """Frames in, samples out."""
+
+    decodes_prefix = True
 
     def step(self, codes: Codes) -> NDArray[np.float32]:
         """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
@@ -234,16 +275,6 @@ class FastDecoder:
         )
         return audio
 
-    def reset(self, start_frame: int = 0) -> None:
-        """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
-        self._stream.reset(start_frame)
-
-    def snapshot(self) -> InPlaceState:
-        return self._stream.snapshot()
-
-    def restore(self, state: InPlaceState) -> None:
-        self._stream.restore(state)
-
 
 def _rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
     """Which row of the one table of all codebooks each code means; the last row for quantizers that are left out."""
@@ -253,50 +284,8 @@ def _rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
     return rows
 
 
-class StreamEncoderRuntime:
-    """A loaded `encode_step` (build/encode_step.py has its contract), shared by the encoders that it makes."""
-
-    graph_name: Literal["encode_step"] = "encode_step"
-
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        if not bundle.has_graph("encode_step"):
-            raise BundleError(f"{bundle.folder}: has no streaming encoder; `mossnano build` makes one")
-        self.bundle = bundle
-        self.engine = engine
-        self.format = bundle.format
-        graph = bundle.graph("encode_step")
-        self.path = graph.path
-        self.precision = graph.precision
-        self.in_place = InPlaceGraph(
-            graph,
-            engine,
-            inputs={"audio": TensorSpec((None, self.format.channels), FLOAT32)},
-            outputs={"codes": TensorSpec((None, self.format.quantizers), INT32)},
-        )
-
-    @property
-    def layer_context_frames(self) -> tuple[int, ...]:
-        """How far each layer looks back."""
-        return self.in_place.layer_context_frames
-
-    def new_encoder(self) -> StreamEncoder:
-        return StreamEncoder(self)
-
-
-class StreamEncoder:
-    """Samples in, frames out, chunk after chunk as if they came at once."""
-
-    def __init__(self, runtime: StreamEncoderRuntime) -> None:
-        self.runtime = runtime
-        self._stream = runtime.in_place.open_stream()
-
-    @property
-    def format(self) -> CodecFormat:
-        return self.runtime.format
-
-    @property
-    def next_frame(self) -> int:
-        return self._stream.next_frame
+class StreamEncoder(InPlaceSteps):
+    """Samples in, frames out."""
 
     def step(self, audio: NDArray[np.float32]) -> Codes:
         """Whole frames of [samples, channels] -> [frames, quantizers]."""
@@ -314,7 +303,3 @@ class StreamEncoder:
         )
         check_codes_out(self.runtime.path, codes, self.format)
         return codes.astype(np.uint16)
-
-    def reset(self) -> None:
-        """Forget everything: the next frame is the first of a stream."""
-        self._stream.reset()
