@@ -87,7 +87,7 @@ def _print_figures(figures: Mapping[str, Any], *, as_json: bool) -> None:
 
 @contextmanager
 def _opened_picture(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
-    """Where the picture goes: what is wrong with that should not come out after minutes of measuring."""
+    """Opens the picture's file first, so that a fault in --plot shows before minutes of measuring."""
     if args.plot is None:
         yield None
         return
@@ -102,7 +102,7 @@ def _opened_picture(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
 
 
 class _Progress:
-    """Says on stderr what is measured now, which of how many parts that is, and how long it has been."""
+    """Says on stderr what is measured now, which part of how many that is, and how much time has passed."""
 
     def __init__(self, parts: int, seconds: float) -> None:
         _say(f"this takes about {_lasting(seconds)}")
@@ -123,7 +123,7 @@ def _lasting(seconds: float) -> str:
 
 
 def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Puts figures into the dict as they come, so that something is there when it is interrupted."""
+    """Puts figures into the dict as they come, so that an interrupted run has what was measured by then."""
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
@@ -218,7 +218,7 @@ def _measure_sides(
 
 
 class _Work(NamedTuple):
-    """What decoding takes, however it is done."""
+    """The work that any decoding has to do."""
 
     mflop_per_frame: float
     mb_per_step: float
@@ -242,7 +242,7 @@ def _maybe_work(bundle: Bundle) -> _Work | None:
 
 
 def _limits(work: _Work, threads: int) -> dict[str, float]:
-    """What this machine takes for that at the least."""
+    """The least time that this machine needs for that work."""
     from mossnano_stdio.tools.bench.machine import gemm_gflops, stream_gb_per_second
 
     gflops, gb_per_second = gemm_gflops(threads), stream_gb_per_second(threads)

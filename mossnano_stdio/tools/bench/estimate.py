@@ -1,9 +1,9 @@
-"""How long a benchmark of graphs is going to take: it is gone through once by workers that reckon and do not work.
+"""Estimates how long a benchmark of graphs takes, by running it with workers that only add up times.
 
 Rules of this room:
 
-- What is estimated is what will be run: both go through the same GraphBench, which cannot tell the workers apart.
-- A step's time comes from a short trial of each side. It is a guess, and called one: the machine may have more to do.
+- The estimate and the benchmark run the same GraphBench, which cannot tell the workers apart.
+- A step's time comes from a short trial of each side, so the total is said with "about".
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Pace:
     trial_step_seconds: float  # of TRIAL_FRAMES
 
     def step_seconds(self, frames: int) -> float:
-        """On the line through both steps that were tried."""
+        """Interpolate between the two steps that were tried, or extrapolate from them."""
         per_frame = (self.trial_step_seconds - self.lone_step_seconds) / (TRIAL_FRAMES - 1)
         return self.lone_step_seconds + max(0.0, per_frame) * (frames - 1)
 
 
 def try_pace(side: Side, threads: int, start: StartWorker) -> Pace:
-    """A start, and two short utterances in each size of step; the first warms up."""
+    """Time a start, and two short utterances for each size of step, of which the first warms up."""
     began = time.perf_counter()
     with start(side, threads) as worker:
         started = time.perf_counter()
@@ -53,7 +53,7 @@ def try_pace(side: Side, threads: int, start: StartWorker) -> Pace:
 
 
 class Estimate:
-    """Takes the place of worker processes and of the report, and knows afterwards what they come to."""
+    """Stands in for the worker processes and the report, and adds up their seconds and parts."""
 
     def __init__(self, paces: Mapping[tuple[str, int], Pace], frames_to_fill: int) -> None:
         self._paces = paces  # by a side's name and threads
@@ -75,7 +75,7 @@ class Estimate:
 
 
 class _ReckoningWorker:
-    """Adds up what worker.py would do; its figures mean nothing."""
+    """Adds up the time that worker.py would take; the figures it answers mean nothing."""
 
     def __init__(self, estimate: Estimate, pace: Pace, frames_to_fill: int, *, has_session_each: bool) -> None:
         self.facts: Mapping[str, float] = dict.fromkeys(START_PARTS, 1.0)

@@ -1,9 +1,9 @@
-"""What this machine can do at the most: the limits that graphs are held against.
+"""Measures what this machine can do at the most; graphs are compared with these limits.
 
 Rules of this room:
 
-- The best of many is what counts, as nothing may be faster than a limit.
-- numpy measures, in a process of its own, whose matrix library is given so many threads.
+- A limit is the best of many runs, as nothing may be faster than it.
+- numpy runs in a process of its own, as its matrix library reads the number of threads when it is loaded.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ print(best_of(10, lambda: list(pool.map(np.sum, parts))))
 
 
 def gemm_gflops(threads: int) -> float:
-    """What matrix products reach, in GFLOP/s."""
+    """The speed of matrix products, in GFLOP/s."""
     return 2 * GEMM_SIZE**3 / _printed_seconds(_MULTIPLY.format(size=GEMM_SIZE), threads) / 1e9
 
 
 def stream_gb_per_second(threads: int) -> float:
-    """How fast memory is read from one end to the other."""
+    """The speed of reading memory from one end to the other."""
     code = _READ.format(threads=threads, count=STREAMED_BYTES // 4)
     return STREAMED_BYTES / _printed_seconds(code, threads) / 1e9
 

@@ -1,12 +1,9 @@
-"""A process that is measured: it says one line of JSON when it is ready, and answers each line with one.
+"""Runs a process that is measured: it prints one line of JSON when it is ready, and answers each line with one.
 
 Rules of this room:
 
-- Sides that are compared take turns in one run, each in a process of its own; what is quoted is a median or a ratio.
-- Nothing here is a test, and no test is timed.
-- One that ends instead has said why on stderr, which it shares with us. What it was given were weights, so that is what
-  is wrong.
-- Ctrl-C is for us alone: processes are in a session of their own, so that nothing of theirs is said then.
+- A process that ends instead of answering is a BundleError: it was given weights, and said on our stderr what is wrong.
+- Each process is in a session of its own, so that Ctrl-C reaches only us and the process prints no traceback.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The process against a bare loop over the same graph: what framing, threads, PCM and pipes cost on top of it.
+"""Compares the process with a bare loop over the same graph: what framing, threads, PCM and pipes add to it.
 
 Rules of this room:
 
-- Both sides are processes of their own, loaded once, and take turns: A B A B, so that a machine that slows down slows
-  both. A figure is the median over the turns; a ratio is taken within a turn.
+- Both sides are processes of their own and take turns, A B A B: a machine that slows down slows both. A figure is the
+  median over the turns; a ratio is taken within a turn.
 - The bare loop answers each line on its stdin with the seconds that the same frames took it.
 """
 
@@ -69,7 +69,7 @@ def some_codes(frames: int, codec_format: CodecFormat) -> Codes:
 def measure_process(
     folder: Path, threads: int, turns: int, report: Callable[[str], None], found: dict[str, Any]
 ) -> None:
-    """All figures of one weights folder, ready to be shown, put into `found` as they come."""
+    """Measure one weights folder, and put each figure into `found` as it comes."""
     found["threads"] = threads
     report(f"{threads} threads, starts")
     found["start"] = _measure_start(folder, threads, turns)
@@ -87,7 +87,7 @@ PARTS: Final = 3 + len(FRAMES_BY_CHUNK)  # that `measure_process` reports
 
 
 def estimated_seconds(folder: Path, threads: int, turns: int) -> float:
-    """How long `measure_process` is going to take, as far as a short trial can tell."""
+    """Estimate from a short trial how long `measure_process` takes."""
     began = time.perf_counter()
     with _bare_loop(folder, threads) as bare:
         start_seconds = time.perf_counter() - began

@@ -2,12 +2,12 @@
 
 Rules of this room:
 
-- Each side is a worker process for each number of threads (worker.py). All are alive at once, one of them works at a
-  time, and they take turns, A B C A B C: a machine that slows down slows all of them.
-- A turn begins when the one before has come to rest: with onnxruntime's defaults, threads spin on after their work.
+- Each side has a worker process (worker.py) for each number of threads. All run at once but work one at a time, in
+  turns, A B C A B C: a machine that slows down slows all of them.
+- Before each turn there is a pause: with onnxruntime's defaults, threads spin for a while after their work.
 - A figure is the median over turns, with the lowest and highest beside it; "times" is how many times as good as the
   first side this one is, the median over turns.
-- Figures are put into the caller's dict after each turn, so that one who is interrupted has what was measured.
+- Figures go into the caller's dict after each turn, so that an interrupted caller has what was measured by then.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Side:
 
 
 def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
-    """The official loop first, everything else is measured against it."""
+    """All sides; the official loop is first, as the others are measured against it."""
     sides = [
         Side("official loop", "loop", bundle.folder),
         Side("our runtime, official graph", "official", bundle.folder),
@@ -69,12 +69,12 @@ def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
 
 
 class SideProcess(Protocol):
-    """One side, loaded; or one that only reckons how long that would take."""
+    """One side, loaded; or a stand-in that computes how long it would take."""
 
     facts: Mapping[str, float]
 
     def ask(self, what: str, **details: int) -> Any:
-        """What worker.py is to do, and what it answers."""
+        """Have worker.py do it; returns its answer."""
 
     def rest(self, seconds: float) -> None:
         """Let its threads come to rest."""
@@ -84,7 +84,7 @@ StartWorker = Callable[[Side, int], AbstractContextManager[SideProcess]]  # (sid
 
 
 class GraphBench:
-    """All measurements of some sides over one format."""
+    """Takes all measurements of some sides."""
 
     def __init__(
         self, frames_per_second: float, sides: Sequence[Side], turns: int, start: StartWorker, report: Report
@@ -98,7 +98,7 @@ class GraphBench:
     def steps(self, threads: int, chunks: Sequence[int], found: dict[str, Any]) -> None:
         """Milliseconds per step with full caches."""
 
-        def of_chunk(worker: SideProcess, chunk_frames: int) -> float:
+        def of_chunk(chunk_frames: int, worker: SideProcess) -> float:
             steps = max(LEAST_STEPS_PER_TURN, FRAMES_PER_TURN // chunk_frames)
             return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps)))
 
@@ -106,24 +106,24 @@ class GraphBench:
         with self._workers(threads) as workers:
             for chunk in chunks:
                 self._report(f"{threads} threads, steps of {chunk}")
-                for summary in self._in_turn(workers, partial(_call, of_chunk, chunk)):
+                for summary in self._in_turn(workers, partial(of_chunk, chunk)):
                     cells[str(chunk)] = summary
 
     def utterances(self, threads: int, found: dict[str, Any]) -> None:
         """Milliseconds for whole utterances from a reset, in 1-frame steps."""
 
-        def of_seconds(worker: SideProcess, seconds: float) -> float:
+        def of_seconds(seconds: float, worker: SideProcess) -> float:
             return float(worker.ask("utterance", frames=max(1, round(seconds * self._fps)), chunk_frames=1))
 
         cells = found.setdefault("utterances_ms", {})
         with self._workers(threads) as workers:
             for seconds in UTTERANCE_SECONDS:
                 self._report(f"{threads} threads, {seconds} s from a reset")
-                for summary in self._in_turn(workers, partial(_call, of_seconds, seconds)):
+                for summary in self._in_turn(workers, partial(of_seconds, seconds)):
                     cells[str(seconds)] = summary
 
     def starts(self, threads: int, found: dict[str, Any]) -> None:
-        """From the start of a process to its first audio, and what that is made of; memory then, caches full."""
+        """Times from a process's start to its first audio, and the parts of that; then memory with full caches."""
         facts: dict[str, list[dict[str, float]]] = {side.name: [] for side in self._sides}
         for turn in range(self._turns):
             self._report(f"{threads} threads, start {turn + 1} of {self._turns}")
@@ -136,16 +136,16 @@ class GraphBench:
             }
 
     def streams(self, threads: int, found: dict[str, Any]) -> None:
-        """How many streams in real time a core carries, and what four of them take: sessions of their own, or one."""
+        """How many real-time streams one core decodes, and how much memory MANY_STREAMS take."""
 
-        def of_count(worker: SideProcess, count: int) -> float:
+        def of_count(count: int, worker: SideProcess) -> float:
             return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
 
         cells = found.setdefault("real_time_streams_per_core", {})
         with self._workers(threads) as workers:
             for count in STREAM_COUNTS:
                 self._report(f"{threads} threads, {count} streams at once")
-                for summary in self._in_turn(workers, partial(_call, of_count, count), more_is_better=True):
+                for summary in self._in_turn(workers, partial(of_count, count), more_is_better=True):
                     cells[str(count)] = summary
         with self._workers(threads) as workers:
             self._report(f"{threads} threads, memory of {MANY_STREAMS} streams")
@@ -155,7 +155,7 @@ class GraphBench:
     def _in_turn(
         self, workers: Mapping[str, SideProcess], measure: Callable[[SideProcess], float], more_is_better: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """What is known after each turn."""
+        """Warms up, then takes turns; gives the summary so far after each."""
         figures: dict[str, list[float]] = {name: [] for name in workers}
         for worker in workers.values():
             measure(worker)  # warms up, and fills caches
@@ -172,7 +172,7 @@ class GraphBench:
 
 
 class WorkerProcesses:
-    """Starts the workers that really measure."""
+    """Starts the worker processes that measure."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.frames_to_fill = _frames_to_fill(bundle)
@@ -199,14 +199,10 @@ class _WorkerProcess:
 
 
 def _frames_to_fill(bundle: Bundle) -> int:
-    """So many frames fill the longest cache: the metadata has it in tokens, and a module makes at least one a frame."""
+    """How many frames fill the longest cache, and eight more."""
     from mossnano_stdio.codecs import load_runtime
 
     return max(load_runtime(bundle, graph="official").layer_context_frames, default=1) + 8
-
-
-def _call(measure: Callable[[SideProcess, Any], float], number: float, worker: SideProcess) -> float:
-    return measure(worker, number)
 
 
 def _summary(figures: Mapping[str, Sequence[float]], more_is_better: bool = False) -> dict[str, Any]:

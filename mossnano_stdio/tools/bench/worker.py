@@ -1,4 +1,4 @@
-"""One side of a comparison, in a process of its own: it loads its graph, says how long that took, and obeys.
+"""One side of a comparison, in a process of its own: loads its graph, says how long that took, then takes orders.
 
     python worker.py SIDE FOLDER THREADS FRAMES_TO_FILL CODEBOOK_SIZE
 
@@ -13,10 +13,10 @@ line on stdin with one on stdout:
 
 Rules of this room:
 
-- SIDE `loop` is the official way and knows nothing of ours: a session with its defaults, `session.run` with a dict of
-  numpy state. It is not imported as a part of the package, so that its imports and its memory are its own.
+- SIDE `loop` is the official way and uses nothing of ours: a session with its defaults, `session.run` with a dict of
+  numpy state. This file is run, not imported from the package, so that `loop` pays for its own imports only.
 - SIDE `official` and `fast` are our runtime on either graph; `encode` is our streaming encoder.
-- What is timed is the step alone. Loading is all that lies between imports, our own included, and the first step.
+- A step is timed alone. Loading is the time between the end of the imports, ours included, and the first step.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from typing import Any
 
 STARTED = time.perf_counter()
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as codec/ does; this process imports nothing else
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as codecs/engine.py does, which `loop` does not import
 import numpy as np  # noqa: E402 - the clock comes first
 import onnxruntime  # noqa: E402
 
 
 class LoopSide:
-    """The official loop: state in a dict, from each output to the input of nearly the same name."""
+    """The official loop: keeps state in a dict and feeds each output to its input in the next step."""
 
     def __init__(self, folder: str, threads: int) -> None:
         self.metadata = json.loads(Path(folder, "codec_browser_onnx_meta.json").read_text("utf-8"))
@@ -67,7 +67,7 @@ class LoopSide:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def open(self, number: int) -> LoopStream:
-        """The official way has a session for each stream."""
+        """Opens a stream with a session of its own, as the official way does."""
         while len(self.sessions) <= number:
             self.sessions.append(self._load())
         return LoopStream(self, self.sessions[number])
@@ -88,11 +88,6 @@ class LoopStream:
         feed = {self.codes_name: codes[None], self.lengths_name: np.array([len(codes)], np.int32), **self.state}
         outputs = dict(zip(self.output_names, self.session.run(self.output_names, feed), strict=True))
         self.state = {input_name: outputs[output_name] for input_name, output_name, *_ in self.side.states}
-
-
-def import_ours() -> None:
-    """All of ours that a side is going to need, what is imported late included."""
-    import mossnano_stdio.codecs  # noqa: F401
 
 
 class OurSide:
@@ -149,7 +144,7 @@ class Worker:
     def __init__(self, name: str, folder: str, threads: int, fill_frames: int, codebook_size: int) -> None:
         self.fill_frames, self.codebook_size = fill_frames, codebook_size
         if name != "loop":
-            import_ours()
+            import mossnano_stdio.codecs  # noqa: F401 - so that `import_ms` counts our imports, not `load_ms`
         imported = time.perf_counter()
         self.side: LoopSide | OurSide = LoopSide(folder, threads) if name == "loop" else OurSide(folder, threads, name)
         self.streams: list[Any] = [self.side.open(0)]
@@ -166,7 +161,7 @@ class Worker:
         return input_for(self.side, frames, self.codebook_size)
 
     def fill(self, number: int) -> None:
-        """Bring a stream to where all of its caches are full."""
+        """Step a stream until all of its caches are full."""
         if number not in self.filled:
             for _ in range(-(-self.fill_frames // 8)):
                 self.streams[number].step(self.chunk(8))

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
     cases = _chosen(args.case)
     if args.list:
-        _print_cases(cases, as_json=args.json)
+        for case in cases:
+            listed = {"name": case.name, "promise": case.promise}
+            print(json.dumps(listed) if args.json else f"{case.name}\n  {case.promise}")
         return ExitStatus.DONE
     if not args.command:
         raise UsageError("there is no COMMAND: mossnano conformance -- PROGRAM ARGUMENTS")
@@ -78,11 +80,6 @@ def _chosen(maybe_names: Sequence[str] | None) -> Sequence[Case]:
     return [case for case in CASES if case.name in maybe_names]
 
 
-def _print_cases(cases: Sequence[Case], *, as_json: bool) -> None:
-    for case in cases:
-        print(json.dumps({"name": case.name, "promise": case.promise}) if as_json else f"{case.name}\n  {case.promise}")
-
-
 def _print_wait(seconds_left: float) -> None:
     print(
         f"waiting for the HANDSHAKE, {seconds_left:g} s more at the most (--start-timeout)", file=sys.stderr, flush=True
@@ -103,17 +100,12 @@ def _print_verdict(verdict: Verdict, *, as_json: bool) -> None:
         }
         print(json.dumps(fields), flush=True)
         return
-    print(f"{verdict.status.value}  {verdict.case.name}" + f"  ({verdict.seen})" * (_is_skipped(verdict)), flush=True)
+    maybe_reason = f"  ({verdict.seen})" if verdict.status is Status.NOT_APPLICABLE else ""
+    print(f"{verdict.status.value}  {verdict.case.name}{maybe_reason}", flush=True)
     if verdict.status is Status.FAILED:
         print(f"      promise   {verdict.case.promise}")
         print(f"      expected  {verdict.expected}")
         print(f"      seen      {verdict.seen}", flush=True)
-
-
-def _is_skipped(verdict: Verdict) -> bool:
-    from mossnano_stdio.tools.conformance.table import Status
-
-    return verdict.status is Status.NOT_APPLICABLE
 
 
 def _seconds(text: str) -> float:

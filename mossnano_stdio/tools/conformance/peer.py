@@ -1,4 +1,4 @@
-"""The implementation under test: a child whose stdin and stdout are ours, and which cannot make us wait for ever."""
+"""Runs the implementation under test as a child, through its stdin and stdout, and kills it when its time is up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NotApplicableError(Exception):
 
 
 class Peer:
-    """A running child. Whoever waits for it longer than `allow` said finds it killed."""
+    """A running child, which is killed once the time that `allow` gave is over."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed in __exit__; "a": we both move its position
@@ -69,7 +69,7 @@ class Peer:
         self._log.close()
 
     def allow(self, seconds: float) -> None:
-        """From now on so long, all in all."""
+        """Kill the child in so many seconds, unless this is called again."""
         self._stop_watchdog()
         self._allowed_seconds = seconds
         self._maybe_watchdog = threading.Timer(seconds, self._run_out_of_time)
@@ -89,7 +89,11 @@ class Peer:
     def maybe_read(self) -> Message | None:
         """The next message; None at the end of the output."""
         while not self._read:
-            data = self._read_bytes()
+            assert self._process.stdout is not None
+            try:
+                data = self._process.stdout.read(READ_BYTES)
+            except OSError:
+                data = b""
             if not data:
                 return None
             try:
@@ -138,19 +142,9 @@ class Peer:
         """Why there is nothing more to read, in words."""
         if self._out_of_time:
             return f"nothing more within {self._allowed_seconds:g} s"
-        last_words = self._last_words()
-        return f"the end of the output, status {self._process.wait()}" + (f", stderr: {last_words}" * bool(last_words))
-
-    def _last_words(self) -> str:
         self._log.seek(0)
-        return " ".join(self._log.read().decode("utf-8", "replace").split())[-_LAST_WORDS_BYTES:]
-
-    def _read_bytes(self) -> bytes:
-        assert self._process.stdout is not None
-        try:
-            return self._process.stdout.read(READ_BYTES) or b""
-        except OSError:
-            return b""
+        last_words = " ".join(self._log.read().decode("utf-8", "replace").split())[-_LAST_WORDS_BYTES:]
+        return f"the end of the output, status {self._process.wait()}" + (f", stderr: {last_words}" * bool(last_words))
 
     def _run_out_of_time(self) -> None:
         self._out_of_time = True

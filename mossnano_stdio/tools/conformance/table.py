@@ -1,14 +1,14 @@
-"""The table of cases, and what comes of trying them: any implementation of protocol.md is run as a child through it.
+"""The table of cases. Each is tried on a child process, which may be any implementation of protocol.md.
 
 Rules of this room:
 
-- A case is one promise of protocol.md: a function that takes a `Talk`, and whose docstring is the promise. It ends
-  quietly, or with a DepartureError that says what was expected and what was seen, or with a NotApplicableError where
-  the peer's own numbers leave nothing to try.
-- Each case has a process of its own, so that one that fails spoils no other.
-- Nothing is assumed of the codec: sizes, quantizers, codebook and caps come from the peer's HANDSHAKE. What a stream
-  must sound like is not known; that it sounds the same, sample for sample, however it is sent, is.
-- Nothing hangs: a child that does not answer in time is killed, and the case says what it waited for.
+- A case is one promise of protocol.md: a function that takes a `Talk`, and whose docstring is the promise. It returns
+  where the promise is kept, raises DepartureError with what was expected and what was seen where it is not, and
+  NotApplicableError where the peer's own numbers leave nothing to try.
+- Each case starts a process of its own, so that a failed case cannot make another fail.
+- Sizes, quantizers, codebook and caps come from the peer's HANDSHAKE. Cases do not know how a stream must sound; they
+  check that it sounds the same, sample for sample, however it is sent.
+- A child that does not answer in time is killed, and the case says what it waited for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mossnano_stdio.tools.conformance.cases import (
 from mossnano_stdio.tools.conformance.peer import DepartureError, NotApplicableError, Peer
 from mossnano_stdio.tools.conformance.talk import Talk, describe, fields_of
 
-QUIET_SECONDS: Final = 2.0  # so long a first child may load in silence, then people want to know what is waited for
+QUIET_SECONDS: Final = 2.0  # after this long without a HANDSHAKE the tool says that it waits
 
 ROOMS: Final[tuple[ModuleType, ...]] = (
     handshakes,
@@ -56,7 +56,7 @@ ROOMS: Final[tuple[ModuleType, ...]] = (
 
 
 class Status(Enum):
-    """What came of a case."""
+    """The result of a case."""
 
     PASSED = "pass"
     FAILED = "FAIL"
@@ -74,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a case, and why, where it did not pass."""
+    """The result of a case, and the reason, where it did not pass."""
 
     case: Case
     status: Status
@@ -111,9 +111,9 @@ def try_cases(
 ) -> Iterator[Verdict]:
     """Each case with a child of its own, `jobs` of them at a time; the verdicts in the order of the cases.
 
-    A child gets `start_seconds` for its HANDSHAKE, and a case `case_seconds` from then on. Where the first child says
-    none that is of use, every other case would end as the first did, and none is tried. `on_wait` is called once, with
-    the seconds that are left, where the first child lets us wait.
+    A child gets `start_seconds` for its HANDSHAKE, and a case `case_seconds` from then on. Where the first child sends
+    no usable HANDSHAKE, no other case is tried, as each would fail alike. Where the first HANDSHAKE takes longer than
+    QUIET_SECONDS, `on_wait` is called once with the seconds that are left.
     """
 
     def try_one(case: Case) -> Verdict:
@@ -129,7 +129,7 @@ def try_cases(
 
 @contextmanager
 def _called_when_slow(on_wait: Callable[[float], None], start_seconds: float) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called once the wait is over."""
+    """Calls `on_wait` after QUIET_SECONDS, unless the function that it gives is called before."""
     timer = threading.Timer(QUIET_SECONDS, on_wait, [start_seconds - QUIET_SECONDS])
     if start_seconds > QUIET_SECONDS:
         timer.start()

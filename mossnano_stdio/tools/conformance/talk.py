@@ -1,4 +1,4 @@
-"""One conversation with the peer, from its HANDSHAKE on: what is said, and what is expected in return."""
+"""One conversation with the peer, from its HANDSHAKE on: sends messages, and checks the answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN_CHARACTERS: Final = 200
 
 
 class Talk:
-    """Says messages and judges the answers. Everything it knows of the codec is in `format`."""
+    """Sends messages and checks the answers. All it knows of the codec is in `format`."""
 
     def __init__(self, peer: Peer, handshake: Mapping[str, Any]) -> None:
         self.peer = peer
@@ -110,7 +110,8 @@ class Talk:
 
     def expect_end(self, expected: str = "END", **values: Any) -> tuple[bytes, dict[str, Any]]:
         """The PCM up to the next END, and what the END says, which must hold these values."""
-        expected = _with_values(expected, values)
+        shown = ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items())
+        expected = f"{expected} with {shown}" if shown else expected
         pcm, message = self.audio_until(Kind.END, expected)
         fields = fields_of(message)
         if any(name not in fields or fields[name] != value for name, value in values.items()):
@@ -160,6 +161,20 @@ class Talk:
             expect(fields_of(message).get("code") == error, f"ERROR {error}", describe(message))
         pcm, _ = self.expect_end(what, cancelled=False, samples=samples)
         return self.expect_samples(before + pcm, samples, what)
+
+    def expect_out_of_place(self, message: Message, name: str) -> None:
+        """A token stream, an artifact and a bad stream refuse this message and go on."""
+        frames = self.frames(2)
+        pcm = self.decode(frames)
+        data = self.artifact(frames)
+        self.say(self.tokens(frames), message, END)
+        expect_equal_pcm(self.expect_stream(2, error="out_of_place"), pcm, f"the token stream as without {name}")
+        self.say(Message(Kind.ARTIFACT, data[:-1]), message, Message(Kind.ARTIFACT, data[-1:]))
+        expect_equal_pcm(self.expect_stream(2, error="out_of_place"), pcm, f"the artifact as without {name}")
+        self.say(self.bad_tokens(), message, END)
+        self.expect_error("bad_tokens")
+        self.expect_error("out_of_place")
+        self.expect_end("END of the bad stream", samples=0)
 
     def expect_samples(self, pcm: bytes, samples: int, what: str) -> bytes:
         if len(pcm) != samples * self.sample_bytes:
@@ -229,11 +244,6 @@ def describe(message: Message) -> str:
         case _:
             text = message.payload.decode("utf-8", "replace")
             return f"{name} {text[:_SHOWN_CHARACTERS]}" + "..." * (len(text) > _SHOWN_CHARACTERS)
-
-
-def _with_values(expected: str, values: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{name} {json.dumps(value)}" for name, value in values.items())
-    return f"{expected} with {shown}" if shown else expected
 
 
 def format_in(handshake: Mapping[str, Any]) -> CodecFormat:

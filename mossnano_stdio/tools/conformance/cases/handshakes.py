@@ -6,7 +6,7 @@ from typing import Final
 
 from mossnano_stdio.protocol import Kind, Message, json_message
 from mossnano_stdio.tokens import frame_bytes
-from mossnano_stdio.tools.conformance.talk import END, Talk, expect, expect_equal_pcm
+from mossnano_stdio.tools.conformance.talk import END, Talk, expect
 
 _TEXT: Final = ("name", "version", "direction", "codec", "weights", "graph", "precision", "provider", "sample_format")
 _NUMBERS: Final = (
@@ -81,14 +81,4 @@ def without_json_is_a_bad_payload(talk: Talk) -> None:
 def inside_a_stream_is_out_of_place(talk: Talk) -> None:
     """HANDSHAKE inside a token stream, an artifact or a bad stream is out_of_place, and the stream goes on."""
     message = json_message(Kind.HANDSHAKE, {"sample_rate": talk.format.sample_rate + 1})
-    frames = talk.frames(2)
-    pcm = talk.decode(frames)
-    data = talk.artifact(frames)
-    talk.say(talk.tokens(frames), message, END)
-    expect_equal_pcm(talk.expect_stream(2, error="out_of_place"), pcm, "the token stream as without the HANDSHAKE")
-    talk.say(Message(Kind.ARTIFACT, data[:-1]), message, Message(Kind.ARTIFACT, data[-1:]))
-    expect_equal_pcm(talk.expect_stream(2, error="out_of_place"), pcm, "the artifact as without the HANDSHAKE")
-    talk.say(talk.bad_tokens(), message, END)
-    talk.expect_error("bad_tokens")
-    talk.expect_error("out_of_place")
-    talk.expect_end("END of the bad stream", samples=0)
+    talk.expect_out_of_place(message, "the HANDSHAKE")

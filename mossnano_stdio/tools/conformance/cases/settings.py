@@ -6,15 +6,7 @@ from typing import Any, Final
 
 from mossnano_stdio.protocol import Kind, Message, json_message
 from mossnano_stdio.tokens import frame_bytes
-from mossnano_stdio.tools.conformance.talk import (
-    END,
-    Talk,
-    describe,
-    expect,
-    expect_equal_pcm,
-    fields_of,
-    not_applicable,
-)
+from mossnano_stdio.tools.conformance.talk import END, Talk, describe, expect, fields_of, not_applicable
 
 _MOST_CHUNK_FRAMES: Final = 1000
 
@@ -111,17 +103,7 @@ def choose_the_quantizers(talk: Talk) -> None:
 def inside_a_stream_are_out_of_place(talk: Talk) -> None:
     """SETTINGS inside a token stream, an artifact or a bad stream is out_of_place, and the stream goes on."""
     message = json_message(Kind.SETTINGS, {"chunk_frames": 5})
-    frames = talk.frames(2)
-    pcm = talk.decode(frames)
-    data = talk.artifact(frames)
-    talk.say(talk.tokens(frames), message, END)
-    expect_equal_pcm(talk.expect_stream(2, error="out_of_place"), pcm, "the token stream as without SETTINGS")
-    talk.say(Message(Kind.ARTIFACT, data[:-1]), message, Message(Kind.ARTIFACT, data[-1:]))
-    expect_equal_pcm(talk.expect_stream(2, error="out_of_place"), pcm, "the artifact as without SETTINGS")
-    talk.say(talk.bad_tokens(), message, END)
-    talk.expect_error("bad_tokens")
-    talk.expect_error("out_of_place")
-    talk.expect_end("END of the bad stream", samples=0)
+    talk.expect_out_of_place(message, "SETTINGS")
     _expect_unchanged(talk)
 
 
