@@ -463,8 +463,14 @@ def test_no_checkout_of_ours_stands_in_a_file() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
-    ids=["ruff check", "ruff format", "mypy --strict"],
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["mypy", "--platform", "win32"],
+        ["mypy", "--platform", "darwin"],
+    ],
+    ids=["ruff check", "ruff format", "mypy --strict", "mypy for Windows", "mypy for macOS"],
 )
 def test_the_checkers_have_nothing_to_say(command: list[str]) -> None:
     run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
