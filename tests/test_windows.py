@@ -32,6 +32,7 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ |= {
         "WINEPREFIX": f"{WINE}/prefix",
         "WINEDEBUG": "-all",
+        "WINEDLLOVERRIDES": "winedbg.exe,explorer.exe=d",  # started by the first who needs them, they keep its pipes
         "PYTHONPATH": f"Z:{ROOT}".replace("/", "\\"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "MOSSNANO_CACHE": f"Z:{tmp_path_factory.mktemp('cache')}".replace("/", "\\"),
