@@ -39,7 +39,7 @@ def collect_licences(libraries: Mapping[str, str], folder: Path, *, for_weights:
     if for_weights:
         apache = [path for name, path in _of_distribution(APACHE_HOLDER).items() if name.endswith("APACHE")]
         texts["weights"] = dict(zip([WEIGHTS_LICENCE], apache, strict=False))
-    for source in _of_the_system(libraries.values()):
+    for source in _of_the_system(libraries.values()) if sys.platform == "linux" else ():  # elsewhere, none is taken
         package = _package_of(source)
         texts[package or source.name] = _of_package(package) if package else {}
     referred = {text for of_package in texts.values() for path in of_package.values() for text in _referred_by(path)}
@@ -107,5 +107,5 @@ def _referred_by(notice: Path) -> set[Path]:
     """The texts that Debian keeps once and for all. GPL is a link to the newest version."""
     if DOCUMENTS not in notice.parents:
         return set()
-    names = re.findall(rf"{SHARED_TEXTS}/([\w.-]*\w)", notice.read_text("utf-8", "replace"))
+    names = re.findall(rf"{SHARED_TEXTS.as_posix()}/([\w.-]*\w)", notice.read_text("utf-8", "replace"))
     return {path for path in (SHARED_TEXTS / name for name in names) if path.is_file()}
