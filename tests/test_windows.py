@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mossnano_stdio.protocol.messages import Kind, Message
+from mossnano_stdio.tools.freeze import EPOCH
 from tests.child import DEMO, ROOT, Child, decoded, encoded, pcm_of, run
 from tests.conftest import REFERENCE
 
@@ -273,6 +274,9 @@ def test_a_folder_without_python_is_made_there_and_runs(tmp_path: Path, monkeypa
     assert manifest["platform"] == "win-amd64"
     assert all(manifest["licences"].values())
     assert sum(record["bytes"] for name, record in manifest["files"].items() if "weights/" not in name) < 100_000_000
+    program = (tmp_path / "voice" / "mossnano-stdio.exe").read_bytes()
+    header = int.from_bytes(program[0x3C:0x40], "little")  # of Windows' own, where the date of the program stands
+    assert int.from_bytes(program[header + 8 : header + 12], "little") == EPOCH  # so a second run gives the same
     shutil.rmtree(tmp_path / "site")  # nor is it found there any more
 
     process = ["wine", str(tmp_path / "voice" / "mossnano-stdio.exe")]

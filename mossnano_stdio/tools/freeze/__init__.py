@@ -36,7 +36,7 @@ from mossnano_stdio.errors import CheckFailedError, ExitStatus, OutputError, Usa
 from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.frozen import WEIGHTS_FOLDER
 from mossnano_stdio.tools.freeze.licences import DISTRIBUTIONS, collect_licences
-from mossnano_stdio.tools.freeze.recipe import PROCESS, SCRIPTS, SOURCES_NAME, programs
+from mossnano_stdio.tools.freeze.recipe import PROCESS, SCRIPTS, SOURCES_NAME, TOOLS, programs
 from mossnano_stdio.weights import SIDECAR_NAME, Bundle, WeightFile, find_weights, load_bundle
 
 PACKAGE = Path(__file__).parents[2]
@@ -170,7 +170,7 @@ def _run_pyinstaller(work: Path, stage: Path, *, with_tools: bool) -> dict[str, 
     recipe = f"from {__name__}.recipe import collect\n\ncollect(globals(), with_tools={with_tools})\n"
     spec.write_text(recipe, "utf-8")
     environment = os.environ | {
-        # Sets are written in the order of their hashes, and archives have a date.
+        # Sets are written in the order of their hashes, and programs of Windows have a date.
         "PYTHONHASHSEED": "0",
         "SOURCE_DATE_EPOCH": str(EPOCH),
         "PYINSTALLER_CONFIG_DIR": str(work / "cache"),
@@ -267,7 +267,7 @@ def _try(stage: Path, *, with_weights: bool, with_tools: bool) -> None:
     if with_weights:
         _said_by([_program(stage, PROCESS)])
     if with_tools:
-        _said_by([_program(stage, "mossnano"), "--version"])
+        _said_by([_program(stage, TOOLS), "--version"])
 
 
 def _program(stage: Path, name: str) -> str:

@@ -37,8 +37,8 @@ def collect_licences(libraries: Mapping[str, str], folder: Path, *, for_weights:
     texts: dict[str, dict[str, Path]] = {name: _of_distribution(name) for name in DISTRIBUTIONS}
     texts["python"] = _of_python()
     if for_weights:
-        apache = [path for name, path in _of_distribution(APACHE_HOLDER).items() if name.endswith("APACHE")]
-        texts["weights"] = dict(zip([WEIGHTS_LICENCE], apache, strict=False))
+        maybe_apache = _of_distribution(APACHE_HOLDER).get("LICENSE.APACHE")
+        texts["weights"] = {WEIGHTS_LICENCE: maybe_apache} if maybe_apache else {}
     for source in _of_the_system(libraries.values()) if sys.platform == "linux" else ():  # elsewhere, none is taken
         package = _package_of(source)
         texts[package or source.name] = _of_package(package) if package else {}
