@@ -6,12 +6,21 @@ Rules of this room:
   need, are imported by their names, so that a start of the process does not load them.
 """
 
-from mossnano_stdio.pcm.samples import FULL_SCALE, from_pcm16, pcm16_samples, to_pcm16
+from mossnano_stdio.pcm.samples import (
+    BLOCK_SAMPLES,
+    FULL_SCALE,
+    check_finite,
+    from_pcm16,
+    pcm16_samples,
+    to_pcm16,
+)
 from mossnano_stdio.pcm.wav import WavWriter, wav_header
 
 __all__ = [
+    "BLOCK_SAMPLES",
     "FULL_SCALE",
     "WavWriter",
+    "check_finite",
     "from_pcm16",
     "pcm16_samples",
     "to_pcm16",
