@@ -1,4 +1,4 @@
-"""Converts samples to and from PCM16, reads and writes audio files, and compares recordings.
+"""Converts samples to and from PCM16, shapes a stream's sound, reads and writes audio files, and compares recordings.
 
 Rules of this room:
 
@@ -6,6 +6,7 @@ Rules of this room:
   need, are imported by their names, so that a start of the process does not load them.
 """
 
+from mossnano_stdio.pcm.form import FORM_SETTINGS, ShapedSound, Shaper, SoundForm
 from mossnano_stdio.pcm.samples import (
     BLOCK_SAMPLES,
     FULL_SCALE,
@@ -18,7 +19,11 @@ from mossnano_stdio.pcm.wav import WavWriter, wav_header
 
 __all__ = [
     "BLOCK_SAMPLES",
+    "FORM_SETTINGS",
     "FULL_SCALE",
+    "ShapedSound",
+    "Shaper",
+    "SoundForm",
     "WavWriter",
     "check_finite",
     "from_pcm16",

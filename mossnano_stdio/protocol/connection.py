@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -31,7 +32,6 @@ from mossnano_stdio.errors import (
     OutOfPlaceError,
     PayloadError,
     PeerError,
-    SettingsError,
     TooManyStreamsError,
     UnknownKindError,
 )
@@ -121,7 +121,7 @@ class Connection:
             encodes=direction.stops_reading,
         )
         asked_for = self._rules.changed(Settings.of_codec(self.format, schedule), settings or {})
-        self._rules = self._rules._replace(maybe_fixed_form=maybe_fixed_form)
+        self._rules = replace(self._rules, maybe_fixed_form=maybe_fixed_form)
         self.plain = Lane(None, asked_for, codec)
         self.numbered: dict[int, Lane] = {}
         self.max_streams = 0 if maybe_no_numbers else max_streams
@@ -155,8 +155,7 @@ class Connection:
     @property
     def is_sated(self) -> bool:
         """Would more plain input leave the next chunk as it is?"""
-        stream = self.plain.stream
-        return stream is None or bool(self.plain.waiting) or stream.chunks.is_sated
+        return bool(self.plain.waiting) or (self.plain.stream is not None and self.plain.stream.chunks.is_sated)
 
     @property
     def is_full(self) -> bool:
@@ -290,7 +289,8 @@ class Connection:
             elif lane.waiting:
                 message, seconds = lane.waiting[0]
                 if lane.is_due and (
-                    message.kind not in self.direction.adding or (lane.maybe_number is None and self.is_plain_sated)
+                    message.kind not in self.direction.adding
+                    or (lane.maybe_number is None and _open(lane).chunks.is_sated)
                 ):
                     return
                 lane.waiting.popleft()
@@ -308,10 +308,6 @@ class Connection:
             opening, self._behind_settings = self._behind_settings, deque()
             for message, seconds in opening:
                 yield from self.receive(message, seconds)
-
-    @property
-    def is_plain_sated(self) -> bool:
-        return self.plain.stream is not None and self.plain.stream.chunks.is_sated
 
     def _handle(self, lane: Lane, message: Message, seconds: float) -> Answers:
         self._received_seconds = seconds
@@ -530,9 +526,11 @@ class Connection:
         except PayloadError as error:
             yield self.error(error, lane)
             return
-        granted = stream.maybe_granted_samples
-        replacement = self.open_stream(lane)
-        replacement.take_over(stream, marks, granted)
+        errors, opened_seconds = stream.errors, stream.opened_seconds
+        stream = self.open_stream(lane)  # anew, as these settings have it
+        stream.errors, stream.opened_seconds = errors, opened_seconds
+        for frame, text in marks:
+            stream.push_mark(text, frame)
         yield self.handshake(lane)
 
     def grant(self, lane: Lane, message: Message) -> Answers:
@@ -586,6 +584,11 @@ class Connection:
         lane.stream = self.direction.new_stream(number, lane, chunks, self._received_seconds, self.format)
         self._look_for_cancel(lane)
         return lane.stream
+
+    def put_back(self, lane: Lane, message: Message) -> None:
+        """The lane's next message is this one again."""
+        lane.waiting.appendleft(Received(message, self._received_seconds))
+        lane.waiting_bytes += message.cost_bytes
 
     def fail_after_chunks(self, lane: Lane, error: MossnanoError) -> None:
         """This stream is lost, but what came before is whole."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, Fixed, Ramp, Schedule
 from mossnano_stdio.errors import SettingsError
-from mossnano_stdio.pcm.form import FORM_SETTINGS, SoundForm
+from mossnano_stdio.pcm import FORM_SETTINGS, SoundForm
 from mossnano_stdio.tokens import CodecFormat
 
 MAX_URGENCY: Final = 7  # the last

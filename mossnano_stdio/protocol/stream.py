@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from mossnano_stdio.chunks import Chunks
-from mossnano_stdio.errors import MossnanoError
+from mossnano_stdio.errors import MossnanoError, SettingsError
 from mossnano_stdio.protocol.messages import Message, in_stream
 from mossnano_stdio.protocol.settings import Settings
 from mossnano_stdio.tokens import CodecFormat
@@ -170,6 +170,19 @@ class Stream(ABC):
     @abstractmethod
     def deliver(self, owner: Owner, chunk: Any) -> Answers:
         """Count and send what came of a chunk."""
+
+    @property
+    def artifact_bytes(self) -> int:
+        """What an artifact takes that is not decoded yet."""
+        return 0
+
+    def checked_marks(self, value: Any) -> Sequence[tuple[int, bytes]]:
+        """The places and texts of `marks` in SETTINGS."""
+        raise SettingsError("marks are of decoding: an encoder's sound has none")
+
+    def push_mark(self, text: bytes, frame: int | None = None) -> None:
+        """Mark a place: before a frame of the stream, or behind all that came so far."""
+        raise AssertionError("the table has no MARK in this direction")
 
     @abstractmethod
     def complete_input(self) -> None:
