@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -335,7 +335,7 @@ class Connection:
             *(() if self.direction.stops_reading else (Kind.CREDIT,)),
         )
 
-    def _receive_unopened(self, number: int, message: Message) -> Iterator[Message]:
+    def _receive_unopened(self, number: int, message: Message) -> Generator[Message, None, Lane | None]:
         """A message for a number that is not open. Returns the lane where it opens one."""
         kind = message.kind
         if kind in (Kind.PING, Kind.ERROR, Kind.HANDSHAKE):
@@ -561,7 +561,9 @@ class Connection:
                 return  # what an encoder answers to a CANCEL while nothing is open: it ends nothing
         except PayloadError:
             pass
-        yield self.error(NoStreamError(f"END came while no stream was open: {self.direction.opened_by} opens one"), lane)
+        yield self.error(
+            NoStreamError(f"END came while no stream was open: {self.direction.opened_by} opens one"), lane
+        )
 
     def refuse_out_of_place(self, lane: Lane, message: Message) -> Answers:
         yield self.error(

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from mossnano_stdio.chunks import Chunks, Decoder, DecodedChunk, DecodingChunks
+from mossnano_stdio.chunks import Chunks, DecodedChunk, Decoder, DecodingChunks
 from mossnano_stdio.errors import ArtifactError, BacklogError, MossnanoError, PayloadError, SettingsError, TokenError
 from mossnano_stdio.pcm import Shaper
 from mossnano_stdio.protocol.connection import (
@@ -35,9 +35,7 @@ class DecodingStream(Stream):
 
     chunks: DecodingChunks
 
-    def __init__(
-        self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat
-    ) -> None:
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat) -> None:
         super().__init__(number, lane, chunks, opened_seconds)
         self.artifact = ArtifactReader()
         self._codec = codec
@@ -178,9 +176,7 @@ def begin_tokens(connection: Connection, lane: Lane, message: Message) -> Answer
     stream = _decoding(lane)
     stream.state = State.TOKENS
     if lane.maybe_misfit is not None:
-        yield from connection.fail(
-            lane, TokenError(f"{lane.maybe_misfit}; send one that fits, then the tokens")
-        )
+        yield from connection.fail(lane, TokenError(f"{lane.maybe_misfit}; send one that fits, then the tokens"))
         return
     yield from push_tokens(connection, lane, message)
 

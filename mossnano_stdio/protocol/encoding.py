@@ -28,9 +28,7 @@ class EncodingStream(Stream):
 
     chunks: EncodingChunks
 
-    def __init__(
-        self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat
-    ) -> None:
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat) -> None:
         super().__init__(number, lane, chunks, opened_seconds)
         self._codec = codec
         self.partial_sample = b""
