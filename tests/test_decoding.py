@@ -237,6 +237,10 @@ def test_the_handshake_says_what_holds() -> None:
         "max_audio_bytes": 8 * 16,
         "chunk_frames": None,
         "max_chunk_frames": 8,
+        "codec_sample_rate": 48000,
+        "codec_channels": 2,
+        "gain_db": 0.0,
+        "levels_ms": 0,
     }
 
 
@@ -443,6 +447,7 @@ def cancelled(stream: int | None, frames: int, next_stream: int, echo: str, erro
         "errors": errors,
         "next_stream": next_stream,
         "echo": echo,
+        **({} if stream is None else {"clipped_samples": 0}),
     }
 
 
@@ -558,7 +563,7 @@ def test_lost_framing_between_streams_is_only_said() -> None:
 
 def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
     inbound = {kind for _, kind in DECODING}
-    assert inbound == set(Kind) - {Kind.AUDIO, Kind.TEXT}
+    assert inbound == set(Kind) - {Kind.AUDIO, Kind.TEXT, Kind.CREDIT, Kind.LEVELS}
     assert set(DECODING) == {(state, kind) for state in set(State) - {State.AUDIO} for kind in inbound}
     assert all(callable(action) for action in DECODING.values())
 

@@ -176,7 +176,7 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
         elif what == "CANCEL":
             conversation.cancels_waiting += 1
             answers += conversation.say(Message(Kind.CANCEL))
-        elif conversation.connection.state is not State.IDLE:
+        elif conversation.connection.plain.state is not State.IDLE:
             answers += conversation.say(END)
     decoder = Connection(DECODE, lambda: CountingDecoder(), Ramp(), {})
     heard = [answer for message in answers for answer in decoded(decoder, message)]
@@ -202,6 +202,6 @@ def test_end_of_input_ends_the_stream() -> None:
 
 def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
     inbound = {kind for _, kind in ENCODING}
-    assert inbound == set(Kind) - {Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT}
+    assert inbound == set(Kind) - {Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT, Kind.CREDIT, Kind.MARK, Kind.LEVELS}
     assert set(ENCODING) == {(state, kind) for state in (State.IDLE, State.AUDIO, State.SKIP) for kind in inbound}
     assert all(callable(action) for action in ENCODING.values())

@@ -65,23 +65,32 @@ class Loaded:
     """A codec that has done its first step, the slowest of all."""
 
     direction: Direction
-    codec: Decoder | Encoder
+    new_codec: Callable[[], Decoder | Encoder]  # the first one has stepped already
+    format: CodecFormat
     identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
 
 
 Loader = Callable[[argparse.Namespace], Loaded]
 
 
-def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
+def ready_to_decode(new_decoder: Callable[[], Decoder], identity: Mapping[str, Any]) -> Loaded:
+    decoder = new_decoder()
     decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
     decoder.reset()
-    return Loaded(DECODE, decoder, identity)
+    return Loaded(DECODE, _first_then(decoder, new_decoder), decoder.format, identity)
 
 
-def ready_to_encode(encoder: Encoder, identity: Mapping[str, Any]) -> Loaded:
+def ready_to_encode(new_encoder: Callable[[], Encoder], identity: Mapping[str, Any]) -> Loaded:
+    encoder = new_encoder()
     encoder.step(np.zeros((encoder.format.frame_samples, encoder.format.channels), np.float32))
     encoder.reset()
-    return Loaded(ENCODE, encoder, identity)
+    return Loaded(ENCODE, _first_then(encoder, new_encoder), encoder.format, identity)
+
+
+def _first_then(first: Any, new_codec: Callable[[], Any]) -> Callable[[], Any]:
+    """Gives what was made already, and then new ones."""
+    made = [first]
+    return lambda: made.pop() if made else new_codec()
 
 
 def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
@@ -114,9 +123,9 @@ def load_codec(options: argparse.Namespace) -> Loaded:
     engine = {"provider": options.provider, "threads": options.threads}
     if options.encode:
         encoding = load_encoder_runtime(bundle, **engine)
-        return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
+        return ready_to_encode(encoding.new_encoder, _identity(bundle, "encode_step", encoding))
     decoding = load_runtime(bundle, graph=options.graph, **engine)
-    return ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+    return ready_to_decode(decoding.new_decoder, _identity(bundle, decoding.graph_name, decoding))
 
 
 def _identity(bundle: Bundle, graph: str, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
@@ -167,11 +176,35 @@ class _Process:
         self._put(connection.handshake())
         self._ready_seconds = time.perf_counter()
         try:
-            while isinstance(event := self._next_event(connection), Arrival):
-                self._put_all(connection.handle(event.message, event.seconds))
+            ending = self._converse(connection)
         except _StopOnErrorError:
             return ExitStatus.BAD_INPUT
-        return self._close(connection, event)
+        return self._close(connection, ending)
+
+    def _converse(self, connection: Connection) -> Ending:
+        """Until no more messages come, and all that they made due is computed."""
+        maybe_ending: Ending | None = None
+        while True:
+            # All that has come goes to its stream first: what is computed next may depend on it.
+            while maybe_ending is None and not connection.is_sated and not connection.is_full:
+                match self._inbox.maybe_next():
+                    case Arrival(message, seconds):
+                        self._put_all(connection.receive(message, seconds))
+                    case Ending() as ending:
+                        if ending.is_reader_gone:
+                            raise BrokenPipeError
+                        self._put_all(connection.end_input(is_faulty=ending.maybe_fault is not None))
+                        maybe_ending = ending
+                    case None:
+                        break
+            now = time.perf_counter()
+            if turns := self._turns.next(connection.due_lanes(), now):
+                self._put_all(connection.advance(turns, self._side_by_side))
+            elif maybe_ending is not None:
+                return maybe_ending
+            elif self._inbox.is_empty:
+                with self._signals.raising():
+                    self._inbox.wait(self._fd.check_reader)
 
     def stop_output(self) -> None:
         """Whatever still sounds is silent from now on."""
@@ -248,13 +281,6 @@ class _Process:
             cancel_waiting=self._inbox.cancel_waits,
             on_step=times.add,
         )
-
-    def _next_event(self, connection: Connection) -> Arrival | Ending:
-        """The next message, once every chunk is out that no waiting message could make larger."""
-        while connection.is_due and (connection.is_sated or self._inbox.is_empty):
-            self._put_all(connection.advance())
-        with self._signals.raising():
-            return self._inbox.get(self._fd.check_reader)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
         for answer in answers:
