@@ -203,5 +203,7 @@ def test_end_of_input_ends_the_stream() -> None:
 def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
     inbound = {kind for _, kind in ENCODING}
     assert inbound == set(Kind) - {Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT, Kind.CREDIT, Kind.MARK, Kind.LEVELS}
-    assert set(ENCODING) == {(state, kind) for state in (State.IDLE, State.AUDIO, State.SKIP) for kind in inbound}
+    assert set(ENCODING) == {
+        (state, kind) for state in (State.IDLE, State.OPEN, State.AUDIO, State.SKIP) for kind in inbound
+    }
     assert all(callable(action) for action in ENCODING.values())

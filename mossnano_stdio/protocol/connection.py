@@ -138,6 +138,7 @@ class Connection:
         self._on_step = on_step
         self._maybe_first_dropped: Stream | None = None  # by the CANCEL that waits
         self._input_ended = False
+        self._was_cut = False  # inside an artifact of a numbered stream
         self._received_seconds = 0.0  # when the message that is handled was there
 
     # --- what whoever drives it asks ------------------------------------------------------------------
@@ -153,11 +154,6 @@ class Connection:
         return [lane for lane in self.lanes if lane.stream is not None and lane.stream.allowed_frames]
 
     @property
-    def is_sated(self) -> bool:
-        """Would more plain input leave the next chunk as it is?"""
-        return bool(self.plain.waiting) or (self.plain.stream is not None and self.plain.stream.chunks.is_sated)
-
-    @property
     def is_full(self) -> bool:
         """Must reading stop until something is computed?"""
         return self.direction.stops_reading and any(
@@ -166,8 +162,8 @@ class Connection:
 
     @property
     def is_cut(self) -> bool:
-        """Is something unfinished that only more input could finish?"""
-        return any(lane.stream is not None and lane.stream.maybe_cut() is not None for lane in self.lanes)
+        """Did the input end inside an artifact?"""
+        return self._was_cut or (self.plain.stream is not None and self.plain.stream.maybe_cut() is not None)
 
     def maybe_stream_of(self, answer: Message) -> Stream | None:
         """The stream that an answer of ours belongs to, while it is open."""
@@ -586,6 +582,13 @@ class Connection:
         lane.stream = self.direction.new_stream(number, lane, chunks, self._received_seconds, self.format)
         self._look_for_cancel(lane)
         return lane.stream
+
+    def cut(self, lane: Lane, error: MossnanoError) -> Answers:
+        """The stream's input ended inside what is to be whole."""
+        self._was_cut = self._was_cut or self._input_ended
+        _open(lane).state = State.SKIP
+        yield self.error(error, lane)
+        yield from self.finish(lane, Message(Kind.END))
 
     def put_back(self, lane: Lane, message: Message) -> None:
         """The lane's next message is this one again."""

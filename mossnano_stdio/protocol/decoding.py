@@ -243,10 +243,7 @@ def grow_artifact(connection: Connection, lane: Lane, message: Message) -> Answe
 
 
 def cut_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
-    stream = _decoding(lane)
-    stream.state = State.SKIP
-    yield connection.error(stream.artifact_cut(), lane)
-    yield from connection.finish(lane, message)
+    yield from connection.cut(lane, _decoding(lane).artifact_cut())
 
 
 def skip_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
