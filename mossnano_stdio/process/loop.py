@@ -196,7 +196,6 @@ class _Process:
                     case Ending() as ending:
                         if ending.is_reader_gone:
                             raise BrokenPipeError
-                        self._stops_on_error = False
                         self._put_all(connection.end_input(is_faulty=ending.maybe_fault is not None))
                         maybe_ending = ending
                     case None:
@@ -321,6 +320,7 @@ class _Process:
         fault = ending.maybe_fault
         if fault is not None and not isinstance(fault, MossnanoError):
             raise fault
+        self._stops_on_error = False
         is_cut = connection.is_cut
         self._put_all(connection.close(fault))
         self._output.finish()
