@@ -32,9 +32,14 @@ from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.decode_step import save_fast_graph
 from mossnano_stdio.build.encode_step import save_encode_step
 from mossnano_stdio.build.extract import extract_weights
+from mossnano_stdio.build.mimi_checkpoint import load_mimi, maybe_mimi_file
+from mossnano_stdio.build.mimi_model import MimiWeights
+from mossnano_stdio.build.mimi_random import MIMI_SIZES, save_mimi_standin
+from mossnano_stdio.build.mimi_steps import save_mimi_decode_step, save_mimi_encode_step
+from mossnano_stdio.build.mimi_whole import save_whole_decode, save_whole_encode
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import SIZES, save_standin
-from mossnano_stdio.build.trial import try_decoder, try_encoder
+from mossnano_stdio.build.trial import try_against_whole, try_decoder, try_encoder
 from mossnano_stdio.errors import BundleError, OutputError
 from mossnano_stdio.files import cannot_write, open_named, told_as
 from mossnano_stdio.weights import (
@@ -44,11 +49,13 @@ from mossnano_stdio.weights import (
     ENCODE_DATA,
     ENCODE_FILE,
     METADATA_NAME,
+    MIMI_FILES,
     MODELS,
     OFFICIAL_FILES,
     SIDECAR_NAME,
     Bundle,
     GraphSpec,
+    OwnCodec,
     Sidecar,
     build_metadata,
     load_bundle,
@@ -56,6 +63,7 @@ from mossnano_stdio.weights import (
     save_sidecar,
 )
 
+MIMI = "mimi"  # the family, as codecs/mimi.py calls it, and what the published weights are called
 STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
 
@@ -63,6 +71,9 @@ ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tem
 def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Build every graph that a checkpoint gives into `folder`."""
     name = checkpoint.resolve().name
+    if (maybe_file := maybe_mimi_file(checkpoint)) is not None:
+        save_mimi_bundle(folder, load_mimi(maybe_file), name=_mimi_name(maybe_file))
+        return
     save_bundle(folder, load_checkpoint(checkpoint), name=name, checkpoint_name=name)
 
 
@@ -120,6 +131,44 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
         if trial:
             built = load_bundle(stage)
             _try(built, built)
+
+
+def save_mimi_bundle(folder: Path, weights: MimiWeights, *, name: str, trial: bool = True) -> None:
+    """Build all graphs of a Mimi, and `mossnano.json`, into `folder`."""
+    with staged(folder) as stage:
+        graphs = {
+            "decode_step": save_mimi_decode_step(stage, weights),
+            "encode_step": save_mimi_encode_step(stage, weights),
+            "decode_full": save_whole_decode(stage, weights),
+            "encode": save_whole_encode(stage, weights),
+        }
+        sidecar = Sidecar(
+            name=name,
+            codebook_size=weights.format.codebook_size,
+            maybe_codec=OwnCodec(MIMI, weights.format),
+            graphs=graphs,
+            files=record_files(stage, _files_of(graphs)),
+        )
+        save_sidecar(stage, sidecar)
+        if trial:
+            built = load_bundle(stage)
+            try_against_whole(built)
+            try_encoder(built, built)
+
+
+def _mimi_name(path: Path) -> str:
+    """Which training it is, where that is known."""
+    (found,) = record_files(path.parent, [path.name]).values()
+    names = [name for name, record in MIMI_FILES.items() if record == found]
+    return names[0] if names else f"{MIMI}, {path.stem}"
+
+
+def build_mimi_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
+    """The same of a Mimi: its checkpoint lies in `folder`/checkpoint, with a config beside it, as other sizes need."""
+    with staged(folder / "checkpoint") as stage:
+        path = save_mimi_standin(stage, MIMI_SIZES[size], seed)
+        name = f"{MIMI} {'' if size == 'true' else f'{size} '}stand-in, seed {seed}"
+        save_mimi_bundle(folder, load_mimi(path), name=name, trial=trial)
 
 
 def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", trial: bool = True) -> None:

@@ -4,6 +4,8 @@ Rules of this room:
 
 - Decoding: seeded random codes of 15 s, which is longer than every context of the published model, in chunks of mixed
   sizes. The audio must be that of the bundle's own decode_step within MAX_ERROR.
+- Where a codec has no official graphs, the reference is its whole-file graph, over codes that go past the longest
+  context.
 - Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
   MIN_FRAMES_PER_TIE.
 - The error for a departure says at which frame it begins and how large it is.
@@ -16,12 +18,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.codecs import SeekingDecoder, load_decoder, load_encoder_runtime, load_full_encoder
+from mossnano_stdio.codecs import (
+    SeekingDecoder,
+    load_decoder,
+    load_encoder_runtime,
+    load_full_decoder,
+    load_full_encoder,
+    load_runtime,
+)
 from mossnano_stdio.errors import CheckFailedError
 from mossnano_stdio.tokens import CodecFormat, Codes
-from mossnano_stdio.weights import Bundle
+from mossnano_stdio.weights import Bundle, Graph
 
 DECODED_SECONDS = 15
+FRAMES_PAST_CONTEXT = 12
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
 CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
@@ -32,6 +42,8 @@ LEVEL = 0.1  # RMS of what is encoded
 PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
 SEED = 0
 
+Audio = NDArray[np.float32]
+
 
 def try_decoder(source: Bundle, built: Bundle) -> None:
     """Compare the fast graph of `built` with the decode_step of `source`."""
@@ -40,12 +52,28 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
     codes = np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
     expected = _decoded(load_decoder(source, graph="official"), codes, CHUNK_FRAMES[-1:])
     found = _decoded(load_decoder(built, graph="fast"), codes, CHUNK_FRAMES)
-    errors = np.abs(found - expected).reshape(len(codes), -1).max(axis=1)
+    _compare(found, expected, len(codes), "the fast graph", source.graph("decode_step"))
+
+
+def try_against_whole(built: Bundle) -> None:
+    """Compare the steps of `built` with what its whole-file graph makes of the same codes."""
+    runtime = load_runtime(built)
+    frames = max(runtime.layer_context_frames) + FRAMES_PAST_CONTEXT
+    shape = (frames, built.format.quantizers)
+    codes = np.random.default_rng(SEED).integers(0, built.format.codebook_size, shape, dtype=np.uint16)
+    expected = load_full_decoder(built).decode(codes)
+    _compare(
+        _decoded(runtime.new_decoder(), codes, CHUNK_FRAMES), expected, frames, "stepping", built.graph("decode_full")
+    )
+
+
+def _compare(found: Audio, expected: Audio, frames: int, what: str, reference: Graph) -> None:
+    errors = np.abs(found - expected).reshape(frames, -1).max(axis=1)
     worse = np.flatnonzero(~(errors <= MAX_ERROR))  # NaN is worse too
     if worse.size:
         raise CheckFailedError(
-            f"the fast graph departs from {source.graph('decode_step').path} at frame {worse[0]} by "
-            f"{errors[worse[0]]:.2g} (by {errors.max():.2g} at most in {len(codes)} frames; allowed is {MAX_ERROR:g}), "
+            f"{what} departs from {reference.path} at frame {worse[0]} by "
+            f"{errors[worse[0]]:.2g} (by {errors.max():.2g} at most in {frames} frames; allowed is {MAX_ERROR:g}), "
             f"so it is not kept"
         )
 

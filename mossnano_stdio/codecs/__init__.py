@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from mossnano_stdio.chunks import Decoder, Encoder
-from mossnano_stdio.codecs import moss
+from mossnano_stdio.codecs import mimi, moss
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.errors import BundleError
@@ -126,7 +126,7 @@ class EncoderRuntime(Protocol):
         """A stream of its own, at its start."""
 
 
-FAMILIES = cast(tuple[Family, ...], (moss,))
+FAMILIES = cast(tuple[Family, ...], (moss, mimi))
 
 
 def family_of(bundle: Bundle) -> Family:

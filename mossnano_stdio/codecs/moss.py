@@ -53,8 +53,8 @@ NAME = "MOSS-Audio-Tokenizer"
 
 
 def recognises(bundle: Bundle) -> bool:
-    """It is so far the only family whose metadata there is."""
-    return "decode_step" in bundle.graphs
+    """It is so far the only family that has official metadata."""
+    return bundle.sidecar.maybe_codec is None
 
 
 def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialRuntime | FastRuntime:
@@ -197,10 +197,9 @@ class InPlaceRuntime:
         return self.in_place.layer_context_frames
 
 
-class FastRuntime(InPlaceRuntime):
-    """The graph that decodes."""
+class DecodeRowsRuntime(InPlaceRuntime):
+    """A graph that decodes."""
 
-    graph_name = "fast"
     decodes_prefix = True
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
@@ -213,6 +212,12 @@ class FastRuntime(InPlaceRuntime):
 
     def new_decoder(self) -> FastDecoder:
         return FastDecoder(self)
+
+
+class FastRuntime(DecodeRowsRuntime):
+    """The quickest graph of this family."""
+
+    graph_name = "fast"
 
 
 class StreamEncoderRuntime(InPlaceRuntime):

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -36,11 +34,13 @@ from mossnano_stdio.codecs.engine import Array, Engine, TensorSpec, check_contra
 from mossnano_stdio.codecs.moss import OfficialRuntime
 from mossnano_stdio.errors import DecodeError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
-from mossnano_stdio.weights import Bundle
+from mossnano_stdio.weights import Bundle, Graph
+from mossnano_stdio.weights.checked_json import Entry
 
 ALWAYS_FITTING_FRAMES = 25  # two seconds as a whole need 64 MB of the official weights
 SCORE_COPIES = 6.5  # attention scores that are alive at once, as measured over lengths of 8 to 24 seconds
-SCORE_BYTES = 4  # float32
+COLUMN_COPIES = 6  # the same of columns
+VALUE_BYTES = 4  # float32
 GIB = 1 << 30
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -64,17 +64,13 @@ class FullDecoder:
         if len(codes) > ALWAYS_FITTING_FRAMES:
             check_fits(
                 f"decoding {len(codes)} frames as a whole",
-                attention_bytes(self.bundle, self._tokens_per_frame, len(codes)),
+                bytes_at_once(self.session.graph, self.bundle, self.engine, len(codes)),
                 "decode in steps (`--decoder step`), which takes the same memory for every length",
             )
         audio, lengths = self.session.run(self.session.graph.output_names, codes_feed(self.session, codes))
         check_audio(self.session, audio, lengths, len(codes), self.format)
         whole: NDArray[np.float32] = audio[0].T
         return whole
-
-    @cached_property
-    def _tokens_per_frame(self) -> dict[str, int]:
-        return OfficialRuntime(self.bundle, self.engine).tokens_per_frame
 
 
 class FullEncoder:
@@ -113,7 +109,7 @@ class FullEncoder:
             check_fits(
                 f"encoding {frames} frames as a whole",
                 # The encoder mirrors the decoder, layer by layer.
-                attention_bytes(self.bundle, self._tokens_per_frame, frames),
+                bytes_at_once(self.session.graph, self.bundle, self.engine, frames),
                 "build a streaming encoder with `mossnano build`, which takes the same memory for every length",
             )
         feed = {
@@ -134,10 +130,6 @@ class FullEncoder:
             )
         check_codes_out(self.session.graph.path, codes, self.format)
 
-    @cached_property
-    def _tokens_per_frame(self) -> dict[str, int]:
-        return OfficialRuntime(self.bundle, self.engine).tokens_per_frame
-
 
 def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.float32]:
     """The audio with silence up to the next whole frame."""
@@ -148,10 +140,18 @@ def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.floa
 # --- will it fit? ------------------------------------------------------------------------------------------------
 
 
-def attention_bytes(bundle: Bundle, tokens_per_frame: Mapping[str, int], frames: int) -> int:
-    """What attention over `frames` frames at once takes in its busiest layer."""
-    busiest = max(cache.heads * tokens_per_frame[cache.offset_input_name] ** 2 for cache in bundle.caches)
-    return int(SCORE_COPIES * SCORE_BYTES * busiest * frames**2)
+def bytes_at_once(graph: Graph, bundle: Bundle, engine: Engine, frames: int) -> int:
+    """What a run over `frames` frames takes: scores of attention in its busiest layer, and the longest row of columns
+    where a codec has convolutions. Graphs of ours say how many of both there are in a frame.
+    """
+    if graph.facts:
+        facts = Entry(dict(graph.facts), f"{graph.path}: facts")
+        scores, values = facts.at("scores").whole(), facts.at("widest_values").whole()
+    else:
+        tokens_per_frame = OfficialRuntime(bundle, engine).tokens_per_frame
+        scores = max(cache.heads * tokens_per_frame[cache.offset_input_name] ** 2 for cache in bundle.caches)
+        values = 0
+    return int(VALUE_BYTES * (SCORE_COPIES * scores * frames**2 + COLUMN_COPIES * values * frames))
 
 
 def check_fits(what: str, needed_bytes: int, advice: str) -> None:

@@ -122,6 +122,13 @@ CHECKPOINT_V2 = PinnedRepository(
     },
 )
 
+# Two trainings of Mimi in the same shape; codes of the one are not codes of the other. Each lies in several
+# repositories, under several names, and is known by its content.
+MIMI_FILES = {
+    "mimi": FileRecord(384_644_900, "09b782f0629851a271227fb9d36db65c041790365f11bbe5d3d59369cf863f50"),
+    "mimi of Hibiki": FileRecord(384_644_900, "31c14cf365353131094e8248150c6fe58e8642cf91899c50d9e450f861630e55"),
+}
+
 MODELS = {
     "nano": PublishedModel(NANO, CHECKPOINT, BUNDLE),
     "24k": PublishedModel(CodecFormat(24000, 1, 1920, quantizers=32, codebook_size=1024), CHECKPOINT_24K),
