@@ -438,15 +438,20 @@ def test_selections_cover_every_pinned_file() -> None:
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
-PINNED = [pinned for model in published.MODELS.values() for pinned in (model.maybe_bundle, model.checkpoint) if pinned]
+PINNED = [
+    (pinned, model.licence)
+    for model in published.MODELS.values()
+    for pinned in (model.maybe_bundle, model.checkpoint)
+    if pinned
+]
 
 
-@pytest.mark.parametrize("repository", PINNED, ids=lambda pinned: str(pinned.name))
-def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRepository) -> None:
+@pytest.mark.parametrize(("repository", "licence"), PINNED, ids=[pinned.name for pinned, _ in PINNED])
+def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRepository, licence: str) -> None:
     page = (WEIGHTS / "README.md").read_text("utf-8")
     _, section = page.split(f"## {repository.repository}\n")
     section = section.split("\n## ")[0]
-    assert f"Revision {repository.revision}, licence {published.LICENCE}," in section
+    assert f"Revision {repository.revision}, licence {licence}," in section
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     written = {name: FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
     assert written == repository.files

@@ -173,6 +173,9 @@ def build_mimi_standin(folder: Path, size: str, seed: int, *, trial: bool = True
 
 def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", trial: bool = True) -> None:
     """Write a checkpoint of random weights into `folder`/checkpoint, and build the bundle from it into `folder`."""
+    if model == MIMI:
+        build_mimi_standin(folder, size, seed, trial=trial)
+        return
     with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
         save_standin(stage, SIZES[model][size], seed)
         save_bundle(

@@ -32,7 +32,9 @@ MIMI_SIZES = {
 
 QUERY_KEY_GAIN = 1.4  # as pointed as attention is in random_weights.py
 LAYER_SCALE = 0.4
-CODEBOOK_FALL = 0.8  # how loud each codebook is beside the one before it
+CODEBOOK_FALL = (
+    0.93  # how loud each codebook is beside the one before it: steeper, the last would search in rounding noise
+)
 CONV_GAIN = 1.3  # what an ELU takes from the deviation of its input, about
 OUTPUT_LEVEL = 0.1
 INPUT_GAIN = 6.0  # recordings of 0.15 RMS become about 1

@@ -11,6 +11,7 @@ Rules of this room:
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from mossnano_stdio.chunks import Decoder, Encoder
@@ -45,6 +46,7 @@ __all__ = [
     "load_runtime",
     "maybe_warm_up_frames",
     "seek",
+    "stepping_graphs",
 ]
 
 WARM_UP_STEP_FRAMES = 8
@@ -56,6 +58,7 @@ class Family(Protocol):
     """What a family of codecs must offer. Its format, its graphs and their states are the weights folder's to say."""
 
     NAME: str
+    STEPPING_GRAPHS: Mapping[str, GraphName | None]  # those that decode in steps, and what `graph` calls each of them
 
     def recognises(self, bundle: Bundle) -> bool: ...
 
@@ -134,6 +137,11 @@ def family_of(bundle: Bundle) -> Family:
         if family.recognises(bundle):
             return family
     raise BundleError(f"{bundle.folder}: is of no codec that is known here")
+
+
+def stepping_graphs(bundle: Bundle) -> Mapping[str, GraphName | None]:
+    """The graphs that decode in steps, and by which choice of `graph` each is loaded; None: it is the only one."""
+    return family_of(bundle).STEPPING_GRAPHS
 
 
 def load_runtime(

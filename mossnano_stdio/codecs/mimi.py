@@ -19,6 +19,7 @@ from mossnano_stdio.weights import Bundle
 from mossnano_stdio.weights.checked_json import Entry
 
 NAME = "mimi"  # as `mossnano.json` calls the family, too
+STEPPING_GRAPHS = {"decode_step": None}
 
 
 def recognises(bundle: Bundle) -> bool:

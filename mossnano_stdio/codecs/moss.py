@@ -50,6 +50,7 @@ log = logging.getLogger("mossnano")
 # --- what a family offers ----------------------------------------------------------------------------------------
 
 NAME = "MOSS-Audio-Tokenizer"
+STEPPING_GRAPHS: Mapping[str, GraphName] = {"decode_step": "official", "fast": "fast"}
 
 
 def recognises(bundle: Bundle) -> bool:

@@ -8,6 +8,7 @@ for the size of its codebooks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights import published
+from mossnano_stdio.weights.checked_json import Entry
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.graphs import CacheSpec, Graph, GraphSpec, WeightFile
 from mossnano_stdio.weights.metadata import (
@@ -51,6 +53,18 @@ class Bundle:
     @property
     def demo(self) -> bool:
         return self.sidecar.demo
+
+    @property
+    def contexts_tokens(self) -> tuple[int, ...]:
+        """How far each layer of the graph that decodes looks back."""
+        if self.sidecar.maybe_codec is None:
+            return tuple(cache.context_tokens for cache in self.caches)
+        graph = self.graphs["decode_step"]
+        transformers = Entry(dict(graph.facts), f"{graph.path}: facts").items_at("transformers")
+        contexts = [
+            [entry.at("context_tokens").whole(least=1)] * entry.at("layers").whole(least=1) for entry in transformers
+        ]
+        return tuple(itertools.chain(*contexts))
 
     def has_graph(self, name: str) -> bool:
         """Is there such a graph, with its file? `mossnano fetch` may have left out those that nobody needed."""
