@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from mossnano_stdio.build.blocks import INT32
-from mossnano_stdio.build.builder import GraphBuilder, save_graphs
+from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
 from mossnano_stdio.build.mimi_model import (
     RESAMPLED_BY,
     CodebookChain,
@@ -39,7 +39,7 @@ from mossnano_stdio.build.mimi_model import (
     Residual,
     TransposedConv,
 )
-from mossnano_stdio.build.model import Array
+from mossnano_stdio.build.model import Array, TransformerWeights
 from mossnano_stdio.build.transformers import Stack, linear, stack_facts
 from mossnano_stdio.weights import GraphSpec, StateSpec
 
@@ -53,30 +53,32 @@ ALL = np.iinfo(np.int64).max  # the end of a Slice that has none
 
 def save_mimi_decode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
-    graph = _StepGraph("mimi_decode_step")
-    rows = graph.input("rows", np.int32, ["frames", weights.format.quantizers])
-    x = _look_up(graph, rows, weights.semantic, weights.acoustic)
-    x = _upsampled(graph, x, weights.upsample)
-    x = _transformed(graph, x, "decoder_transformer", weights)
-    x = _convolved(graph, x, "decoder", weights.decoder)
-    graph.op("Identity", x, result="audio")
-    graph.output("audio", np.float32, ["samples", weights.format.channels])
-    save_graphs(folder, {DECODE_STEP_FILE: graph}, DECODE_STEP_DATA)
+    with open_data(folder / DECODE_STEP_DATA) as data:
+        graph = _StepGraph("mimi_decode_step", data)
+        rows = graph.input("rows", np.int32, ["frames", weights.format.quantizers])
+        x = _look_up(graph, rows, weights.semantic, weights.acoustic)
+        x = _upsampled(graph, x, weights.upsample)
+        x = _transformed(graph, x, "decoder_transformer", weights.decoder_transformer)
+        x = _convolved(graph, x, "decoder", weights.decoder)
+        graph.op("Identity", x, result="audio")
+        graph.output("audio", np.float32, ["samples", weights.format.channels])
+        graph.save(folder / DECODE_STEP_FILE)
     facts = stack_facts([weights.decoder_transformer]) | {"look_back_frames": weights.look_back_frames}
     return GraphSpec(file=DECODE_STEP_FILE, data=(DECODE_STEP_DATA,), states=tuple(graph.states), facts=facts)
 
 
 def save_mimi_encode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
-    graph = _StepGraph("mimi_encode_step")
-    x = graph.input("audio", np.float32, ["samples", weights.format.channels])
-    x = _convolved(graph, x, "encoder", weights.encoder)
-    x = _transformed(graph, x, "encoder_transformer", weights)
-    x = _downsampled(graph, x, weights.downsample)
-    codes = [*_searched(graph, x, "semantic", weights.semantic), *_searched(graph, x, "acoustic", weights.acoustic)]
-    graph.op("Cast", graph.op("Concat", *codes, axis=1), to=INT32, result="codes")
-    graph.output("codes", np.int32, ["frames", weights.format.quantizers])
-    save_graphs(folder, {ENCODE_STEP_FILE: graph}, ENCODE_STEP_DATA)
+    with open_data(folder / ENCODE_STEP_DATA) as data:
+        graph = _StepGraph("mimi_encode_step", data)
+        x = graph.input("audio", np.float32, ["samples", weights.format.channels])
+        x = _convolved(graph, x, "encoder", weights.encoder)
+        x = _transformed(graph, x, "encoder_transformer", weights.encoder_transformer)
+        x = _downsampled(graph, x, weights.downsample)
+        codes = [*_searched(graph, x, "semantic", weights.semantic), *_searched(graph, x, "acoustic", weights.acoustic)]
+        graph.op("Cast", graph.op("Concat", *codes, axis=1), to=INT32, result="codes")
+        graph.output("codes", np.int32, ["frames", weights.format.quantizers])
+        graph.save(folder / ENCODE_STEP_FILE)
     facts = stack_facts([weights.encoder_transformer])
     return GraphSpec(file=ENCODE_STEP_FILE, data=(ENCODE_STEP_DATA,), states=tuple(graph.states), facts=facts)
 
@@ -84,8 +86,8 @@ def save_mimi_encode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
 class _StepGraph(GraphBuilder):
     """A graph with states, each of which begins as zeros."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, data: DataFile) -> None:
+        super().__init__(name, data)
         self.states: list[StateSpec] = []
 
     def state(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
@@ -180,8 +182,7 @@ def _downsampled(graph: _StepGraph, x: str, weight: Array) -> str:
     return linear(graph, graph.windows(together, 2), "downsample", matrix)
 
 
-def _transformed(graph: _StepGraph, x: str, name: str, weights: MimiWeights) -> str:
-    module = weights.decoder_transformer if name.startswith("decoder") else weights.encoder_transformer
+def _transformed(graph: _StepGraph, x: str, name: str, module: TransformerWeights) -> str:
     batch = graph.op("Unsqueeze", x, graph.constant([0]))
     with graph.scope(name):
         return graph.op("Squeeze", Stack(graph).run(batch, name, module), graph.constant([0]))

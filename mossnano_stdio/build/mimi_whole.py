@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mossnano_stdio.build.blocks import INT32
-from mossnano_stdio.build.builder import GraphBuilder, save_graphs
+from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
 from mossnano_stdio.build.mimi_model import (
     RESAMPLED_BY,
     CodebookChain,
@@ -38,7 +38,19 @@ ENCODE_WHOLE_DATA = "mimi_encode.data"
 
 def save_whole_decode(folder: Path, weights: MimiWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
-    graph, codec = GraphBuilder("mimi_decode_full"), weights.format
+    with open_data(folder / DECODE_WHOLE_DATA) as data:
+        _whole_decode(weights, data).save(folder / DECODE_WHOLE_FILE)
+    return GraphSpec(
+        file=DECODE_WHOLE_FILE,
+        data=(DECODE_WHOLE_DATA,),
+        facts={"widest_values": weights.widest_values},
+        input_names=tuple(DECODE_INPUTS),
+        output_names=tuple(DECODE_OUTPUTS),
+    )
+
+
+def _whole_decode(weights: MimiWeights, data: DataFile) -> GraphBuilder:
+    graph, codec = GraphBuilder("mimi_decode_full", data), weights.format
     codes, lengths = DECODE_INPUTS
     graph.input(codes, np.int32, [1, "code_length", codec.quantizers])
     graph.input(lengths, np.int32, [1])
@@ -58,19 +70,24 @@ def save_whole_decode(folder: Path, weights: MimiWeights) -> GraphSpec:
     graph.op("Mul", lengths, graph.constant([codec.frame_samples], np.int32), result=DECODE_OUTPUTS[1])
     graph.output(DECODE_OUTPUTS[0], np.float32, [1, codec.channels, "audio_length"])
     graph.output(DECODE_OUTPUTS[1], np.int32, [1])
-    save_graphs(folder, {DECODE_WHOLE_FILE: graph}, DECODE_WHOLE_DATA)
-    return GraphSpec(
-        file=DECODE_WHOLE_FILE,
-        data=(DECODE_WHOLE_DATA,),
-        facts=_memory_facts(weights, weights.decoder_transformer),
-        input_names=tuple(DECODE_INPUTS),
-        output_names=tuple(DECODE_OUTPUTS),
-    )
+    return graph
 
 
 def save_whole_encode(folder: Path, weights: MimiWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
-    graph, codec = GraphBuilder("mimi_encode"), weights.format
+    with open_data(folder / ENCODE_WHOLE_DATA) as data:
+        _whole_encode(weights, data).save(folder / ENCODE_WHOLE_FILE)
+    return GraphSpec(
+        file=ENCODE_WHOLE_FILE,
+        data=(ENCODE_WHOLE_DATA,),
+        facts={"widest_values": weights.widest_values},
+        input_names=tuple(ENCODE_INPUTS),
+        output_names=tuple(ENCODE_OUTPUTS),
+    )
+
+
+def _whole_encode(weights: MimiWeights, data: DataFile) -> GraphBuilder:
+    graph, codec = GraphBuilder("mimi_encode", data), weights.format
     waveform, lengths = ENCODE_INPUTS
     x = graph.input(waveform, np.float32, [1, codec.channels, "waveform_length"])
     graph.input(lengths, np.int32, [1])
@@ -86,19 +103,7 @@ def save_whole_encode(folder: Path, weights: MimiWeights) -> GraphSpec:
     graph.op("Div", lengths, graph.constant([codec.frame_samples], np.int32), result=ENCODE_OUTPUTS[1])
     graph.output(ENCODE_OUTPUTS[0], np.int32, [1, "code_length", codec.quantizers])
     graph.output(ENCODE_OUTPUTS[1], np.int32, [1])
-    save_graphs(folder, {ENCODE_WHOLE_FILE: graph}, ENCODE_WHOLE_DATA)
-    return GraphSpec(
-        file=ENCODE_WHOLE_FILE,
-        data=(ENCODE_WHOLE_DATA,),
-        facts=_memory_facts(weights, weights.encoder_transformer),
-        input_names=tuple(ENCODE_INPUTS),
-        output_names=tuple(ENCODE_OUTPUTS),
-    )
-
-
-def _memory_facts(weights: MimiWeights, module: TransformerWeights) -> dict[str, int]:
-    """By what the memory of a run grows: with the square of the frames, and with the frames."""
-    return {"scores": module.heads * module.tokens_per_frame**2, "widest_values": weights.widest_values}
+    return graph
 
 
 def _look_up(graph: GraphBuilder, codes: str, name: str, chain: CodebookChain) -> str:

@@ -54,8 +54,10 @@ STEPPING_GRAPHS: Mapping[str, GraphName] = {"decode_step": "official", "fast": "
 
 
 def recognises(bundle: Bundle) -> bool:
-    """It is so far the only family that has official metadata."""
-    return bundle.sidecar.maybe_codec is None
+    """It is so far the only family that has official metadata. A folder may hold some of its graphs only."""
+    return bundle.sidecar.maybe_codec is None and bool(
+        bundle.graphs.keys() & {"decode_step", "fast", "encode", "encode_step"}
+    )
 
 
 def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialRuntime | FastRuntime:
@@ -70,7 +72,12 @@ def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialR
         try:
             return FastRuntime(bundle, engine)
         except UnfitRuntimeError as error:
+            if "decode_step" not in bundle.graphs:
+                raise
             log.warning("%s; the official graph runs instead", error)
+    if "decode_step" not in bundle.graphs:
+        what = "official graph, which alone runs elsewhere than on the CPU" if "fast" in bundle.graphs else "decoder"
+        raise BundleError(f"{bundle.folder}: has no {what}; `mossnano build` makes one of a checkpoint")
     return OfficialRuntime(bundle, engine)
 
 

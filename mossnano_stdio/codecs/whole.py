@@ -141,17 +141,25 @@ def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.floa
 
 
 def bytes_at_once(graph: Graph, bundle: Bundle, engine: Engine, frames: int) -> int:
-    """What a run over `frames` frames takes: scores of attention in its busiest layer, and the longest row of columns
-    where a codec has convolutions. Graphs of ours say how many of both there are in a frame.
+    """What a run over `frames` frames takes: attention in its busiest layer, and the longest rows of columns where a
+    codec has convolutions, which graphs of ours say how long they are.
     """
-    if graph.facts:
-        facts = Entry(dict(graph.facts), f"{graph.path}: facts")
-        scores, values = facts.at("scores").whole(), facts.at("widest_values").whole()
-    else:
-        tokens_per_frame = OfficialRuntime(bundle, engine).tokens_per_frame
-        scores = max(cache.heads * tokens_per_frame[cache.offset_input_name] ** 2 for cache in bundle.caches)
-        values = 0
-    return int(VALUE_BYTES * (SCORE_COPIES * scores * frames**2 + COLUMN_COPIES * values * frames))
+    busiest = max((heads * tokens_per_frame**2 for heads, tokens_per_frame in _layers(bundle, engine)), default=0)
+    maybe_widest = Entry(dict(graph.facts), f"{graph.path}: facts").maybe_at("widest_values")
+    values = maybe_widest.whole() if maybe_widest else 0
+    return int(VALUE_BYTES * (SCORE_COPIES * busiest * frames**2 + COLUMN_COPIES * values * frames))
+
+
+def _layers(bundle: Bundle, engine: Engine) -> list[tuple[int, int]]:
+    """Heads, and tokens in a frame, of the layers of the decoder, or of the encoder, which mirrors it."""
+    for graph in bundle.graphs.values():
+        entries = Entry(dict(graph.facts), f"{graph.path}: facts").items_at("transformers")
+        if layers := [(entry.at("heads").whole(1), entry.at("tokens_per_frame").whole(1)) for entry in entries]:
+            return layers
+    if "decode_step" not in bundle.graphs:
+        return []  # an official encoder alone says nothing about it
+    tokens_per_frame = OfficialRuntime(bundle, engine).tokens_per_frame
+    return [(cache.heads, tokens_per_frame[cache.offset_input_name]) for cache in bundle.caches]
 
 
 def check_fits(what: str, needed_bytes: int, advice: str) -> None:

@@ -10,6 +10,12 @@ to stdout.
 
 Where the extra `build` is installed, our own faster graphs are built beside the official files, as by
 `mossnano build --from-bundle`; mossnano-stdio then takes them.
+
+Of Mimi (--model mimi) it is one file of 385 MB that decodes and encodes, and all graphs are built of it: 0.9 GB.
+
+Of the larger models (--model 24k, v2) no graphs that stream are published. There decode and encode get the files of the
+checkpoint that are needed (7.1 GB of 24k, up to 8.5 GB of v2), and graphs are built of them in the same folder, which
+takes as much again.
 """
 
 from __future__ import annotations
@@ -17,10 +23,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Final, Literal
 
 from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.weights import MODELS, load_bundle
-from mossnano_stdio.weights.hub import fetch, selections
+from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, Bundle, load_bundle
+from mossnano_stdio.weights.hub import fetch, selections, tensor_files
+
+Side = Literal["decode", "encode"]
+
+GRAPHS_OF: Final[dict[Side, set[str]]] = {"decode": {"fast", "decode_step"}, "encode": {"encode_step"}}  # of our own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +51,14 @@ def run(args: argparse.Namespace) -> int:
     selection = selections(args.model)[args.what]
     folder = args.to or selection.default_folder
     placed = fetch(selection, folder, _say)
+    if attribution := MODELS[args.model].maybe_attribution:
+        _say(attribution)
     if args.what != "checkpoint" and not args.no_build:
         try:
-            _build_own_graphs(folder, are_files_new=bool(placed))
+            if MODELS[args.model].maybe_bundle:
+                _build_own_graphs(folder, are_files_new=bool(placed))
+            else:
+                _build_of_checkpoint(folder, args.model, args.what, are_files_new=bool(placed))
         except MossnanoError as error:  # what was asked for is there, and decodes without
             _say(f"our own graphs are left out: {error}")
     print(folder)
@@ -63,6 +79,33 @@ def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:
         return
     _say("building our own graphs")
     build_from_bundle(folder, folder)
+
+
+def _build_of_checkpoint(folder: Path, model: str, what: Side, *, are_files_new: bool) -> None:
+    """Graphs of all sides whose tensors are there, which are those of `what`, and what was fetched before."""
+    sides = [side for side in GRAPHS_OF if side == what or _is_fetched(model, side, folder)]
+    has_metadata = any((folder / name).exists() for name in (METADATA_NAME, SIDECAR_NAME))
+    if has_metadata and not are_files_new and all(_has_graph(load_bundle(folder), side) for side in sides):
+        return
+    graphs = MODELS[model].built_graphs
+    try:
+        from mossnano_stdio.build.bundle import build_from_checkpoint
+    except ModuleNotFoundError as error:
+        _say(
+            f"no graphs are built, as {error.name} is not installed: pip install 'mossnano-stdio[build]', "
+            f"then mossnano build --graphs {graphs} --what {what} {folder} {folder}"
+        )
+        return
+    _say("building graphs")
+    build_from_checkpoint(folder, folder, "all" if len(sides) == len(GRAPHS_OF) else what, graphs)
+
+
+def _has_graph(bundle: Bundle, side: Side) -> bool:
+    return any(map(bundle.has_graph, GRAPHS_OF[side]))
+
+
+def _is_fetched(model: str, side: Side, folder: Path) -> bool:
+    return all((folder / name).exists() for name in tensor_files(selections(model)[side], folder))
 
 
 def _say(line: str) -> None:

@@ -4,8 +4,8 @@
   IN.npy     numpy, whole numbers [frames, quantizers]
   IN.json    a list of frames, each a list of codes
 
-`-` is stdin or stdout. `mossnano unpack` is the way back. The numbers that codes alone do not say are those of the
-model (nano is MOSS-Audio-Tokenizer-Nano) unless given.
+`-` is stdin or stdout. `mossnano unpack` is the way back. The numbers that codes alone do not say are those of --model
+unless given.
 """
 
 from __future__ import annotations
@@ -24,34 +24,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="OUT", help="where the artifact goes, OUT.mossnano for instance")
     parser.add_argument("--form", choices=FORMS, help="the form, where the name does not say it")
     parser.add_argument("--model", choices=MODELS, default="nano", help="whose codes they are (default: nano)")
-    for option, meaning in (
-        ("--original-samples", "length of the sound per channel (default: all of the frames)"),
-        ("--sample-rate", "in Hz (default: the model's, as of the following)"),
-        ("--channels", "of the sound"),
-        ("--codebook-size", "codes are smaller than this"),
-        ("--quantizers", "codes in a frame; .u16le alone needs it"),
-    ):
-        parser.add_argument(option, type=int, metavar="N", help=meaning)
+    parser.add_argument(
+        "--original-samples",
+        type=int,
+        metavar="N",
+        help="length of the sound per channel (default: that of all frames)",
+    )
+    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="default: the model's")
+    parser.add_argument("--channels", type=int, metavar="N", help="default: the model's")
+    parser.add_argument("--codebook-size", type=int, metavar="N", help="default: the model's")
+    parser.add_argument(
+        "--quantizers", type=int, metavar="N", help="codes in a frame; .u16le alone needs it (default: the model's)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     form = form_of(args.codes, args.form)
-    model = MODELS[args.model].format
     for name in FIELD_LIMITS.keys() - {"frames"}:
         _check_option(name, getattr(args, name))
+    model = MODELS[args.model].format
     with open_input(args.codes) as file:
         codes = load_codes(file.read(), form, args.quantizers or model.quantizers)
     frames, quantizers = codes.shape
     if args.quantizers not in (None, quantizers):
         raise UsageError(f"--quantizers is {args.quantizers}, but {args.codes} has {quantizers} codes in each frame")
     artifact = Artifact(
-        sample_rate=args.sample_rate or model.sample_rate,
-        channels=args.channels or model.channels,
-        original_samples=frames * model.frame_samples if args.original_samples is None else args.original_samples,
-        quantizers=quantizers,
-        frames=frames,
-        codebook_size=args.codebook_size or model.codebook_size,
-        codes=codes,
+        args.sample_rate or model.sample_rate,
+        args.channels or model.channels,
+        frames * model.frame_samples if args.original_samples is None else args.original_samples,
+        quantizers,
+        frames,
+        args.codebook_size or model.codebook_size,
+        codes,
     )
     with open_output(args.artifact) as file:
         file.write(build_artifact(artifact))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.graphs import FileRecord
@@ -50,6 +51,7 @@ class PublishedModel:
     maybe_bundle: PinnedRepository | None = None  # official graphs that stream, where there are any
     decode_prefixes: tuple[str, ...] = ("decoder.", "quantizer.")  # of the tensors in the checkpoint that decode
     encode_prefixes: tuple[str, ...] = ("encoder.", "quantizer.")
+    built_graphs: Literal["fast", "all"] = "fast"  # of a checkpoint, by `fetch`: those over whole files are as large
     licence: str = LICENCE
     maybe_attribution: str | None = None  # what the licence asks for
     maybe_folder_name: str | None = None  # where the repository is called after something else
@@ -149,6 +151,7 @@ MODELS = {
     "mimi": PublishedModel(
         CodecFormat(24000, 1, 1920, quantizers=32, codebook_size=2048),
         CHECKPOINT_MIMI,
+        built_graphs="all",
         licence="CC-BY 4.0",
         maybe_attribution="Mimi is by Kyutai, licensed under CC-BY 4.0",
         maybe_folder_name="mimi",
