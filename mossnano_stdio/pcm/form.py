@@ -11,16 +11,17 @@ Rules of this room:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.errors import MossnanoError, SettingsError
-from mossnano_stdio.pcm.samples import check_finite, to_pcm16
+from mossnano_stdio.errors import InputError, MossnanoError, SettingsError
+from mossnano_stdio.pcm.samples import check_finite, from_pcm16, to_pcm16
 from mossnano_stdio.tokens import SAMPLE_BYTES, CodecFormat
 
 LEAST_SAMPLE_RATE: Final = 8_000
@@ -29,7 +30,7 @@ LEAST_GAIN_DB: Final = -60.0
 MOST_GAIN_DB: Final = 20.0
 LEVELS_MS: Final = (0, 10, 20, 40, 80)  # how long a window of the levels may be; 0: no levels
 FULL_LEVEL: Final = 65_535
-VALUE_BYTES: Final = {"s16le": SAMPLE_BYTES, "f32le": 4}  # of one channel's value, by the sample formats there are
+VALUE_BYTES: Final = {"s16le": SAMPLE_BYTES, "f32le": 4}  # of one channel's value
 
 # +144 dB. No sound is that loud; but a graph may answer any finite float, and their sums would be infinite.
 LOUDEST: Final = np.float32(2.0**24)
@@ -43,6 +44,7 @@ PIECES_PER_SECOND: Final = 500
 STEEP_RATIO: Final = 5
 
 Audio = NDArray[np.float32]  # [samples, channels]
+SampleFormat = Literal["s16le", "f32le"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class SoundForm:
 
     sample_rate: int
     channels: int
-    sample_format: Literal["s16le", "f32le"] = "s16le"
+    sample_format: SampleFormat = "s16le"
     gain_db: float = 0.0
     levels_ms: int = 0
 
@@ -68,6 +70,18 @@ class SoundForm:
     def sample_bytes(self) -> int:
         """Bytes of one sample, all channels."""
         return self.channels * VALUE_BYTES[self.sample_format]
+
+    def as_floats(self, sound: bytes) -> Audio:
+        """Sound of this form -> [samples, channels], as it is: neither gain nor levels are undone.
+
+        >>> SoundForm(48000, 2).as_floats(bytes.fromhex("0000 ff7f")).tolist()
+        [[0.0, 1.0]]
+        """
+        if len(sound) % self.sample_bytes:
+            raise InputError(f"{len(sound)} bytes are no whole number of samples of {self.sample_bytes} bytes")
+        if self.sample_format == "s16le":
+            return from_pcm16(sound, self.channels)
+        return np.frombuffer(sound, dtype="<f4").astype(np.float32, copy=False).reshape(-1, self.channels)
 
     def is_plain_of(self, codec: CodecFormat) -> bool:
         """Does it ask for nothing?"""
@@ -111,10 +125,28 @@ class SoundForm:
         return replace(self, **{name: value})
 
 
+def form_said_by(handshake: Mapping[str, Any]) -> SoundForm:
+    """The form that a HANDSHAKE speaks of. One of an older decoder says no sample format.
+
+    >>> form_said_by({"sample_rate": 24000, "channels": 1})
+    SoundForm(sample_rate=24000, channels=1, sample_format='s16le', gain_db=0.0, levels_ms=0)
+    """
+    sample_rate, channels = handshake.get("sample_rate"), handshake.get("channels")
+    if not (_is_whole(sample_rate) and _is_whole(channels) and min(sample_rate, channels) >= 1):
+        raise InputError(
+            f"the HANDSHAKE says sample_rate {sample_rate!r} and channels {channels!r}, "
+            "allowed are whole numbers above 0"
+        )
+    sample_format = handshake.get("sample_format", "s16le")
+    if sample_format not in tuple(VALUE_BYTES):
+        raise InputError(f"the HANDSHAKE says sample_format {sample_format!r}, allowed is {_one_of(VALUE_BYTES)}")
+    return SoundForm(sample_rate, channels, sample_format)
+
+
 FORM_SETTINGS: Final = ("sample_rate", "channels", "sample_format", "gain_db", "levels_ms")
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return type(value) is int  # a bool is an int to isinstance
 
 
