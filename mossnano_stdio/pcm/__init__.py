@@ -8,6 +8,7 @@ Rules of this room:
 
 from mossnano_stdio.pcm.form import (
     FORM_SETTINGS,
+    SAMPLE_FORMATS,
     SampleFormat,
     ShapedSound,
     Shaper,
@@ -21,6 +22,7 @@ from mossnano_stdio.pcm.wav import WavWriter, wav_header
 __all__ = [
     "FORM_SETTINGS",
     "FULL_SCALE",
+    "SAMPLE_FORMATS",
     "Mixer",
     "SampleFormat",
     "ShapedSound",

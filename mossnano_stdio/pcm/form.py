@@ -31,6 +31,7 @@ MOST_GAIN_DB: Final = 20.0
 LEVELS_MS: Final = (0, 10, 20, 40, 80)  # how long a window of the levels may be; 0: no levels
 FULL_LEVEL: Final = 65_535
 VALUE_BYTES: Final = {"s16le": SAMPLE_BYTES, "f32le": 4}  # of one channel's value
+SAMPLE_FORMATS: Final = tuple(VALUE_BYTES)
 
 # +144 dB. No sound is that loud; but a graph may answer any finite float, and their sums would be infinite.
 LOUDEST: Final = np.float32(2.0**24)
@@ -107,8 +108,8 @@ class SoundForm:
                 is_allowed = _is_whole(value) and value in counts
                 allowed = f"{_one_of(counts)} is allowed"
             case "sample_format":
-                is_allowed = isinstance(value, str) and value in VALUE_BYTES
-                allowed = f"{_one_of(VALUE_BYTES)} is allowed"
+                is_allowed = value in SAMPLE_FORMATS
+                allowed = f"{_one_of(SAMPLE_FORMATS)} is allowed"
             case "gain_db":
                 is_number = _is_whole(value) or isinstance(value, float)
                 is_allowed = is_number and LEAST_GAIN_DB <= value <= MOST_GAIN_DB
@@ -138,8 +139,8 @@ def form_said_by(handshake: Mapping[str, Any]) -> SoundForm:
             "allowed are whole numbers above 0"
         )
     sample_format = handshake.get("sample_format", "s16le")
-    if sample_format not in tuple(VALUE_BYTES):
-        raise InputError(f"the HANDSHAKE says sample_format {sample_format!r}, allowed is {_one_of(VALUE_BYTES)}")
+    if sample_format not in SAMPLE_FORMATS:
+        raise InputError(f"the HANDSHAKE says sample_format {sample_format!r}, allowed is {_one_of(SAMPLE_FORMATS)}")
     return SoundForm(sample_rate, channels, sample_format)
 
 

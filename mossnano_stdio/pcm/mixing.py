@@ -5,11 +5,12 @@ Rules of this room:
 - No clock is asked: the same sound in the same order is the same mix.
 - A stream begins in the mix where the mix stands when its first sound comes. From then on it is not torn: the others
   wait for its sound, but not for longer than PATIENCE_SECONDS of theirs, and what comes later is mixed later.
-- A stream that is alone, and of the mix's own form, leaves as it came, to the bit.
+- While a stream of the mix's own form is alone, it leaves as it came, to the bit.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -39,12 +40,17 @@ class Mixer:
         """`form` has the rate and the channels of the mix."""
         self._form = SoundForm(form.sample_rate, form.channels, "f32le")
         self._voices: dict[int | None, _Voice] = {}
+        self._heard: set[int | None] = set()  # the streams that gave sound since the mix was idle
         self._longest_samples = 0  # that came at once
 
     @property
     def is_idle(self) -> bool:
         """Is every stream over, and all of it in the mix?"""
         return not self._voices
+
+    def is_all_of(self, number: int | None) -> bool:
+        """Is there no sound of other streams in what was mixed since the mix was idle?"""
+        return self._heard <= {number}
 
     def push(self, number: int | None, sound: bytes, form: SoundForm) -> bytes:
         """Sound of a numbered stream, in its own form; or of a plain one, whose number is None."""
@@ -54,6 +60,11 @@ class Mixer:
         elif voice.is_over or voice.form != form:  # plain streams have one voice, and follow one another
             voice.finish()
             voice.begin(form)
+        self._heard.add(number)
+        is_alone = len(self._voices) == 1 and not len(voice.waiting)
+        if is_alone and form == replace(self._form, sample_format="s16le") and not len(sound) % form.sample_bytes:
+            self._longest_samples = max(self._longest_samples, len(sound) // form.sample_bytes)
+            return sound
         self._longest_samples = max(self._longest_samples, voice.push(sound))
         return self._mix()
 
@@ -87,6 +98,8 @@ class Mixer:
         self._voices = {
             number: voice for number, voice in self._voices.items() if not voice.is_over or len(voice.waiting)
         }
+        if self.is_idle:
+            self._heard.clear()
         return to_pcm16(mix)
 
 
