@@ -16,10 +16,18 @@ from mossnano_stdio.pcm.form import (
     form_said_by,
 )
 from mossnano_stdio.pcm.mixing import Mixer
-from mossnano_stdio.pcm.samples import FULL_SCALE, from_pcm16, pcm16_samples, to_pcm16
+from mossnano_stdio.pcm.samples import (
+    BLOCK_SAMPLES,
+    FULL_SCALE,
+    check_finite,
+    from_pcm16,
+    pcm16_samples,
+    to_pcm16,
+)
 from mossnano_stdio.pcm.wav import WavWriter, wav_header
 
 __all__ = [
+    "BLOCK_SAMPLES",
     "FORM_SETTINGS",
     "FULL_SCALE",
     "SAMPLE_FORMATS",
@@ -29,6 +37,7 @@ __all__ = [
     "Shaper",
     "SoundForm",
     "WavWriter",
+    "check_finite",
     "form_said_by",
     "from_pcm16",
     "pcm16_samples",
