@@ -396,3 +396,24 @@ def test_through_the_process(form: str) -> None:
     samples = 7 * 3840 - 100 if form == "artifact" else 7 * 3840
     assert len(raw.stdout) == 4 * samples
     assert np.any(np.frombuffer(raw.stdout, dtype="<i2"))
+
+
+@pytest.mark.parametrize("form", ["artifact", "tokens"])
+def test_numbered_streams_through_the_process(form: str, tmp_path: Path) -> None:
+    """Two voices over one pipe sound as each does alone."""
+    short = build_artifact(Artifact(48000, 2, 3 * 3840, 16, 3, 1024, CODES[2:5]))
+    for name, data in (("a", ARTIFACT), ("b", short)):
+        (tmp_path / name).write_bytes(data)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    stream = call_tool("frame", *paths, "--as", form, "--number-from", 1).out
+    framed = subprocess.run(DEMO, input=stream, stdout=subprocess.PIPE, timeout=60, check=True)
+    assert call_tool("unframe", "--each", tmp_path / "out", stdin=framed.stdout) == (0, b"", "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.wav", "2.wav"]
+    for number, path in enumerate(paths, start=1):
+        alone = call_tool("frame", path, "--as", form).out
+        wav = subprocess.run([*DEMO, "--output", "raw"], input=alone, stdout=subprocess.PIPE, timeout=60, check=True)
+        written = (tmp_path / "out" / f"{number}.wav").read_bytes()
+        assert written == wav_header(48000, 2, len(wav.stdout)) + wav.stdout
+    facts = json.loads(call_tool("info", "-", "--json", stdin=framed.stdout).out)
+    assert (facts["numbered_streams"], facts["frames"], facts["error_count"]) == (2, 10, 0)
+    assert [facts["streams"][number]["end"] for number in "12"] == ["whole", "whole"]

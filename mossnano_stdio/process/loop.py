@@ -26,6 +26,7 @@ import numpy as np
 from mossnano_stdio import __version__
 from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder
 from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
+from mossnano_stdio.pcm import SoundForm
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
     add_chunk_arguments,
@@ -175,7 +176,7 @@ class _Process:
             connection = self._maybe_connection = self._connect(load(self._options))
             if sys.platform == "win32":
                 reading.start()
-        self._output.start(connection.format)
+        self._output.start(connection.plain.settings.form)
         self._put(connection.handshake())
         self._ready_seconds = time.perf_counter()
         try:
@@ -246,13 +247,13 @@ class _Process:
             outputs.append(SpeakerOutput(self._open_player, self._should_stop_playing))
         return SeveralOutputs(outputs)
 
-    def _open_player(self, codec_format: CodecFormat) -> Player:
+    def _open_player(self, form: SoundForm) -> Player:
         from mossnano_stdio.playback import Player
 
         options = self._options
         return Player(
-            codec_format.sample_rate,
-            codec_format.channels,
+            form.sample_rate,
+            form.channels,
             device=options.device,
             prebuffer_ms=options.prebuffer_ms,
             latency=options.latency,
