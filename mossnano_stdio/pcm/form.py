@@ -228,7 +228,7 @@ class Shaper:
         check_finite(audio, 0)
         audio = np.clip(audio, -LOUDEST, LOUDEST)
         if self._mixed_channels < audio.shape[1]:
-            audio = audio.mean(axis=1, keepdims=True)
+            audio = _mean_of_channels(audio)[:, np.newaxis]
         self.codec_samples += len(audio)
         if self._maybe_resampler is not None:
             self._maybe_resampler.push(audio)
@@ -258,7 +258,19 @@ class Shaper:
 
 
 def _count_clipped(audio: Audio) -> int:
-    return int(np.count_nonzero(np.abs(audio).max(axis=1) > 1)) if audio.size else 0
+    is_beyond = np.zeros(len(audio), dtype=np.bool_)
+    for channel in audio.T:
+        is_beyond |= np.abs(channel) > 1
+    return int(np.count_nonzero(is_beyond))
+
+
+def _mean_of_channels(values: NDArray[Any]) -> NDArray[Any]:
+    """[samples, channels] -> [samples]. numpy's own mean over so short an axis is ten times slower."""
+    total = values[:, 0].copy()
+    for channel in values.T[1:]:
+        total += channel
+    total /= values.shape[1]
+    return total
 
 
 def _rounded(samples: int, sample_rate: int, wanted_rate: int) -> int:
@@ -283,7 +295,7 @@ class LevelMeter:
     def push(self, audio: Audio) -> bytes:
         """The levels of the windows that are full now."""
         # A window is summed when all of it is there: sums of sums would depend on how the sound was cut.
-        self._powers = np.concatenate([self._powers, np.square(audio, dtype=np.float64).mean(axis=1)])
+        self._powers = np.concatenate([self._powers, _mean_of_channels(np.square(audio, dtype=np.float64))])
         starts_at = self._window_start(self._windows)
         edges = [0]
         while (edge := self._window_start(self._windows + len(edges)) - starts_at) <= len(self._powers):
@@ -333,7 +345,9 @@ class _Resampler:
         self._ready: Audio = np.empty((0, channels), np.float32)
 
     def push(self, audio: Audio) -> None:
-        waiting = np.concatenate([self._waiting, audio])
+        waiting = np.ascontiguousarray(
+            np.concatenate([self._waiting, audio])
+        )  # planar pieces would be copied one by one
         whole = len(waiting) - len(waiting) % self._piece_samples
         self._waiting = waiting[whole:].copy()
         pieces = [waiting[start : start + self._piece_samples] for start in range(0, whole, self._piece_samples)]
