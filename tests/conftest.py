@@ -149,7 +149,7 @@ def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mossnano_stdio.build.bundle import build_standin
 
     folder = tmp_path_factory.mktemp("nano")
-    build_standin(folder, "nano", seed=0, trial=False)  # which takes seconds, and which tests do themselves
+    build_standin(folder, "true", seed=0, trial=False)  # which takes seconds, and which tests do themselves
     return folder
 
 

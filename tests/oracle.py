@@ -20,7 +20,7 @@ from mossnano_stdio.build.model import (
     PatchStep,
     TransformerWeights,
 )
-from mossnano_stdio.build.random_weights import Size
+from mossnano_stdio.build.random_weights import Size, Stage
 from mossnano_stdio.codecs import SeekingDecoder
 from mossnano_stdio.tokens import Codes
 
@@ -30,7 +30,7 @@ Sound = NDArray[np.float32]
 # No dimension twice, nothing that divides another by chance, one channel, a last frame shorter than a context, heads
 # smaller than what the runtime rotates at once.
 ODD = Size(
-    features=30, model=18, hidden=22, heads=3, rvq=11, layers=(1, 2), context_seconds=(0.5, 0.3), patches=(5, 2, 7),
+    features=30, rvq=11, stages=(Stage(1, 18, 22, 3, 0.5), Stage(2, 18, 22, 3, 0.3)), patches=(5, 2, 7),
     sample_rate=700, channels=1, frame_samples=70, quantizers=3, codebook_size=13, codebook_dim=5,
 )  # fmt: skip
 
@@ -81,12 +81,13 @@ def encode(weights: EncoderWeights, wave: NDArray[Any]) -> NDArray[np.int64]:
 
 def transform(module: TransformerWeights, x: Array) -> Array:
     """[tokens, in] -> [tokens, out]."""
-    x = x @ module.input_proj.T.astype(np.float64)
+    if module.maybe_input_proj is not None:
+        x = x @ module.maybe_input_proj.T.astype(np.float64)
     for layer in module.layers:
         x = x + layer.scale1 * _attention(module, layer, _norm(x, layer.norm1_w, layer.norm1_b))
         wide = _norm(x, layer.norm2_w, layer.norm2_b) @ layer.ffn_up.T.astype(np.float64)
         x = x + layer.scale2 * ((0.5 * wide * (1 + erf(wide / math.sqrt(2)))) @ layer.ffn_down.T.astype(np.float64))
-    return x @ module.output_proj.T.astype(np.float64)
+    return x if module.maybe_output_proj is None else x @ module.maybe_output_proj.T.astype(np.float64)
 
 
 def frames_of_context(modules: tuple[Module, ...]) -> float:

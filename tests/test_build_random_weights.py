@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from mossnano_stdio.build.bundle import build_standin
-from mossnano_stdio.build.checkpoint import SHARD_NAME
+from mossnano_stdio.build.checkpoint import shard_name
 from mossnano_stdio.build.random_weights import SIZES, config
 from mossnano_stdio.codecs import load_decoder, load_full_decoder
 from mossnano_stdio.tokens import Codes
@@ -36,7 +36,7 @@ def random_codes(frames: int, seed: int = 0) -> Codes:
 
 
 def test_nano_has_the_published_shape(nano_bundle: Path) -> None:
-    with safe_open(nano_bundle / "checkpoint" / SHARD_NAME, "numpy") as file:
+    with safe_open(nano_bundle / "checkpoint" / shard_name(1, 1), "numpy") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is no mapping
     assert len(shapes) == 374
     assert sum(int(np.prod(shape)) for shape in shapes) == 21_969_664
@@ -45,7 +45,7 @@ def test_nano_has_the_published_shape(nano_bundle: Path) -> None:
 def test_tiny_has_the_reference_dimensions(tiny_reference: Path) -> None:
     reference = json.loads((tiny_reference / "config.json").read_text())
     for side in ("encoder_kwargs", "decoder_kwargs"):
-        for ours, theirs in zip(config(SIZES["tiny"])[side], reference[side], strict=True):
+        for ours, theirs in zip(config(SIZES["nano"]["tiny"])[side], reference[side], strict=True):
             assert ours.items() <= theirs.items()
 
 

@@ -27,8 +27,9 @@ huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra `fetc
 
 Result = subprocess.CompletedProcess[str]
 
-BUNDLE, BUNDLE_REVISION = "somebody/bundle", "b" * 40
-CHECKPOINT, CHECKPOINT_REVISION = "somebody/checkpoint", "c" * 40
+BUNDLE, BUNDLE_REVISION = "somebody/MOSS-Audio-Tokenizer-Nano-ONNX", "b" * 40
+CHECKPOINT, CHECKPOINT_REVISION = "somebody/MOSS-Audio-Tokenizer-Nano", "c" * 40
+SHARDED, SHARDED_REVISION = "somebody/sharded", "d" * 40
 SHARED_BYTES = 300_000
 
 # The tool itself, with other pinned facts, without waiting between attempts, and with files written in small pieces.
@@ -44,6 +45,8 @@ time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
 for name, facts in json.loads(sys.argv[1]).items():
     files = {file: FileRecord(*record) for file, record in facts["files"].items()}
     setattr(published, name, published.PinnedRepository(facts["repository"], facts["revision"], files))
+published.MODELS["nano"] = published.PublishedModel(published.NANO, published.CHECKPOINT, published.BUNDLE)
+published.MODELS["24k"] = published.PublishedModel(published.NANO, published.SHARDED)
 sys.exit(main(["fetch", *sys.argv[2:]]))
 """
 
@@ -55,6 +58,12 @@ def contents(names: list[str]) -> dict[str, bytes]:
 
 BUNDLE_FILES = contents(list(published.BUNDLE.files))
 CHECKPOINT_FILES = contents(list(published.CHECKPOINT.files))
+# A checkpoint of three shards: what only encodes lies in the first, what only decodes in the last.
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+TENSORS = ("encoder.1.a", "encoder.3.a", "quantizer.a", "decoder.0.a", "decoder.2.a")
+PLACED = dict(zip(TENSORS, [SHARDS[0], SHARDS[1], SHARDS[1], SHARDS[1], SHARDS[2]], strict=True))
+INDEX = "model.safetensors.index.json"
+SHARDED_FILES = {**contents(["config.json", *SHARDS]), INDEX: json.dumps({"weight_map": PLACED}).encode()}
 DECODE_NAMES = selections()["decode"].file_names
 
 
@@ -62,7 +71,9 @@ DECODE_NAMES = selections()["decode"].file_names
 def hub() -> Iterator[Hub]:
     files = {(BUNDLE, name): content for name, content in BUNDLE_FILES.items()}
     files |= {(CHECKPOINT, name): content for name, content in CHECKPOINT_FILES.items()}
-    with serving(Hub({BUNDLE: BUNDLE_REVISION, CHECKPOINT: CHECKPOINT_REVISION}, files)) as running:
+    files |= {(SHARDED, name): content for name, content in SHARDED_FILES.items()}
+    revisions = {BUNDLE: BUNDLE_REVISION, CHECKPOINT: CHECKPOINT_REVISION, SHARDED: SHARDED_REVISION}
+    with serving(Hub(revisions, files)) as running:
         yield running
 
 
@@ -79,7 +90,7 @@ class Place:
 
     @property
     def snapshot(self) -> Path:
-        return self.hub_cache / "models--somebody--bundle" / "snapshots" / BUNDLE_REVISION
+        return self.hub_cache / f"models--{BUNDLE.replace('/', '--')}" / "snapshots" / BUNDLE_REVISION
 
     def environment(self, **more: str) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
@@ -119,6 +130,7 @@ def facts() -> dict[str, object]:
     return {
         "BUNDLE": pinned(BUNDLE, BUNDLE_REVISION, BUNDLE_FILES),
         "CHECKPOINT": pinned(CHECKPOINT, CHECKPOINT_REVISION, CHECKPOINT_FILES),
+        "SHARDED": pinned(SHARDED, SHARDED_REVISION, SHARDED_FILES),
     }
 
 
@@ -153,6 +165,22 @@ def test_each_selection_arrives_whole(place: Place, what: str, expected: dict[st
     assert found_in(place.root / "there") == expected
     for name, content in expected.items():
         assert f"{name}: {len(content):,} bytes, verified" in result.stderr
+
+
+@pytest.mark.parametrize(("what", "shards"), [("decode", [1, 2]), ("encode", [0, 1]), ("checkpoint", [0, 1, 2])])
+def test_only_the_shards_that_are_needed(place: Place, hub: Hub, what: str, shards: list[int]) -> None:
+    place.fetched("--model", "24k", "--what", what, "--to", "there")
+    names = ["config.json", INDEX, *(SHARDS[number] for number in shards)]
+    assert found_in(place.root / "there") == {name: SHARDED_FILES[name] for name in names}
+    assert {name for name in SHARDS if hub.asked("GET", name)} == {SHARDS[number] for number in shards}
+
+
+def test_tensors_lie_on_the_disk_once(place: Place) -> None:
+    place.fetched("--model", "24k", "--to", "there")
+    linked = {name for name in found_in(place.root / "there") if (place.root / "there" / name).stat().st_nlink > 1}
+    assert linked == set(SHARDS[1:])
+    shutil.rmtree(place.hub_cache)
+    assert found_in(place.root / "there")[SHARDS[2]] == SHARDED_FILES[SHARDS[2]]
 
 
 def test_the_metadata_comes_last(place: Place, hub: Hub) -> None:
@@ -311,6 +339,18 @@ def test_a_full_disk(place: Place, full: str) -> None:
     place.fetched("--to", "there")  # once the disk has room
 
 
+def test_what_the_disk_has_no_room_for_is_not_begun(place: Place, hub: Hub) -> None:
+    driver = DRIVER.replace("sys.exit(", "shutil.disk_usage = lambda path: Usage(900_000, 0, 899_999)\nsys.exit(")
+    driver = (
+        "import shutil\nfrom collections import namedtuple\nUsage = namedtuple('Usage', 'total used free')\n" + driver
+    )
+    wants = ["fetch", "--model", "24k", "--what", "checkpoint", "--to", "there", "--no-build"]
+    result = place.run([sys.executable, "-c", driver, json.dumps(facts()), *wants[1:]])
+    assert result.returncode == 74, result.stderr
+    assert "900,000 bytes of somebody/sharded are still to come, and 899,999 are free" in last_line(result)
+    assert not [name for name in SHARDS if hub.asked("GET", name)]
+
+
 def test_a_folder_that_cannot_be_made(place: Place) -> None:
     (place.root / "file").touch()
     result = place.fetch("--to", "file/there")
@@ -398,7 +438,10 @@ def test_selections_cover_every_pinned_file() -> None:
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
-@pytest.mark.parametrize("repository", [published.BUNDLE, published.CHECKPOINT], ids=["bundle", "checkpoint"])
+PINNED = [pinned for model in published.MODELS.values() for pinned in (model.maybe_bundle, model.checkpoint) if pinned]
+
+
+@pytest.mark.parametrize("repository", PINNED, ids=lambda pinned: str(pinned.name))
 def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRepository) -> None:
     page = (WEIGHTS / "README.md").read_text("utf-8")
     _, section = page.split(f"## {repository.repository}\n")

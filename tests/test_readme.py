@@ -70,7 +70,7 @@ def test_there_is_something_to_run() -> None:
 def test_two_commands_set_everything_up_and_ci_runs_the_second() -> None:
     hear, test = SETUP
     assert "&& .venv/bin/mossnano-stdio --weights demo" in hear
-    assert test.endswith("&& .venv/bin/pytest")
+    assert test.endswith("&& .venv/bin/pytest -n 2 --dist loadfile")
     assert test in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

@@ -446,6 +446,23 @@ def test_the_hub_keeps_its_cache_where_its_variables_say(elsewhere: Path, monkey
     assert find_weights() == in_home
 
 
+def test_models_lie_beside_each_other(elsewhere: Path) -> None:
+    put_weights(elsewhere / "cache" / "MOSS-Audio-Tokenizer-Nano-ONNX")
+    larger = put_weights(elsewhere / "cache" / "MOSS-Audio-Tokenizer")
+    assert find_weights() == find_weights("nano") == elsewhere / "cache" / "MOSS-Audio-Tokenizer-Nano-ONNX"
+    assert find_weights("24k") == larger
+    with pytest.raises(BundleError, match=r"no weights of v2 found in .*`mossnano fetch --model v2` gets them"):
+        find_weights("v2")
+    put_weights(elsewhere / "work" / "v2")
+    assert find_weights("v2") == Path("v2")  # a folder of that name was meant
+
+
+@pytest.mark.parametrize("inside", ["audio_tokenizer", "moss_audio_tokenizer", "codec"])
+def test_the_codec_inside_a_text_to_speech_model(elsewhere: Path, inside: str) -> None:
+    codec = put_weights(elsewhere / "tts" / inside)
+    assert find_weights(str(elsewhere / "tts")) == codec
+
+
 def test_nothing_found_says_where_and_how_to_get_them(elsewhere: Path) -> None:
     with pytest.raises(BundleError) as raised:
         find_weights()

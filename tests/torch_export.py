@@ -168,7 +168,7 @@ class Patch(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, weights: TransformerWeights) -> None:
         super().__init__()
-        self.input_proj, self.output_proj = _linear(weights.input_proj), _linear(weights.output_proj)
+        self.input_proj, self.output_proj = _linear(weights.maybe_input_proj), _linear(weights.maybe_output_proj)
         self.layers = nn.ModuleList(Layer(layer, weights) for layer in weights.layers)
 
     def forward(self, x: torch.Tensor, caches: Sequence[Tensors] | None) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -31,7 +31,8 @@ def _macs_of_tokens(decoder: DecoderWeights) -> Iterator[tuple[int, int]]:
     """For the dequantizer and each transformer: its tokens in a frame, the MACs of one token."""
     yield 1, decoder.dequantizer.out_proj_w.size + decoder.dequantizer.output_proj_w.size
     for _, module in transformers(decoder.modules):
-        matrices = [module.input_proj, module.output_proj]
+        maybe_matrices = [module.maybe_input_proj, module.maybe_output_proj]
+        matrices = [matrix for matrix in maybe_matrices if matrix is not None]
         for layer in module.layers:
             matrices += [layer.in_proj, layer.out_proj, layer.ffn_up, layer.ffn_down]
         attention = 2 * module.context * module.model * len(module.layers)  # scores and sums over the whole context

@@ -38,13 +38,13 @@ from mossnano_stdio.build.trial import try_decoder, try_encoder
 from mossnano_stdio.errors import BundleError, OutputError
 from mossnano_stdio.files import cannot_write, open_named, told_as
 from mossnano_stdio.weights import (
-    CHECKPOINT_NAME,
     DECODE_DATA,
     DECODE_FULL_FILE,
     DECODE_STEP_FILE,
     ENCODE_DATA,
     ENCODE_FILE,
     METADATA_NAME,
+    MODELS,
     OFFICIAL_FILES,
     SIDECAR_NAME,
     Bundle,
@@ -122,17 +122,24 @@ def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_na
             _try(built, built)
 
 
-def build_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
+def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", trial: bool = True) -> None:
     """Write a checkpoint of random weights into `folder`/checkpoint, and build the bundle from it into `folder`."""
     with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
-        save_standin(stage, SIZES[size], seed)
+        save_standin(stage, SIZES[model][size], seed)
         save_bundle(
             folder,
             load_checkpoint(stage),
-            name=f"{size} stand-in, seed {seed}",
-            checkpoint_name=CHECKPOINT_NAME,
+            name=f"{_called(model, size)} stand-in, seed {seed}",
+            checkpoint_name=MODELS[model].checkpoint.name,
             trial=trial,
         )
+
+
+def _called(model: str, size: str) -> str:
+    """Nano and tiny, which were there first, are called by one word."""
+    if model == "nano":
+        return model if size == "true" else size
+    return f"{model} {size}"
 
 
 @contextmanager

@@ -6,17 +6,19 @@ Rules of this room:
   BundleError that names the key, the value and what is allowed. Keys that only matter in training are not read.
 - Every tensor that the config calls for must be there, in its shape, finite and float32, and no other tensor may be
   there. Anything else is a BundleError that names the tensor.
+- The tensors of a layer are read when that layer is asked for, and each time anew: the largest checkpoints have more of
+  them than many a machine has memory. That they are there, and in which shape, is checked before.
 - `save_checkpoint` writes what `load_checkpoint` reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -42,7 +44,9 @@ from mossnano_stdio.tokens import CodecFormat
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-SHARD_NAME = "model-00001-of-00001.safetensors"
+SHARD_BYTES = 1 << 30  # of tensors in one file that is written here
+
+Sides = Literal["decode", "encode", "all"]
 
 QUANTIZERS_OF_THIS_MAKE = ("rlfq", "random_prefix_rlfq")  # residual, each codebook searched by angle
 TRANSFORMERS_OF_THIS_MAKE = {
@@ -51,6 +55,25 @@ TRANSFORMERS_OF_THIS_MAKE = {
     "norm": ("layer_norm",),
     "positional_embedding": ("rope",),
 }
+
+
+class Layout(NamedTuple):
+    """How a checkpoint calls the tensors of a layer. All of its layers have one layout."""
+
+    in_proj: str
+    out_proj: str
+    ffn_up: str
+    ffn_down: str
+    leaves_out_equal: bool  # has a transformer no input_proj, or output_proj, where the widths on both sides are equal?
+
+
+NEWER = Layout(
+    "self_attn.in_proj.weight", "self_attn.out_proj.weight", "ffn.0.weight", "ffn.2.weight", leaves_out_equal=False
+)
+OLDER = Layout(
+    "self_attn.in_projs.0.weight", "self_attn.out_projs.0.weight", "linear1.weight", "linear2.weight",
+    leaves_out_equal=True,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +108,8 @@ class CodecConfig:
     encoder: tuple[ModuleConfig, ...]
 
 
-def load_checkpoint(folder: Path) -> CodecWeights:
-    """Read the weights of the decoder and the encoder from a checkpoint's folder."""
+def load_checkpoint(folder: Path, sides: Sides = "all") -> CodecWeights:
+    """The weights of the decoder, the encoder, or both, in a checkpoint's folder."""
     path = folder / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -95,25 +118,53 @@ def load_checkpoint(folder: Path) -> CodecWeights:
     except ValueError as error:
         raise BundleError(f"{path}: not JSON ({error})") from error
     config = parse_config(raw, where=str(path))
-    with ExitStack() as files:
-        tensors = _Tensors(folder, files)
-        weights = CodecWeights(_decoder(config, tensors), _encoder(config, tensors))
-        tensors.refuse_leftovers()
+    tensors = _Tensors(folder, unneeded={"decode": "encoder.", "encode": "decoder.", "all": None}[sides])
+    weights = CodecWeights(
+        None if sides == "encode" else _decoder(config, tensors),
+        None if sides == "decode" else _encoder(config, tensors),
+    )
+    tensors.refuse_leftovers()
     return weights
 
 
-def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
-    """Write config.json, one shard and its index, as the published checkpoint has them."""
+def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Array]]) -> None:
+    """Write config.json, shards and their index, as the published checkpoints have them."""
     folder.mkdir(parents=True, exist_ok=True)
+    numbers: dict[str, int] = {}  # of the shard that each tensor lies in
+    total_bytes = 0
+    for number, shard in enumerate(_shards(tensors), start=1):
+        numbers |= dict.fromkeys(shard, number)
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        with open_named(folder / shard_name(number, 0)) as file:
+            file.write(save(shard, metadata={"format": "pt"}))
+    count = max(numbers.values())
+    for number in range(1, count + 1):  # now that it is known of how many
+        (folder / shard_name(number, 0)).replace(folder / shard_name(number, count))
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": dict.fromkeys(sorted(tensors), SHARD_NAME),
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {name: shard_name(numbers[name], count) for name in sorted(numbers)},
     }
-    with open_named(folder / SHARD_NAME) as file:
-        file.write(save(dict(tensors), metadata={"format": "pt"}))
     for name, document in ((INDEX_NAME, index), (CONFIG_NAME, config)):
         with open_named(folder / name) as file:
             file.write(json.dumps(document, indent=2).encode() + b"\n")
+
+
+def shard_name(number: int, count: int) -> str:
+    """
+    >>> shard_name(1, 2)
+    'model-00001-of-00002.safetensors'
+    """
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def _shards(tensors: Iterable[tuple[str, Array]]) -> Iterator[dict[str, Array]]:
+    shard: dict[str, Array] = {}
+    for name, tensor in tensors:
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
 
 
 def parse_config(raw: object, where: str = "config.json") -> CodecConfig:
@@ -129,7 +180,7 @@ def parse_config(raw: object, where: str = "config.json") -> CodecConfig:
         raise BundleError(f"{top.where}: sampling_rate and sample_rate differ: {sorted(rates)}")
     codec = CodecFormat(
         sample_rate=rates.pop(),
-        channels=top.count("number_channels"),
+        channels=_channels(top),
         frame_samples=top.count("downsample_rate"),
         quantizers=quantizer.count("num_quantizers"),
         codebook_size=quantizer.count("codebook_size"),
@@ -146,9 +197,29 @@ def parse_config(raw: object, where: str = "config.json") -> CodecConfig:
             rvq=quantizer.count("rvq_dim"),
             codebook_dim=quantizer.count("codebook_dim"),
         ),
-        decoder=_module_configs(top, "decoder", codec),
-        encoder=_module_configs(top, "encoder", codec),
+        decoder=_module_configs(top, "decoder", _sections_of_decoder(top), codec),
+        encoder=_module_configs(top, "encoder", top.sections("encoder_kwargs"), codec),
     )
+
+
+def _channels(top: _Section) -> int:
+    """The first member says nothing about channels: it has one. The number has had two names since."""
+    for key in ("number_channels", "channels_numbers"):
+        if key in top.values:
+            return top.count(key)
+    return 1
+
+
+def _sections_of_decoder(top: _Section) -> list[_Section]:
+    """First to last. Old files list the decoder as the encoder that it undoes: from its end, ins and outs exchanged."""
+    backwards = "reversed_decoder_kwargs"
+    if backwards not in top.values or "decoder_kwargs" in top.values:
+        return top.sections("decoder_kwargs")
+    exchanged = {"input_dimension": "output_dimension", "output_dimension": "input_dimension"}
+    return [
+        _Section({exchanged.get(key, key): value for key, value in section.values.items()}, section.where)
+        for section in reversed(top.sections(backwards))
+    ]
 
 
 class _Section:
@@ -193,11 +264,14 @@ class _Section:
             raise BundleError(f"{self.where}: {key} is {value!r}; graphs can be built for {known} only")
 
 
-def _module_configs(top: _Section, side: str, codec: CodecFormat) -> tuple[ModuleConfig, ...]:
+def _module_configs(top: _Section, side: str, sections: list[_Section], codec: CodecFormat) -> tuple[ModuleConfig, ...]:
     tokens = 1 if side == "decoder" else frame_values(codec)
     modules: list[ModuleConfig] = []
-    for section in top.sections(f"{side}_kwargs"):
-        module = _module_config(section, tokens, codec)
+    # Without a context of its own any transformer has the common one. Where none has its own, it is the first member,
+    # which rounds down.
+    round_tokens = round if any("context_duration" in section.values for section in sections) else int
+    for section in sections:
+        module = _module_config(section, top, tokens, codec, round_tokens)
         modules.append(module)
         if isinstance(module, PatchStep):
             if side == "decoder":
@@ -209,7 +283,9 @@ def _module_configs(top: _Section, side: str, codec: CodecFormat) -> tuple[Modul
     return tuple(modules)
 
 
-def _module_config(section: _Section, tokens_per_frame: int, codec: CodecFormat) -> ModuleConfig:
+def _module_config(
+    section: _Section, top: _Section, tokens_per_frame: int, codec: CodecFormat, rounded: Callable[[float], int]
+) -> ModuleConfig:
     section.one_of("module_type", ("PatchedPretransform", "Transformer"))
     if section.get("module_type") == "PatchedPretransform":
         return PatchStep(section.count("patch_size"))
@@ -222,7 +298,7 @@ def _module_config(section: _Section, tokens_per_frame: int, codec: CodecFormat)
         outputs=section.count("output_dimension"),
         layers=section.count("num_layers"),
         heads=section.count("num_heads"),
-        context=round(section.positive("context_duration") * tokens_per_frame * codec.frames_per_second),
+        context=rounded(codec.frames_per_second * tokens_per_frame * _context_seconds(section, top)),
         tokens_per_frame=tokens_per_frame,
         max_period=section.positive("max_period"),
     )
@@ -233,6 +309,13 @@ def _module_config(section: _Section, tokens_per_frame: int, codec: CodecFormat)
     if transformer.context < 1:
         raise BundleError(f"{section.where}: context_duration is less than one token")
     return transformer
+
+
+def _context_seconds(section: _Section, top: _Section) -> float:
+    own, of_all = "context_duration", "causal_transformer_context_duration"
+    if own in section.values or of_all not in top.values:
+        return section.positive(own)
+    return top.positive(of_all)
 
 
 def _decoder(config: CodecConfig, tensors: _Tensors) -> DecoderWeights:
@@ -275,10 +358,16 @@ def _modules(side: str, configs: tuple[ModuleConfig, ...], tensors: _Tensors) ->
 
 
 def _transformer(prefix: str, config: TransformerConfig, tensors: _Tensors) -> TransformerWeights:
+    def maybe_projection(name: str, outputs: int, inputs: int) -> Array | None:
+        if tensors.layout.leaves_out_equal and outputs == inputs:
+            return None
+        return tensors.take(f"{prefix}.{name}.weight", outputs, inputs)
+
     return TransformerWeights(
-        input_proj=tensors.take(f"{prefix}.input_proj.weight", config.model, config.inputs),
-        layers=tuple(_layer(f"{prefix}.transformer.layers.{layer}", config, tensors) for layer in range(config.layers)),
-        output_proj=tensors.take(f"{prefix}.output_proj.weight", config.outputs, config.model),
+        maybe_input_proj=maybe_projection("input_proj", config.model, config.inputs),
+        layers=_Layers(f"{prefix}.transformer.layers", config, tensors),
+        maybe_output_proj=maybe_projection("output_proj", config.outputs, config.model),
+        model=config.model,
         heads=config.heads,
         context=config.context,
         tokens_per_frame=config.tokens_per_frame,
@@ -286,52 +375,101 @@ def _transformer(prefix: str, config: TransformerConfig, tensors: _Tensors) -> T
     )
 
 
-def _layer(prefix: str, config: TransformerConfig, tensors: _Tensors) -> LayerWeights:
-    model, hidden = config.model, config.hidden
-    return LayerWeights(
-        norm1_w=tensors.take(f"{prefix}.norm1.weight", model),
-        norm1_b=tensors.take(f"{prefix}.norm1.bias", model),
-        in_proj=tensors.take(f"{prefix}.self_attn.in_proj.weight", 3 * model, model),
-        out_proj=tensors.take(f"{prefix}.self_attn.out_proj.weight", model, model),
-        scale1=tensors.take(f"{prefix}.layer_scale_1.scale", model),
-        norm2_w=tensors.take(f"{prefix}.norm2.weight", model),
-        norm2_b=tensors.take(f"{prefix}.norm2.bias", model),
-        ffn_up=tensors.take(f"{prefix}.ffn.0.weight", hidden, model),
-        ffn_down=tensors.take(f"{prefix}.ffn.2.weight", model, hidden),
-        scale2=tensors.take(f"{prefix}.layer_scale_2.scale", model),
-    )
+class _Layers(Sequence[LayerWeights]):
+    """The layers of a transformer, each read when it is asked for."""
+
+    def __init__(self, prefix: str, config: TransformerConfig, tensors: _Tensors) -> None:
+        model, hidden, layout = config.model, config.hidden, tensors.layout
+        self._prefix = prefix
+        self._count = config.layers
+        self._tensors = tensors
+        self._names = {
+            "norm1_w": "norm1.weight",
+            "norm1_b": "norm1.bias",
+            "in_proj": layout.in_proj,
+            "out_proj": layout.out_proj,
+            "scale1": "layer_scale_1.scale",
+            "norm2_w": "norm2.weight",
+            "norm2_b": "norm2.bias",
+            "ffn_up": layout.ffn_up,
+            "ffn_down": layout.ffn_down,
+            "scale2": "layer_scale_2.scale",
+        }
+        matrices = {
+            "in_proj": (3 * model, model),
+            "out_proj": (model, model),
+            "ffn_up": (hidden, model),
+            "ffn_down": (model, hidden),
+        }
+        for number in range(self._count):
+            for field, name in self._names.items():
+                tensors.expect(f"{prefix}.{number}.{name}", *matrices.get(field, (model,)))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerWeights]: ...
+    def __getitem__(self, index: int | slice) -> LayerWeights | Sequence[LayerWeights]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(self._count)[index]]
+        number = range(self._count)[index]
+        read = self._tensors.read
+        return LayerWeights(**{field: read(f"{self._prefix}.{number}.{name}") for field, name in self._names.items()})
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class _Tensors:
-    """The tensors of one or many safetensors files, each asked for by name and shape."""
+    """The tensors of one or many safetensors files, each asked for by name and shape.
 
-    def __init__(self, folder: Path, opened: ExitStack) -> None:
+    Those whose names begin with `unneeded` are left alone, and so are shards that hold no others: they may be missing.
+    """
+
+    def __init__(self, folder: Path, unneeded: str | None) -> None:
         self._folder = folder
-        self._opened = opened
-        self._files: dict[Path, Any] = {}
-        self._holders = self._open()
-        self._taken: set[str] = set()
+        self._unneeded = unneeded
+        self._places = self._find()
+        self._expected: set[str] = set()
+        is_older = any(f".{OLDER.in_proj}" in name for name in self._places)
+        self.layout = OLDER if is_older else NEWER
 
-    def take(self, name: str, *shape: int) -> Array:
-        """Read one tensor as it lies in the file. It may be read more than once."""
-        if name not in self._holders:
+    def expect(self, name: str, *shape: int) -> None:
+        """Is it there, in this shape?"""
+        if name not in self._places:
             raise BundleError(f"{self._folder}: the tensor {name} {list(shape)} is missing")
-        path = self._holders[name]
-        entry = self._files[path].get_slice(name)
-        if tuple(entry.get_shape()) != shape:
-            raise BundleError(f"{path}: {name} has shape {entry.get_shape()}, the config calls for {list(shape)}")
-        if entry.get_dtype() != "F32":
-            raise BundleError(f"{path}: {name} is {entry.get_dtype()}; F32 is needed")
-        tensor: Array = self._files[path].get_tensor(name)
+        place = self._places[name]
+        if place.shape != shape:
+            raise BundleError(f"{place.path}: {name} has shape {list(place.shape)}, the config calls for {list(shape)}")
+        if place.dtype != "F32":
+            raise BundleError(f"{place.path}: {name} is {place.dtype}; F32 is needed")
+        self._expected.add(name)
+
+    def read(self, name: str) -> Array:
+        """One tensor as it lies in the file. It may be read more than once."""
+        path = self._places[name].path
+        with _opened(path) as file:  # each time anew: what is mapped of a file counts as our memory until it is closed
+            tensor: Array = file.get_tensor(name)
         if not np.isfinite(tensor).all():
             raise BundleError(f"{path}: {name} holds NaN or infinity")
-        self._taken.add(name)
         return tensor
+
+    def take(self, name: str, *shape: int) -> Array:
+        self.expect(name, *shape)
+        return self.read(name)
 
     def projection(self, prefix: str, outputs: int, inputs: int) -> tuple[Array, Array]:
         """Weight [outputs, inputs] and bias of a 1x1 convolution, its weight norm folded."""
         names = [f"{prefix}.parametrizations.weight.original{half}" for half in (0, 1)]
-        missing = [name for name in names if name not in self._holders]
+        missing = [name for name in names if name not in self._places]
         if len(missing) == 1:
             (found,) = set(names) - set(missing)
             raise BundleError(f"{self._folder}: {found} is half of a weight-norm pair; {missing[0]} is missing")
@@ -339,43 +477,55 @@ class _Tensors:
         direction = self.take(names[1], outputs, inputs, 1)[:, :, 0].astype(np.float64)
         norms = np.linalg.norm(direction, axis=1, keepdims=True)
         if not norms.all():
-            raise BundleError(f"{self._holders[names[1]]}: {names[1]} has a row of zeros, which has no direction")
+            raise BundleError(f"{self._places[names[1]].path}: {names[1]} has a row of zeros, which has no direction")
         return (length * direction / norms).astype(np.float32), self.take(f"{prefix}.bias", outputs)
 
     def refuse_leftovers(self) -> None:
-        leftovers = sorted(set(self._holders) - self._taken)
+        leftovers = sorted(name for name in set(self._places) - self._expected if not self._is_unneeded(name))
         if leftovers:
             more = f" and {len(leftovers) - 1} more" if len(leftovers) > 1 else ""
-            raise BundleError(f"{self._holders[leftovers[0]]}: unexpected tensor {leftovers[0]}{more}")
+            raise BundleError(f"{self._places[leftovers[0]].path}: unexpected tensor {leftovers[0]}{more}")
 
-    def _open(self) -> dict[str, Path]:
+    def _is_unneeded(self, name: str) -> bool:
+        return self._unneeded is not None and name.startswith(self._unneeded)
+
+    def _find(self) -> dict[str, _Place]:
         if (self._folder / SINGLE_NAME).exists():
-            path = self._folder / SINGLE_NAME
-            return dict.fromkeys(self._open_file(path), path)
+            return _places_in(self._folder / SINGLE_NAME)
         if (self._folder / INDEX_NAME).exists():
-            return self._open_shards(self._folder / INDEX_NAME)
+            return self._find_in_shards(self._folder / INDEX_NAME)
         raise BundleError(f"{self._folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
 
-    def _open_shards(self, index_path: Path) -> dict[str, Path]:
-        holders: dict[str, Path] = {}
+    def _find_in_shards(self, index_path: Path) -> dict[str, _Place]:
+        places: dict[str, _Place] = {}
         weight_map = _weight_map(index_path)
-        for shard in sorted(set(weight_map.values())):
+        needed = {name: shard for name, shard in weight_map.items() if not self._is_unneeded(name)}
+        for shard in sorted(set(needed.values())):
             path = self._folder / shard
-            for name in self._open_file(path):
+            for name, place in _places_in(path).items():
                 if weight_map.get(name) != shard:
                     raise BundleError(f"{path}: holds {name}, which {index_path.name} does not place there")
-                holders[name] = path
-        for name, shard in weight_map.items():
-            if name not in holders:
+                places[name] = place
+        for name, shard in needed.items():
+            if name not in places:
                 raise BundleError(f"{self._folder / shard}: {name} is missing, which {index_path.name} places there")
-        return holders
+        return places
 
-    def _open_file(self, path: Path) -> list[str]:
-        try:
-            self._files[path] = self._opened.enter_context(safe_open(path, framework="numpy"))
-            return list(self._files[path].keys())
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{path}: cannot be read as safetensors: {error}") from error
+
+def _places_in(path: Path) -> dict[str, _Place]:
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: _Place(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: cannot be read as safetensors: {error}") from error
+    with opened as file:
+        yield file
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ from mossnano_stdio.build.model import (
     TransformerWeights,
     transformers,
 )
-from mossnano_stdio.build.transformers import Exact, Stack, linear, stack_facts
+from mossnano_stdio.build.transformers import Exact, Stack, linear, output_matrix, stack_facts
 from mossnano_stdio.weights import GraphSpec
 
 FAST_FILE = "mossnano_fast.onnx"
@@ -91,14 +91,16 @@ def _joints(decoder: DecoderWeights) -> Iterator[_Joint]:
         maybe_bias = None if maybe_bias is None else _carried(maybe_bias, module)
         if isinstance(module, TransformerWeights):
             yield _Joint(basis.reshape(len(basis), -1).T, None if maybe_bias is None else maybe_bias.reshape(-1))
-            basis, maybe_bias = module.output_proj.T.astype(np.float64)[:, np.newaxis], None
+            basis, maybe_bias = output_matrix(module).T[:, np.newaxis], None
     yield _Joint(basis.reshape(len(basis), -1).T, None)
 
 
 def _carried(basis: Exact, module: Module) -> Exact:
     """What vectors become, [vectors, tokens, features], in a patch or in a transformer's input_proj."""
     if isinstance(module, TransformerWeights):
-        projected: Exact = basis @ module.input_proj.T.astype(np.float64)
+        if module.maybe_input_proj is None:
+            return basis
+        projected: Exact = basis @ module.maybe_input_proj.T.astype(np.float64)
         return projected
     vectors, tokens, features = basis.shape
     width = features // module.patch

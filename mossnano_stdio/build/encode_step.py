@@ -32,7 +32,7 @@ from mossnano_stdio.build.model import (
     QuantizerWeights,
     transformers,
 )
-from mossnano_stdio.build.transformers import Exact, Stack, linear, stack_facts
+from mossnano_stdio.build.transformers import Exact, Stack, linear, output_matrix, stack_facts
 from mossnano_stdio.weights import GraphSpec
 
 ENCODE_STEP_FILE = "mossnano_encode_step.onnx"
@@ -75,8 +75,8 @@ def _joints(encoder: EncoderWeights) -> Iterator[Exact]:
                 apart[:, token, token] = basis
             basis = apart.reshape(features * module.patch, module.patch * inputs)
         else:
-            yield module.input_proj @ basis
-            basis = module.output_proj.astype(np.float64)
+            yield basis if module.maybe_input_proj is None else module.maybe_input_proj @ basis
+            basis = output_matrix(module)
     yield encoder.quantizer.input_proj_w @ basis
 
 

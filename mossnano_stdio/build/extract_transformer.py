@@ -62,9 +62,10 @@ def extract_transformer(graph: TracedGraph, output_proj: Linear) -> tuple[Transf
         raise graph.wrong(output_proj.site, f"the layers before it attend differently: {sorted(attentions)}")
     heads, context, max_period = attentions.pop()
     weights = TransformerWeights(
-        input_proj=shaped(graph, input_proj.site, input_proj.matrix, layers[0].in_proj.shape[1], None),
+        maybe_input_proj=shaped(graph, input_proj.site, input_proj.matrix, layers[0].in_proj.shape[1], None),
         layers=tuple(layers),
-        output_proj=shaped(graph, output_proj.site, output_proj.matrix, None, layers[0].in_proj.shape[1]),
+        maybe_output_proj=shaped(graph, output_proj.site, output_proj.matrix, None, layers[0].in_proj.shape[1]),
+        model=layers[0].in_proj.shape[1],
         heads=heads,
         context=context,
         tokens_per_frame=0,

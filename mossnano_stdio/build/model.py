@@ -51,25 +51,22 @@ class LayerWeights:
 
 @dataclass(frozen=True, eq=False)
 class TransformerWeights:
-    input_proj: Array  # [model, in]
-    layers: tuple[LayerWeights, ...]
-    output_proj: Array  # [out, model]
+    maybe_input_proj: Array | None  # [model, in]; None: what comes in goes on as it is
+    layers: Sequence[LayerWeights]  # which may be read one by one, when they are asked for
+    maybe_output_proj: Array | None  # [out, model]
+    model: int
     heads: int
     context: int  # a query sees the keys of this many tokens, its own included
     tokens_per_frame: int
     max_period: float  # of RoPE, interleaved pairs
 
     @property
-    def model(self) -> int:
-        return int(self.input_proj.shape[0])
-
-    @property
     def inputs(self) -> int:
-        return int(self.input_proj.shape[1])
+        return self.model if self.maybe_input_proj is None else int(self.maybe_input_proj.shape[1])
 
     @property
     def outputs(self) -> int:
-        return int(self.output_proj.shape[0])
+        return self.model if self.maybe_output_proj is None else int(self.maybe_output_proj.shape[0])
 
     @property
     def head_dim(self) -> int:
@@ -155,14 +152,22 @@ class EncoderWeights:
 
 @dataclass(frozen=True, eq=False)
 class CodecWeights:
-    """All that a checkpoint holds, or that could be taken out of a bundle."""
+    """What was read of a checkpoint, or could be taken out of a bundle: at least one of both."""
 
-    decoder: DecoderWeights
+    maybe_decoder: DecoderWeights | None
     maybe_encoder: EncoderWeights | None
 
     @property
+    def decoder(self) -> DecoderWeights:
+        """For whoever has asked for it."""
+        assert self.maybe_decoder is not None
+        return self.maybe_decoder
+
+    @property
     def format(self) -> CodecFormat:
-        return self.decoder.format
+        side = self.maybe_decoder or self.maybe_encoder
+        assert side is not None
+        return side.format
 
 
 def frame_values(codec: CodecFormat) -> int:

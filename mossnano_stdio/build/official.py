@@ -173,11 +173,13 @@ def _run(
         with graph.scope(name):
             if isinstance(module, TransformerWeights):
                 attention = attention_of(graph, x, index, module)
-                x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.input_proj)
+                if module.maybe_input_proj is not None:
+                    x = blocks.linear(graph, x, f"{name}.input_proj.weight", module.maybe_input_proj)
                 for number, layer in enumerate(module.layers):
                     with graph.scope(f"layers.{number}"):
                         x = _layer(graph, x, f"{name}.transformer.layers.{number}", layer, attention)
-                x = blocks.linear(graph, x, f"{name}.output_proj.weight", module.output_proj)
+                if module.maybe_output_proj is not None:
+                    x = blocks.linear(graph, x, f"{name}.output_proj.weight", module.maybe_output_proj)
                 features = module.outputs
             elif side == "decoder":
                 x = blocks.patch_up(graph, x, module, features)

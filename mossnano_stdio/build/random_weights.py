@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mossnano_stdio.build.checkpoint import save_checkpoint
+from mossnano_stdio.build.checkpoint import NEWER, OLDER, Layout, save_checkpoint
 from mossnano_stdio.build.model import Array
 
 QUERY_KEY_GAIN = 1.4  # scores with a deviation of 2: some thirty of 1,600 keys share most of the weight
@@ -29,34 +29,73 @@ INPUT_GAIN = 6.0  # of the encoder's first projection: recordings of 0.15 RMS be
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One transformer."""
+
+    layers: int
+    model: int
+    hidden: int
+    heads: int
+    context_seconds: float
+
+
+@dataclass(frozen=True)
 class Size:
     """The dimensions of a codec's decoder. Its encoder has the same modules in the opposite order."""
 
     features: int
-    model: int
-    hidden: int
-    heads: int
     rvq: int
-    layers: tuple[int, ...]
-    context_seconds: tuple[float, ...]
-    patches: tuple[int, ...]  # one more than transformers
+    stages: tuple[Stage, ...]
+    patches: tuple[int, ...]  # one before each stage (1: there is none) and one behind the last
     sample_rate: int = 48_000
     channels: int = 2
     frame_samples: int = 3_840
     quantizers: int = 16
     codebook_size: int = 1_024
     codebook_dim: int = 8
+    older: bool = False  # the first layout of checkpoints: other names, projections left out where widths are equal
 
 
-SIZES = {
-    "nano": Size(768, 256, 1024, 4, 512, (4, 2, 2, 4), (10, 8, 6, 4), (4, 2, 2, 2, 240)),
-    "tiny": Size(64, 32, 64, 4, 32, (2, 1, 1, 2), (0.8, 0.64, 0.48, 0.32), (4, 2, 2, 2, 240)),
-}
+NANO_PATCHES, PATCHES_24K, V2_PATCHES = (4, 2, 2, 2, 240), (1, 2, 2, 2, 240), (1, 2, 2, 2, 2, 2, 240)
+
+SIZES = {  # model -> size
+    "nano": {
+        "true": Size(
+            768, 512, tuple(Stage(layers, 256, 1024, 4, s) for layers, s in ((4, 10), (2, 8), (2, 6), (4, 4))),
+            NANO_PATCHES,
+        ),
+        "tiny": Size(
+            64, 32, tuple(Stage(layers, 32, 64, 4, s) for layers, s in ((2, 0.8), (1, 0.64), (1, 0.48), (2, 0.32))),
+            NANO_PATCHES,
+        ),
+    },
+    "24k": {
+        "true": Size(
+            768, 512, (Stage(32, 1280, 5120, 20, 10), *[Stage(12, 768, 3072, 12, 10)] * 3), PATCHES_24K,
+            sample_rate=24_000, channels=1, frame_samples=1_920, quantizers=32, older=True,
+        ),
+        "tiny": Size(
+            48, 32, (Stage(2, 80, 320, 5, 0.64), *[Stage(1, 48, 192, 3, 0.64)] * 3), PATCHES_24K,
+            sample_rate=24_000, channels=1, frame_samples=1_920, quantizers=32, older=True,
+        ),
+    },
+    "v2": {
+        "true": Size(
+            768, 512, (Stage(32, 1280, 5120, 20, 10), *(Stage(12, 768, 3072, 12, s) for s in (10, 8, 4, 2, 1))),
+            V2_PATCHES, quantizers=32,
+        ),
+        "tiny": Size(
+            48, 32,
+            (Stage(1, 80, 320, 5, 0.8), *(Stage(1, 48, 192, 3, s) for s in (0.8, 0.64, 0.32, 0.16, 0.08))),
+            V2_PATCHES, quantizers=32,
+        ),
+    },
+}  # fmt: skip
 
 
 def save_standin(folder: Path, size: Size, seed: int) -> None:
     """Write the checkpoint of a stand-in into `folder`."""
-    save_checkpoint(folder, config(size), dict(_tensors(size, np.random.default_rng(seed))))
+    save_checkpoint(folder, config(size), _tensors(size, np.random.default_rng(seed)))
 
 
 def config(size: Size) -> dict[str, Any]:
@@ -68,13 +107,25 @@ def config(size: Size) -> dict[str, Any]:
         else module
         for module in reversed(decoder)
     ]
+    numbers: dict[str, Any]
+    if size.older:
+        (seconds,) = {stage.context_seconds for stage in size.stages}
+        numbers = {
+            "sample_rate": size.sample_rate,
+            "downsample_rate": size.frame_samples,
+            "causal_transformer_context_duration": seconds,
+        }
+    else:
+        numbers = {
+            "sampling_rate": size.sample_rate,
+            "downsample_rate": size.frame_samples,
+            "number_channels": size.channels,
+            "enable_channel_interleave": True,
+        }
     return {
         "architectures": ["MossAudioTokenizerModel"],
         "model_type": "moss-audio-tokenizer",
-        "sampling_rate": size.sample_rate,
-        "downsample_rate": size.frame_samples,
-        "number_channels": size.channels,
-        "enable_channel_interleave": True,
+        **numbers,
         "dtype": "float32",
         "encoder_kwargs": encoder,
         "decoder_kwargs": decoder,
@@ -92,33 +143,40 @@ def config(size: Size) -> dict[str, Any]:
 
 
 def _decoder_modules(size: Size) -> list[dict[str, Any]]:
-    modules: list[dict[str, Any]] = [{"module_type": "PatchedPretransform", "patch_size": size.patches[0]}]
-    features = size.features // size.patches[0]
-    last = len(size.layers) - 1
-    for number, (layers, seconds, patch) in enumerate(
-        zip(size.layers, size.context_seconds, size.patches[1:], strict=True)
-    ):
-        outputs = patch if number == last else size.features
-        modules.append(
-            {
-                "module_type": "Transformer",
-                "input_dimension": features,
-                "output_dimension": outputs,
-                "d_model": size.model,
-                "dim_feedforward": size.hidden,
-                "num_heads": size.heads,
-                "num_layers": layers,
-                "context_duration": seconds,
-                "causal": True,
-                "gating": "none",
-                "norm": "layer_norm",
-                "positional_embedding": "rope",
-                "max_period": 10_000,
-            }
-        )
-        modules.append({"module_type": "PatchedPretransform", "patch_size": patch})
-        features = outputs // patch
-    return modules
+    modules: list[dict[str, Any]] = []
+    *before, last = size.patches
+    features = size.features
+    for number, (patch, stage) in enumerate(zip(before, size.stages, strict=True), start=1):
+        if patch > 1:
+            modules.append({"module_type": "PatchedPretransform", "patch_size": patch})
+        # What follows splits each feature vector into tokens. Between two stages the widths are as published: as wide
+        # as the codec in nano, as wide as the stage in the larger models.
+        if number == len(size.stages):
+            outputs = last
+        elif before[0] > 1:
+            outputs = size.features
+        else:
+            outputs = stage.model
+        module = {
+            "module_type": "Transformer",
+            "input_dimension": features // patch,
+            "output_dimension": outputs,
+            "d_model": stage.model,
+            "dim_feedforward": stage.hidden,
+            "num_heads": stage.heads,
+            "num_layers": stage.layers,
+            "context_duration": stage.context_seconds,
+            "causal": True,
+            "gating": "none",
+            "norm": "layer_norm",
+            "positional_embedding": "rope",
+            "max_period": 10_000,
+        }
+        if size.older:
+            del module["context_duration"]
+        modules.append(module)
+        features = outputs
+    return [*modules, {"module_type": "PatchedPretransform", "patch_size": last}]
 
 
 def _tensors(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:
@@ -128,28 +186,32 @@ def _tensors(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Arr
         for index, module in enumerate(modules):
             if module["module_type"] == "Transformer":
                 gains = {"encoder1": (INPUT_GAIN, 1.0), f"decoder{len(modules) - 2}": (1.0, OUTPUT_LEVEL)}
-                yield from _transformer(f"{side}.{index}", module, gains.get(f"{side}{index}", (1.0, 1.0)), random)
+                own = gains.get(f"{side}{index}", (1.0, 1.0))
+                yield from _transformer(f"{side}.{index}", module, own, OLDER if size.older else NEWER, random)
     yield from _quantizer(size, random)
 
 
 def _transformer(
-    prefix: str, module: dict[str, Any], gains: tuple[float, float], random: np.random.Generator
+    prefix: str, module: dict[str, Any], gains: tuple[float, float], names: Layout, random: np.random.Generator
 ) -> Iterator[tuple[str, Array]]:
     model, hidden = module["d_model"], module["dim_feedforward"]
-    yield f"{prefix}.input_proj.weight", _matrix(model, module["input_dimension"], random) * np.float32(gains[0])
+    inputs, outputs = module["input_dimension"], module["output_dimension"]
+    if not (names.leaves_out_equal and inputs == model):
+        yield f"{prefix}.input_proj.weight", _matrix(model, inputs, random) * np.float32(gains[0])
     for number in range(module["num_layers"]):
         layer = f"{prefix}.transformer.layers.{number}"
         in_proj = _matrix(3 * model, model, random)
         in_proj[: 2 * model] *= np.float32(QUERY_KEY_GAIN)
-        yield f"{layer}.self_attn.in_proj.weight", in_proj
-        yield f"{layer}.self_attn.out_proj.weight", _matrix(model, model, random)
-        yield f"{layer}.ffn.0.weight", _matrix(hidden, model, random)
-        yield f"{layer}.ffn.2.weight", _matrix(model, hidden, random)
+        yield f"{layer}.{names.in_proj}", in_proj
+        yield f"{layer}.{names.out_proj}", _matrix(model, model, random)
+        yield f"{layer}.{names.ffn_up}", _matrix(hidden, model, random)
+        yield f"{layer}.{names.ffn_down}", _matrix(model, hidden, random)
         for part in ("1", "2"):
             yield f"{layer}.norm{part}.weight", _around(1.0, 0.1, (model,), random)
             yield f"{layer}.norm{part}.bias", _around(0.0, 0.05, (model,), random)
             yield f"{layer}.layer_scale_{part}.scale", _around(LAYER_SCALE, 0.2 * LAYER_SCALE, (model,), random)
-    yield f"{prefix}.output_proj.weight", _matrix(module["output_dimension"], model, random) * np.float32(gains[1])
+    if not (names.leaves_out_equal and outputs == model):
+        yield f"{prefix}.output_proj.weight", _matrix(outputs, model, random) * np.float32(gains[1])
 
 
 def _quantizer(size: Size, random: np.random.Generator) -> Iterator[tuple[str, Array]]:

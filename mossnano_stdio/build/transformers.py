@@ -90,6 +90,13 @@ def stack_facts(modules: Sequence[Module]) -> dict[str, Any]:
     }
 
 
+def output_matrix(module: TransformerWeights) -> Exact:
+    """What is multiplied with the tokens behind the last layer."""
+    if module.maybe_output_proj is None:
+        return np.eye(module.model)
+    return module.maybe_output_proj.astype(np.float64)
+
+
 def linear(graph: GraphBuilder, x: str, name: str, matrix: Array | Exact) -> str:
     """W x of every token."""
     # The matrix lies as [out, in], which the runtime packs faster when it loads the graph.

@@ -1,4 +1,4 @@
-"""Converts samples to and from PCM16, reads and writes audio files, and compares recordings.
+"""Converts samples to and from PCM16, shapes a stream's sound, reads and writes audio files, and compares recordings.
 
 Rules of this room:
 
@@ -6,11 +6,16 @@ Rules of this room:
   need, are imported by their names, so that a start of the process does not load them.
 """
 
+from mossnano_stdio.pcm.form import FORM_SETTINGS, ShapedSound, Shaper, SoundForm
 from mossnano_stdio.pcm.samples import FULL_SCALE, from_pcm16, pcm16_samples, to_pcm16
 from mossnano_stdio.pcm.wav import WavWriter, wav_header
 
 __all__ = [
+    "FORM_SETTINGS",
     "FULL_SCALE",
+    "ShapedSound",
+    "Shaper",
+    "SoundForm",
     "WavWriter",
     "from_pcm16",
     "pcm16_samples",

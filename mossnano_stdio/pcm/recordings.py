@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
 from mossnano_stdio.frozen import how_to_get
+from mossnano_stdio.pcm.form import import_soxr
 from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite
 from mossnano_stdio.tokens import SAMPLE_BYTES
 
@@ -89,13 +90,7 @@ def resampled(
     if sample_rate == wanted_rate:
         yield from blocks
         return
-    try:
-        import soxr
-    except ImportError:
-        raise UsageError(
-            f"audio at {sample_rate} Hz has to be resampled to {wanted_rate} Hz, and soxr is not installed: "
-            "pip install 'mossnano-stdio[audio]'"
-        ) from None
+    soxr = import_soxr(sample_rate, wanted_rate, UsageError)
     stream = soxr.ResampleStream(sample_rate, wanted_rate, channels, dtype="float32")
     # A block is resampled piece by piece: from a low rate to a high one, a whole one would grow large.
     piece_samples = max(1, BLOCK_SAMPLES * sample_rate // wanted_rate)

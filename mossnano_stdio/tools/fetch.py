@@ -19,11 +19,12 @@ import sys
 from pathlib import Path
 
 from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.weights import load_bundle
+from mossnano_stdio.weights import MODELS, load_bundle
 from mossnano_stdio.weights.hub import fetch, selections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=MODELS, default="nano", help="(default: nano)")
     parser.add_argument("--what", choices=selections(), default="decode", help="which files (default: decode)")
     parser.add_argument(
         "--to",
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    selection = selections()[args.what]
+    selection = selections(args.model)[args.what]
     folder = args.to or selection.default_folder
     placed = fetch(selection, folder, _say)
     if args.what != "checkpoint" and not args.no_build:

@@ -11,7 +11,7 @@ Rules of this room:
   onnx_shapes.py) are imported by their names.
 """
 
-from mossnano_stdio.weights.folder import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
+from mossnano_stdio.weights.folder import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle, maybe_codec_folder
 from mossnano_stdio.weights.graphs import FileRecord, Graph, GraphSpec, StateSpec, WeightFile
 from mossnano_stdio.weights.metadata import (
     DECODE_DATA,
@@ -28,11 +28,10 @@ from mossnano_stdio.weights.metadata import (
     build_streaming,
     states_of,
 )
-from mossnano_stdio.weights.published import CHECKPOINT_NAME, NANO
+from mossnano_stdio.weights.published import MODELS, NANO
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 
 __all__ = [
-    "CHECKPOINT_NAME",
     "DECODE_DATA",
     "DECODE_FULL_FILE",
     "DECODE_STEP_FILE",
@@ -41,6 +40,7 @@ __all__ = [
     "ENCODE_DATA",
     "ENCODE_FILE",
     "METADATA_NAME",
+    "MODELS",
     "NANO",
     "OFFICIAL_FILES",
     "SIDECAR_NAME",
@@ -59,6 +59,7 @@ __all__ = [
     "find_weights",
     "load_bundle",
     "load_sidecar",
+    "maybe_codec_folder",
     "record_files",
     "save_sidecar",
     "states_of",

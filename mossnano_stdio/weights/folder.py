@@ -26,11 +26,13 @@ from mossnano_stdio.weights.metadata import (
     parse_graphs,
 )
 from mossnano_stdio.weights.onnx_shapes import initializer_shapes
+from mossnano_stdio.weights.published import PinnedRepository, PublishedModel
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME, SIDECAR_VERSION, Sidecar, load_sidecar
 
 DEMO = "demo"  # what `--weights` calls the built-in weights
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "weights"
 WEIGHTS_VARIABLE = "MOSSNANO_WEIGHTS"
+CODEC_FOLDERS = ("audio_tokenizer", "moss_audio_tokenizer", "codec")  # as text-to-speech models call the codec's
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ def find_weights(option: str | None = None) -> Path:
     if chosen := option or os.environ.get(WEIGHTS_VARIABLE):
         asked_by = "--weights" if option else f"${WEIGHTS_VARIABLE}"
         return _named_weights(chosen, asked_by)
-    name = published.WEIGHTS_NAME
-    places = [Path("weights") / name, cache_folder() / name, _hub_folder()]
+    places = _places_of(published.MODELS["nano"])
     for folder in places:
         if (folder / METADATA_NAME).is_file():
             return folder
@@ -102,25 +103,50 @@ def _named_weights(chosen: str, asked_by: str) -> Path:
     folder = DEMO_FOLDER if chosen == DEMO else Path(chosen).expanduser()
     if folder.is_file():
         raise BundleError(f"{folder}: is a file; {asked_by} takes the folder that holds {METADATA_NAME}")
+    if chosen in published.MODELS and not folder.is_dir():
+        return _weights_of_model(chosen)
     if not folder.is_dir():
         raise BundleError(f"{folder}: is not there; {asked_by} takes a weights folder, or {DEMO!r}")
-    if not (folder / METADATA_NAME).exists():
+    if (maybe_inside := maybe_codec_folder(folder, METADATA_NAME)) is None:
         raise BundleError(
             f"{folder / METADATA_NAME}: is not there, so this is no weights folder; "
             f"`mossnano fetch --to {folder}` makes it one"
         )
-    return folder
+    return maybe_inside
 
 
-def _hub_folder() -> Path:
+def _weights_of_model(model: str) -> Path:
+    places = _places_of(published.MODELS[model])
+    for folder in places:
+        if (folder / METADATA_NAME).is_file():
+            return folder
+    looked = ", ".join(str(folder) for folder in places)
+    raise BundleError(f"no weights of {model} found in {looked}; `mossnano fetch --model {model}` gets them")
+
+
+def maybe_codec_folder(folder: Path, file_name: str) -> Path | None:
+    """Where in `folder` the file lies that makes a codec of it: there itself, or in one of a text-to-speech model's
+    folders that are called after the codec inside.
+    """
+    places = (folder, *(folder / name for name in CODEC_FOLDERS))
+    return next((place for place in places if (place / file_name).is_file()), None)
+
+
+def _places_of(model: PublishedModel) -> list[Path]:
+    """The folders in which a model's graphs are looked for, the first one first."""
+    places = [Path("weights") / model.folder_name, cache_folder() / model.folder_name]
+    return [*places, _hub_folder(model.maybe_bundle)] if model.maybe_bundle else places
+
+
+def _hub_folder(pinned: PinnedRepository) -> Path:
     """Where the model hub's client keeps the pinned revision."""
     if chosen := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         cache = Path(chosen)
     else:
         user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         cache = Path(os.environ.get("HF_HOME") or f"{user_cache}/huggingface") / "hub"
-    owner, name = published.BUNDLE.repository.split("/")
-    return cache.expanduser() / f"models--{owner}--{name}" / "snapshots" / published.BUNDLE.revision
+    owner, name = pinned.repository.split("/")
+    return cache.expanduser() / f"models--{owner}--{name}" / "snapshots" / pinned.revision
 
 
 def load_bundle(folder: Path) -> Bundle:

@@ -7,29 +7,33 @@ Rules of this room:
 - A file counts when its size and its SHA-256 are the pinned ones. One that is wrong is removed from the hub's cache,
   so that the next run gets it anew.
 - The weights folder gets copies of what the cache holds: they outlive it, and the onnx package refuses data that is a
-  link, symbolic or hard. A file appears under its name only when it is whole and right.
+  link, symbolic or hard. A checkpoint's tensors are hard links where that is possible: they are large. A file appears
+  under its name only when it is whole and right.
+- Nothing is fetched that the disks have no room for.
 - The metadata comes last: a folder that has it has all the files that were asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from mossnano_stdio.errors import BundleError, DeviceError, MossnanoError, OutputError, UsageError, reason_of
 from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.weights import published
+from mossnano_stdio.weights.checked_json import load_json
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
 from mossnano_stdio.weights.graphs import FileRecord
 from mossnano_stdio.weights.metadata import METADATA_NAME
-from mossnano_stdio.weights.published import PinnedRepository
+from mossnano_stdio.weights.published import PinnedRepository, PublishedModel
 
 DISK_ERRNOS: Final = {  # none of them comes from a socket
     number
@@ -37,16 +41,25 @@ DISK_ERRNOS: Final = {  # none of them comes from a socket
     if (number := getattr(errno, name, None))
 }
 
+TENSORS_SUFFIX: Final = ".safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+ALL_TENSORS: Final = ("",)  # what every tensor's name begins with
+
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Files of one repository that serve one purpose, and the folder that they are looked for in."""
+    """Files of one repository that serve one purpose, and the folder that they are looked for in.
+
+    Of a checkpoint in several files only those are taken that hold tensors with one of `tensor_prefixes`. Which they
+    are says its index, which comes first.
+    """
 
     repository: PinnedRepository
     folder_name: str
     file_names: tuple[str, ...]
+    tensor_prefixes: tuple[str, ...] = ALL_TENSORS
 
     @property
     def default_folder(self) -> Path:
@@ -55,48 +68,119 @@ class Selection:
         return (parent if parent.is_dir() else cache_folder()) / self.folder_name
 
 
-def selections() -> dict[str, Selection]:
+def selections(model: str = "nano") -> dict[str, Selection]:
     """What can be fetched, by name.
 
     >>> list(selections())
     ['decode', 'encode', 'checkpoint']
     >>> selections()["decode"].file_names[-1]
     'codec_browser_onnx_meta.json'
+    >>> selections("24k")["decode"].tensor_prefixes
+    ('decoder.', 'quantizer.')
     """
-    return {
-        "decode": _part_of_bundle("decode"),
-        "encode": _part_of_bundle("encode"),
-        "checkpoint": Selection(published.CHECKPOINT, published.CHECKPOINT_NAME, tuple(published.CHECKPOINT.files)),
-    }
+    chosen = published.MODELS[model]
+    pinned = chosen.checkpoint
+    checkpoint = Selection(pinned, pinned.name, tuple(pinned.files))
+    if chosen.maybe_bundle:
+        decode, encode = (_part_of_bundle(chosen, direction) for direction in ("decode", "encode"))
+    else:  # its graphs are built here, beside the checkpoint
+        decode = replace(checkpoint, tensor_prefixes=chosen.decode_prefixes)
+        encode = replace(checkpoint, tensor_prefixes=chosen.encode_prefixes)
+    return {"decode": decode, "encode": encode, "checkpoint": checkpoint}
 
 
-def _part_of_bundle(direction: str) -> Selection:
-    names = [name for name in published.BUNDLE.files if f"_{direction}" in name]
-    return Selection(published.BUNDLE, published.WEIGHTS_NAME, (*names, METADATA_NAME))
+def _part_of_bundle(model: PublishedModel, direction: str) -> Selection:
+    assert model.maybe_bundle is not None
+    names = [name for name in model.maybe_bundle.files if f"_{direction}" in name]
+    return Selection(model.maybe_bundle, model.folder_name, (*names, METADATA_NAME))
 
 
 def fetch(selection: Selection, folder: Path, report: Report) -> list[str]:
     """Have every file of `selection` in `folder`, right to the byte; the names of those that were not so before."""
-    placed = []
     with told_as(cannot_write(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in selection.file_names:
-        record = selection.repository.files[name]
-        destination = folder / name
-        if _maybe_fault(destination, record) is None:
+    others = [name for name in selection.file_names if not name.endswith(TENSORS_SUFFIX)]
+    placed = _fetch_files(selection.repository, others, folder, report)
+    return placed + _fetch_files(selection.repository, tensor_files(selection, folder), folder, report)
+
+
+def tensor_files(selection: Selection, folder: Path) -> list[str]:
+    """The files of a checkpoint whose tensors are needed, once its index, if it has any, is in `folder`."""
+    names = [name for name in selection.file_names if name.endswith(TENSORS_SUFFIX)]
+    if INDEX_NAME not in selection.file_names or selection.tensor_prefixes == ALL_TENSORS:
+        return names
+    index, _ = load_json(folder / INDEX_NAME)
+    holders = index.entries_at("weight_map")
+    needed = {entry.text() for name, entry in holders if name.startswith(selection.tensor_prefixes)}
+    return [name for name in names if name in needed]
+
+
+def _fetch_files(repository: PinnedRepository, names: Sequence[str], folder: Path, report: Report) -> list[str]:
+    """Fetch those that are not there yet, and return their names."""
+    missing = [name for name in names if _maybe_fault(folder / name, repository.files[name])]
+    _check_room(repository, missing, folder)
+    for name in names:
+        record = repository.files[name]
+        if name not in missing:
             report(f"{name}: {record.size_bytes:,} bytes, already there and right")
             continue
-        cached = _cached_file(selection.repository, name, record)
+        cached = _cached_file(repository, name, record)
+        destination = folder / name
         unfinished = folder / f".{name}.{os.getpid()}.part"
         with told_as(cannot_write(destination)):
             try:
-                shutil.copyfile(cached, unfinished)
+                _place(cached, unfinished)
                 unfinished.replace(destination)
             finally:
                 unfinished.unlink(missing_ok=True)
-        placed.append(name)
         report(f"{name}: {record.size_bytes:,} bytes, verified")
-    return placed
+    return missing
+
+
+def _place(cached: Path, path: Path) -> None:
+    """Copy a file out of the cache. Tensors, which are large, and which nobody refuses behind a link, are not copied
+    where the folder lies on the same disk.
+    """
+    if cached.name.endswith(TENSORS_SUFFIX):
+        with contextlib.suppress(OSError):
+            path.hardlink_to(cached.resolve())
+            return
+    shutil.copyfile(cached, path)
+
+
+def _check_room(repository: PinnedRepository, missing: Sequence[str], folder: Path) -> None:
+    """Refuse, before the first byte comes, what the disks of the hub's cache and of `folder` have no room for."""
+    if not missing:
+        return
+    hub = _import_hub()
+    cache = Path(hub.constants.HF_HUB_CACHE)
+    needed: dict[int, int] = {}  # bytes by disk
+    places: dict[int, Path] = {}
+    for name in missing:
+        size_bytes = repository.files[name].size_bytes
+        is_cached = isinstance(
+            hub.try_to_load_from_cache(repository.repository, name, revision=repository.revision), str
+        )
+        on_disks = [_existing(cache)] if not is_cached else []
+        is_linked = name.endswith(TENSORS_SUFFIX) and _existing(cache).stat().st_dev == folder.stat().st_dev
+        on_disks += [] if is_linked else [folder]
+        for place in on_disks:
+            disk = place.stat().st_dev
+            places.setdefault(disk, place)
+            needed[disk] = needed.get(disk, 0) + size_bytes
+    for disk, needed_bytes in needed.items():
+        free_bytes = shutil.disk_usage(places[disk]).free
+        if free_bytes < needed_bytes:
+            raise OutputError(
+                f"{places[disk]}: {needed_bytes:,} bytes of {repository.repository} are still to come, and "
+                f"{free_bytes:,} are free: {reason_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))}; "
+                "--to and HF_HUB_CACHE can name other disks"
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _cached_file(repository: PinnedRepository, name: str, record: FileRecord) -> Path:

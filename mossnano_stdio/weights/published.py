@@ -1,8 +1,9 @@
-"""The published weights: which repositories, at which revisions, with which files of which size and SHA-256.
+"""The published models: which repositories, at which revisions, with which files of which size and SHA-256.
 
 Rules of this room:
 
-- Facts, typed in once and never computed. A release with other weights is a change of this table.
+- Facts, typed in once and never computed. A release with other weights is a change of this table, another model a row
+  in MODELS.
 - Whoever loads, checks or fetches official files compares with these numbers, and with nothing else.
 """
 
@@ -31,13 +32,31 @@ class PinnedRepository:
     revision: str
     files: Mapping[str, FileRecord]
 
+    @property
+    def name(self) -> str:
+        """What the repository is called, without its owner."""
+        return self.repository.partition("/")[2]
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model by the name that `--model` gives it."""
+
+    format: CodecFormat
+    checkpoint: PinnedRepository
+    maybe_bundle: PinnedRepository | None = None  # official graphs that stream, where there are any
+    decode_prefixes: tuple[str, ...] = ("decoder.", "quantizer.")  # of the tensors in the checkpoint that decode
+    encode_prefixes: tuple[str, ...] = ("encoder.", "quantizer.")
+
+    @property
+    def folder_name(self) -> str:
+        """Of the folder in which its graphs are looked for, whoever made them."""
+        return (self.maybe_bundle or self.checkpoint).name
+
 
 # What the published weights decode. Their metadata says all of it but the size of the codebooks.
 NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 LICENCE = "Apache-2.0"
-
-WEIGHTS_NAME = "MOSS-Audio-Tokenizer-Nano-ONNX"  # of the folder that holds the bundle
-CHECKPOINT_NAME = "MOSS-Audio-Tokenizer-Nano"
 
 BUNDLE = PinnedRepository(
     repository="OpenMOSS-Team/MOSS-Audio-Tokenizer-Nano-ONNX",
@@ -65,3 +84,46 @@ CHECKPOINT = PinnedRepository(
         ),
     },
 )
+
+CHECKPOINT_24K = PinnedRepository(
+    repository="OpenMOSS-Team/MOSS-Audio-Tokenizer",
+    revision="3cd226ba2947efa357ef453bcad111b6eafba782",
+    files={
+        "config.json": FileRecord(6_601, "0f669e288d39c9c0ffae4e39babe5167b57e89d3132f0785655d1096a8da8e45"),
+        "model.safetensors.index.json": FileRecord(
+            148_113, "e107e83fee64adc3ccdb993975290cecb00fcf7d72cdaa388011abad16bcc82d"
+        ),
+        "model-00001-of-00002.safetensors": FileRecord(
+            4_998_259_168, "037f441ed30a0ab59f6049de83b824a1b3bd6feb7dbd46c3fbca41fc2f649f28"
+        ),
+        "model-00002-of-00002.safetensors": FileRecord(
+            2_100_202_560, "a187d73d2cda1c2d0676586d9d03c09c0a5813450266af32029c871493fc9582"
+        ),
+    },
+)
+
+CHECKPOINT_V2 = PinnedRepository(
+    repository="OpenMOSS-Team/MOSS-Audio-Tokenizer-v2",
+    revision="f6e20e543b33d2c252a7ef71bdf8aa71e5ff9169",
+    files={
+        "config.json": FileRecord(10_166, "aeb9a0e9d88c74bf9fbaa81ee54443d463e09b5f335b3306bb798e282a10e564"),
+        "model.safetensors.index.json": FileRecord(
+            191_718, "912f52f053e04ff7e9abc8f05aa75dfbb40b31c86a0f4ad5c5a36e4aa28a624f"
+        ),
+        "model-00001-of-00003.safetensors": FileRecord(
+            3_978_639_168, "2d9f9182f17b143a23937feb87c63c08221bd28e685e4bc2fa55dcdce17fcde7"
+        ),
+        "model-00002-of-00003.safetensors": FileRecord(
+            3_992_738_352, "d4e48106d0254fe3b00ea0707e88fc6aee076993825e108dd9cef847f9db236e"
+        ),
+        "model-00003-of-00003.safetensors": FileRecord(
+            523_681_336, "d0449fe1b0ef1f6045946867148d8166b9a91a58d0feca4a18b641494d0b22da"
+        ),
+    },
+)
+
+MODELS = {
+    "nano": PublishedModel(NANO, CHECKPOINT, BUNDLE),
+    "24k": PublishedModel(CodecFormat(24000, 1, 1920, quantizers=32, codebook_size=1024), CHECKPOINT_24K),
+    "v2": PublishedModel(CodecFormat(48000, 2, 3840, quantizers=32, codebook_size=1024), CHECKPOINT_V2),
+}
