@@ -10,6 +10,9 @@ to stdout.
 
 Where the extra `build` is installed, our own faster graphs are built beside the official files, as by
 `mossnano build --from-bundle`; mossnano-stdio then takes them.
+
+Of the larger models (--model 24k, v2) no graphs that stream are published. What is fetched of them is their checkpoint,
+or the files of it that decode or encode need; `mossnano build` makes graphs of the whole one.
 """
 
 from __future__ import annotations
@@ -40,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
     selection = selections(args.model)[args.what]
     folder = args.to or selection.default_folder
     placed = fetch(selection, folder, _say)
-    if args.what != "checkpoint" and not args.no_build:
+    if MODELS[args.model].maybe_bundle is None:
+        _say(
+            f"no graphs of {args.model} are published: `mossnano build {folder} {folder}` makes them of the whole "
+            "checkpoint (--what checkpoint)"
+        )
+    elif args.what != "checkpoint" and not args.no_build:
         try:
             _build_own_graphs(folder, are_files_new=bool(placed))
         except MossnanoError as error:  # what was asked for is there, and decodes without

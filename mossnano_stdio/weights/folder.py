@@ -115,7 +115,10 @@ def _weights_of_model(model: str) -> Path:
         if (folder / METADATA_NAME).is_file():
             return folder
     looked = ", ".join(str(folder) for folder in places)
-    raise BundleError(f"no weights of {model} found in {looked}; `mossnano fetch --model {model}` gets them")
+    raise BundleError(
+        f"no weights of {model} found in {looked}; `mossnano fetch --model {model} --what checkpoint` "
+        "gets what `mossnano build` makes them of"
+    )
 
 
 def maybe_codec_folder(folder: Path, file_name: str) -> Path | None:
