@@ -19,12 +19,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
 from mossnano_stdio import __version__
 from mossnano_stdio.errors import Terminated, exit_status_of
 from mossnano_stdio.files import named_stdout
+from mossnano_stdio.frozen import maybe_frozen_folder
 
 VERBS = {
     "info": "say what a file or a weights folder is",
@@ -43,14 +45,16 @@ VERBS = {
     "bench": "measure it, side by side with the official loop",
     "clients": "list or copy the clients for other languages",
     "protocol": "print protocol.md, the whole protocol",
+    "freeze": "one folder that runs without Python",
     "conformance": "hold any implementation against protocol.md",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _top_parser()
-    if not words or words[0] not in VERBS:
+    verbs = _verbs_here()
+    parser = _top_parser(verbs)
+    if not words or words[0] not in verbs:
         parser.parse_args(words or ["--help"])  # --help and --version end here, and so does a wrong verb
     verb = words[0]
     if sys.stderr is None:  # it is closed, and what tools print to it would go to stdout
@@ -64,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_tool(verb, words[1:])
     except (Exception, KeyboardInterrupt, Terminated) as ending:  # noqa: BLE001 - a bug keeps its traceback
         return exit_status_of(ending, program=f"mossnano {verb}")
+
+
+def _verbs_here() -> dict[str, str]:
+    """All of them, but in a frozen folder only those whose tool is in it."""
+    if maybe_frozen_folder() is None:
+        return VERBS
+    return {verb: what for verb, what in VERBS.items() if find_spec(f"mossnano_stdio.tools.{verb}")}
 
 
 def _run_tool(verb: str, words: list[str]) -> int:
@@ -99,19 +110,19 @@ def _sigterm_raised() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
-def _top_parser() -> argparse.ArgumentParser:
-    width = max(map(len, VERBS))
+def _top_parser(verbs: dict[str, str]) -> argparse.ArgumentParser:
+    width = max(map(len, verbs))
     parser = argparse.ArgumentParser(
         prog="mossnano",
         description="Tools around mossnano-stdio.",
         epilog="verbs:\n"
-        + "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
+        + "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in verbs.items())
         + "\n\n`mossnano VERB --help` explains each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mossnano {__version__}")
-    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")
+    parser.add_argument("verb", choices=verbs, metavar="VERB", help="one of the verbs below")
     return parser
 
 

@@ -40,6 +40,7 @@ WAYS_TO_RUN_SKIPPED = {
     r"strace is not": "apt-get install strace",
     r"libportaudio2": "apt-get install libportaudio2 libasound2",
     r"pulseaudio|libasound2-plugins": "apt-get install pulseaudio pulseaudio-utils libasound2-plugins",
+    r"namespaces cannot": "run it as root, or where users may make namespaces",
     r"the extra|could not import": "pip install --editable '.[test]'",
     r"two CPUs": "let it use two CPUs (see taskset)",
     r"no git checkout": "run it in a git clone",

@@ -147,6 +147,13 @@ def test_a_memory_that_cannot_be_written_is_no_error(tmp_path: Path, cache: Path
     assert hashed == ["large", "large"]
 
 
+def test_a_frozen_program_remembers_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.frozen", True, raising=False)
+    path = large_file(tmp_path)
+    assert sha256_of(path) == sha256(path)
+    assert not cache.exists()
+
+
 def test_leaves_no_unfinished_file(tmp_path: Path, cache: Path) -> None:
     sha256_of(large_file(tmp_path))
     assert [path.name for path in cache.iterdir()] == [MEMORY_NAME]

@@ -35,6 +35,8 @@ def run_without(module: str, folder: Path, *arguments: str) -> subprocess.Comple
         ("onnx", ["build", CHECKPOINT, "out"], "build", 2),
         ("safetensors", ["build", "--from-bundle", BUNDLE, "out"], "build", 2),
         ("huggingface_hub", ["fetch", "--to", "out"], "fetch", 2),
+        ("PyInstaller", ["freeze", "out"], "freeze", 2),
+        ("soxr", ["freeze", "out"], "freeze", 2),
         ("sounddevice", ["play", "--weights", "demo", MELODY], "play", 69),
         ("matplotlib", ["bench", "--weights", "demo", "--plot", "out.png"], "plot", 2),
     ],

@@ -27,7 +27,7 @@ PACKAGE = ROOT / "mossnano_stdio"
 
 # From the ground up: a room imports from lower floors only, never from its own.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
+    frozenset({"errors", "frozen"}),
     frozenset({"files", "tokens"}),
     frozenset({"pcm", "weights", "playback"}),
     frozenset({"chunks"}),

@@ -427,6 +427,11 @@ def test_the_order_of_the_search(elsewhere: Path, monkeypatch: pytest.MonkeyPatc
     assert find_weights() == Path("weights/MOSS-Audio-Tokenizer-Nano-ONNX")
     monkeypatch.setenv("MOSSNANO_WEIGHTS", str(put_weights(elsewhere / "by variable")))
     assert find_weights() == elsewhere / "by variable"
+    monkeypatch.setattr("sys.frozen", True, raising=False)
+    monkeypatch.setattr("sys.executable", str(elsewhere / "game" / "mossnano-stdio"))
+    assert find_weights() == elsewhere / "by variable"  # a frozen folder without weights of its own
+    put_weights(elsewhere / "game" / "weights")
+    assert find_weights() == elsewhere / "game" / "weights"
     assert find_weights(str(put_weights(elsewhere / "by option"))) == elsewhere / "by option"
 
 
@@ -469,6 +474,14 @@ def test_nothing_found_says_where_and_how_to_get_them(elsewhere: Path) -> None:
     assert str(Path("weights/MOSS-Audio-Tokenizer-Nano-ONNX")) in message
     assert str(elsewhere / "cache") in message
     assert str(elsewhere / "hub") in message
+
+
+def test_nothing_found_in_a_frozen_folder_says_so(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.frozen", True, raising=False)
+    monkeypatch.setattr("sys.executable", str(elsewhere / "game" / "mossnano-stdio"))
+    with pytest.raises(BundleError, match="no weights found in ") as raised:
+        find_weights()
+    assert str(raised.value).startswith(f"no weights found in {elsewhere / 'game' / 'weights'}, ")
 
 
 def test_the_demo_is_only_found_by_its_name(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

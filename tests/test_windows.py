@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from mossnano_stdio.protocol.messages import Kind, Message
+from mossnano_stdio.tools.freeze import EPOCH
 from tests.child import DEMO, ROOT, Child, decoded, encoded, pcm_of, run
+from tests.conftest import REFERENCE
 
 WINE = os.environ.get("MOSSNANO_WINE", "")
 PYTHON = f"{WINE}/python/python.exe"
@@ -256,3 +259,32 @@ def test_the_csharp_client_hears_a_process_on_windows(tmp_path: Path) -> None:
     here = run([*DEMO, "--output", "raw", "--chunk-frames", "8"], encoded(Message(Kind.TOKENS, bytes(range(200)) * 5)))
     assert there.returncode == 0, there.stderr.decode()
     assert there.stdout == here.stdout
+
+
+def test_a_folder_without_python_is_made_there_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the README's recipe: the project is installed, not only found in its checkout."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(ROOT)], check=True)
+    monkeypatch.setenv("PYTHONPATH", f"Z:{tmp_path / 'site'}".replace("/", "\\"))
+    weights = REFERENCE / "bundle"
+    made = tool("freeze", "voice", "--tools", "--weights", weights, cwd=tmp_path, patience=600)
+    assert made.returncode == 0, made.stderr.decode()
+    assert {path.name for path in tmp_path.iterdir()} == {"site", "voice"}
+    manifest = json.loads((tmp_path / "voice" / "MANIFEST.json").read_bytes())
+    assert manifest["platform"] == "win-amd64"
+    assert all(manifest["licences"].values())
+    assert sum(record["bytes"] for name, record in manifest["files"].items() if "weights/" not in name) < 100_000_000
+    program = (tmp_path / "voice" / "mossnano-stdio.exe").read_bytes()
+    header = int.from_bytes(program[0x3C:0x40], "little")  # of Windows' own, where the date of the program stands
+    assert int.from_bytes(program[header + 8 : header + 12], "little") == EPOCH  # so a second run gives the same
+    shutil.rmtree(tmp_path / "site")  # nor is it found there any more
+
+    process = ["wine", str(tmp_path / "voice" / "mossnano-stdio.exe")]
+    arguments = ["--weights", "demo", "--output", "raw", "--chunk-frames", "8"]
+    there = run([*process, *arguments], MELODY.read_bytes())
+    assert there.returncode == 0, there.stderr
+    assert there.stdout == run([*DEMO[:-2], *arguments], MELODY.read_bytes()).stdout
+    shaken = json.loads(decoded(run(process).stdout)[0].payload)
+    assert shaken["weights"].endswith("voice\\weights")
+    tools = run(["wine", str(tmp_path / "voice" / "mossnano.exe"), "--help"])
+    assert b"  conformance  " in tools.stdout and b"  freeze  " not in tools.stdout

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
+from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.pcm.form import import_soxr
 from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite
 from mossnano_stdio.tokens import SAMPLE_BYTES
@@ -169,7 +170,7 @@ def _wave_errors(name: str) -> Iterator[None]:
     except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that claims to end before it begins
         raise InputError(
             f"{name} is no WAV of whole numbers ({str(error) or 'it ends too early'}); "
-            "for FLAC, OGG, MP3 and other WAVs: pip install 'mossnano-stdio[audio]'"
+            f"for FLAC, OGG, MP3 and other WAVs: {how_to_get('audio')}"
         ) from None
 
 

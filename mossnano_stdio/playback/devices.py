@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from mossnano_stdio.errors import DeviceError
+from mossnano_stdio.frozen import how_to_get
 
 CHOOSE_ANOTHER = "choose another one with --device (`mossnano play --list-devices` shows them)"
 
@@ -33,7 +34,7 @@ def import_sounddevice() -> ModuleType:
     try:
         import sounddevice
     except ImportError as error:
-        raise DeviceError("playing needs sounddevice: pip install 'mossnano-stdio[play]'") from error
+        raise DeviceError(f"playing needs sounddevice: {how_to_get('play')}") from error
     except OSError as error:
         raise DeviceError(
             f"playing needs the PortAudio library ({error}): on Debian and Ubuntu apt-get install libportaudio2, on "

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import CheckFailedError, ExitStatus, InputError, UsageError
 from mossnano_stdio.files import open_input, open_output
+from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.pcm import pcm16_samples
 from mossnano_stdio.pcm.comparison import Comparison, Join, compare_recordings
 from mossnano_stdio.pcm.recordings import Recording, read_audio
@@ -159,7 +160,7 @@ def _save_plot(path: str, reference: Recording, candidate: Recording, comparison
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'mossnano-stdio[plot]'") from None
+        raise UsageError(f"--plot needs matplotlib: {how_to_get('plot')}") from None
     figure = Figure(figsize=(16, 9), layout="constrained")
     waves, errors, joins = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
     _draw(waves, reference.steps_between, comparison, label="reference", color="tab:blue")

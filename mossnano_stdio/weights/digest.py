@@ -7,7 +7,8 @@ Rules of this room:
   are hashed each time, which takes no longer than remembering.
 - A file that changed within the last seconds is not remembered: clocks are coarse, and a second change within the
   same tick would go unseen.
-- Where what was remembered cannot be read or written, files are hashed each time, without an error.
+- Where what was remembered cannot be read or written, files are hashed each time, without an error. So they are by a
+  frozen program, which writes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+from mossnano_stdio.frozen import maybe_frozen_folder
 
 MEMORY_NAME = "verified.json"
 MEMORY_VERSION = 1
@@ -53,7 +56,7 @@ def sha256_of(path: Path, *, afresh: bool = False) -> str:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         marks_after = _marks_of(file.fileno())
     is_settled = max(marks[1:3]) + SETTLED_NS < time.time_ns()  # both its times
-    if not is_small and marks_after == marks and is_settled:
+    if not is_small and marks_after == marks and is_settled and maybe_frozen_folder() is None:
         _remember(str(target), [*marks, sha256])
     return sha256
 

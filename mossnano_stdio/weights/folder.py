@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.frozen import WEIGHTS_FOLDER, maybe_frozen_folder
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
@@ -78,7 +79,12 @@ class Bundle:
 
 
 def find_weights(option: str | None = None) -> Path:
-    """The folder that `--weights` names; else $MOSSNANO_WEIGHTS, ./weights/..., the user's caches, in this order."""
+    """The folder that `--weights` names; else that of a frozen folder, $MOSSNANO_WEIGHTS, ./weights/..., the user's
+    caches, in this order."""
+    maybe_frozen = maybe_frozen_folder()
+    frozen_places = [maybe_frozen / WEIGHTS_FOLDER] if maybe_frozen else []
+    if not option and frozen_places and (frozen_places[0] / METADATA_NAME).is_file():
+        return frozen_places[0]
     if chosen := option or os.environ.get(WEIGHTS_VARIABLE):
         asked_by = "--weights" if option else f"${WEIGHTS_VARIABLE}"
         return _named_weights(chosen, asked_by)
@@ -86,7 +92,7 @@ def find_weights(option: str | None = None) -> Path:
     for folder in places:
         if (folder / METADATA_NAME).is_file():
             return folder
-    looked = ", ".join(str(folder) for folder in places)
+    looked = ", ".join(str(folder) for folder in (*frozen_places, *places))
     raise BundleError(
         f"no weights found in {looked}, and neither --weights nor ${WEIGHTS_VARIABLE} names any; "
         f"`mossnano fetch` gets the official ones, `--weights {DEMO}` is the built-in demo"
