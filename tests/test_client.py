@@ -42,8 +42,6 @@ from tests.doubles import NANO, SMALL, artifact_bytes, expected_pcm, some_frames
 
 OTHER_PEER = [sys.executable, "-I", "-S", str(ROOT / "tests" / "other_peer.py")]  # starts in no time
 SLEEPER = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
-# On wine, a process that is ended in its first moments leaves its pipes open, and who reads them waits for ever.
-not_under_wine = pytest.mark.skipif(sys.platform == "win32", reason="wine keeps the pipes of who is ended as it starts")
 KILLED_BY_ITS_CLIENT = 1 if sys.platform == "win32" else -9
 FRAMES = some_frames(20)
 PCM = expected_pcm(FRAMES, SMALL)
@@ -822,7 +820,6 @@ def test_a_program_that_is_not_there(client: str) -> None:
     assert caught.value.code == "not_started"
 
 
-@not_under_wine
 @both
 def test_a_process_that_takes_too_long_to_start(client: str) -> None:
     started = time.monotonic()
@@ -991,7 +988,6 @@ def test_a_start_that_fails_has_a_reason(command: list[str], code: str) -> None:
         assert caught.value is decoder.maybe_failure
 
 
-@not_under_wine
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.3])
 def test_a_start_may_be_given_up(seconds: float) -> None:
     before = what_there_is()
@@ -1016,7 +1012,6 @@ def test_a_process_that_still_loads_is_told_to_end(tmp_path: Path) -> None:
     assert told.exists()
 
 
-@not_under_wine
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 100])
 def test_a_start_in_a_loop_may_be_given_up_at_any_time(turns: int) -> None:
     async def main() -> None:
@@ -1063,7 +1058,6 @@ def test_states_in_a_loop() -> None:
     asyncio.run(main())
 
 
-@not_under_wine
 def test_a_start_that_is_cancelled_leaves_nothing_behind() -> None:
     async def main() -> None:
         async with AsyncDecoder(command=SLEEPER):
@@ -1145,6 +1139,32 @@ def test_a_process_that_does_not_want_to_end_is_ended(client: str, stubborn: str
     face.close()
     assert time.monotonic() - started < 8
     assert what_there_is() == before
+
+
+def program_that_leaves_somebody(note: Path) -> list[str]:
+    """A decoder with a child that inherits its pipes and outlives it. The child's number goes to `note`."""
+    sleeper = f"subprocess.Popen({SLEEPER!r}).pid"
+    return before_other_peer(
+        f"import subprocess\nwith open(sys.argv[1], 'w') as note: note.write(str({sleeper}))", str(note)
+    )
+
+
+@both
+@pytest.mark.parametrize("frames", [1, 2_000_000], ids=["at rest", "pipes full"])
+def test_nobody_waits_for_what_the_process_leaves_behind(client: str, frames: int, tmp_path: Path) -> None:
+    before = what_there_is()
+    face = start(client, program_that_leaves_somebody(tmp_path / "note"))
+    try:
+        face.feed(bytes(4 * frames))
+        started = time.monotonic()
+        face.close()
+        assert time.monotonic() - started < 12  # and not 60
+    finally:
+        kill(int((tmp_path / "note").read_text()))
+    deadline = time.monotonic() + 10
+    while what_there_is() != before:  # a thread that reads ends with the last who can write to it
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_what_is_closed_stays_closed() -> None:

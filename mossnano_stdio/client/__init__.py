@@ -17,7 +17,8 @@ Rules of this room:
 - Streams that a process had not answered when it died are lost. Reading or feeding one of them raises
   DecoderDiedError, even when the next process runs already. The next stream starts a new process; with `restart`, the
   death itself does.
-- After `close` there is no process, no thread and no descriptor left.
+- After `close` there is no process, no thread and no descriptor left. (If the process has started others that outlive
+  it and hold its pipes, those are not ended, and outside Windows a thread of `Decoder` waits for their end.)
 """
 
 from __future__ import annotations

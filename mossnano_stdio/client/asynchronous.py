@@ -310,11 +310,16 @@ class _AsyncLink:
     """One process, its exchange, and the three tasks that carry its bytes."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, launch: Launch, on_end: Callable[[_AsyncLink], None]
+        self,
+        process: asyncio.subprocess.Process,
+        transport: asyncio.SubprocessTransport,
+        launch: Launch,
+        on_end: Callable[[_AsyncLink], None],
     ) -> None:
         self.exchange = launch.exchange()
         self._on_end = on_end
         self.process = process
+        self._transport = transport
         self._changed = _Bell()
         self._is_closing = False
         self._writer = asyncio.create_task(self._write_all(), name="mossnano-client-writer")
@@ -324,12 +329,18 @@ class _AsyncLink:
     @classmethod
     async def start(cls, launch: Launch, on_end: Callable[[_AsyncLink], None]) -> _AsyncLink:
         """Start a process, without waiting for its HANDSHAKE."""
+        loop = asyncio.get_running_loop()
         try:
             with standard_descriptors_taken():
-                process = await asyncio.create_subprocess_exec(*launch.command, **launch.process_options())
+                transport, protocol = await loop.subprocess_exec(
+                    lambda: asyncio.subprocess.SubprocessStreamProtocol(READ_BYTES, loop),
+                    *launch.command,
+                    **launch.process_options(),
+                )
         except OSError as error:
             raise launch.not_started(error) from None
-        return cls(process, launch, on_end)
+        # As create_subprocess_exec does, which keeps the transport to itself.
+        return cls(asyncio.subprocess.Process(transport, protocol, loop), transport, launch, on_end)
 
     async def get_ready(self, start_seconds: float, settings: Mapping[str, int | None]) -> None:
         """Wait for its HANDSHAKE, then settle. End the process if either fails."""
@@ -383,7 +394,11 @@ class _AsyncLink:
                 self.process.terminate()  # else it would first work off all that waits
         self.process.stdin.close()
         await self._wait_or_kill()
-        await asyncio.gather(self._writer, self._reader, self._logger)
+        tasks = [self._writer, self._reader, self._logger]
+        _, unfinished = await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        if unfinished:
+            self._close_pipes()
+        await asyncio.gather(*tasks)
         with contextlib.suppress(OSError):
             await self.process.stdin.wait_closed()
 
@@ -393,7 +408,16 @@ class _AsyncLink:
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
+            self._close_pipes()
             return await self.process.wait()
+
+    def _close_pipes(self) -> None:
+        """End what waits for them. Without this it waits for whoever was started by the process, holds their other ends
+        and lives on; so does `wait`, in some versions of Python."""
+        assert self.process.stdin is not None
+        if self.process.stdin.transport.get_write_buffer_size():
+            self.process.stdin.transport.abort()  # else it would first be written
+        self._transport.close()
 
     async def _write_all(self) -> None:
         assert self.process.stdin is not None

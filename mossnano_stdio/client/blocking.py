@@ -37,6 +37,7 @@ from mossnano_stdio.client.launch import (
 from mossnano_stdio.errors import UsageError
 
 WAKE_SECONDS: Final = 0.2 if sys.platform == "win32" else None  # on Windows, Ctrl-C does not wake a thread that sleeps
+INTERRUPT_SECONDS: Final = 0.05  # between two tries to end a read or write that nothing else ends
 
 Found = TypeVar("Found")
 
@@ -446,26 +447,25 @@ class _Link:
         self._writer.join(STOP_SECONDS)
         if self._writer.is_alive():
             self.process.kill()  # its input is full and it does not read, so the writer would hang
-            self._writer.join()
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
         self._wait_or_kill()
-        self._reader.join(STOP_SECONDS)
-        self.process.stdout.close()
+        _end(self._writer)
+        _end(self._reader)
         if self._maybe_logger is not None and self._maybe_logger is not threading.current_thread():
             self._maybe_logger.join(STOP_SECONDS)
 
+    # Each thread closes its own pipe. Another that closes it meanwhile would wait on Windows until the read or write
+    # has returned; elsewhere, the next read or write would reach whatever has got the same number since.
+
     def _write_all(self) -> None:
         assert self.process.stdin is not None
-        fd = self.process.stdin.fileno()
-        while (maybe_data := self._next_outgoing()) is not None:
-            left = memoryview(maybe_data)
-            try:
-                while left:
-                    left = left[os.write(fd, left) :]
-            except OSError:
-                return  # the process is gone; the reader sees that too, and reports it
+        with self.process.stdin as pipe:
+            while (maybe_data := self._next_outgoing()) is not None:
+                left = memoryview(maybe_data)
+                try:
+                    while left:
+                        left = left[os.write(pipe.fileno(), left) :]
+                except OSError:
+                    return  # the process is gone; the reader sees that too, and reports it
 
     def _next_outgoing(self) -> bytes | None:
         """Wait for the next message to send. Return None when the link closes or the process has died."""
@@ -480,8 +480,10 @@ class _Link:
             return None
 
     def _read_all(self) -> None:
+        assert self.process.stdout is not None
         try:
-            self._read_to_the_end()
+            with self.process.stdout as pipe:
+                self._read_to_the_end(pipe)
         finally:  # after any error too, so that nobody waits forever
             status = self._wait_or_kill()
             with self._changed:
@@ -489,10 +491,8 @@ class _Link:
                 self._on_end(self)
                 self._changed.notify_all()
 
-    def _read_to_the_end(self) -> None:
-        assert self.process.stdout is not None
-        fd = self.process.stdout.fileno()
-        while data := _read(fd):
+    def _read_to_the_end(self, pipe: IO[bytes]) -> None:
+        while data := _read(pipe.fileno()):
             with self._changed:
                 makes_sense = self.exchange.receive(data)
                 self._changed.notify_all()
@@ -533,6 +533,35 @@ def _read(fd: int) -> bytes:
         return os.read(fd, READ_BYTES)
     except OSError:
         return b""
+
+
+def _end(thread: threading.Thread) -> None:
+    """Wait for a thread that reads or writes a pipe of a process that has ended. It ends too, unless somebody who was
+    started by the process lives on and holds the other end: then it ends with him, and on Windows now."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while thread.is_alive() and time.monotonic() < deadline:
+        if sys.platform == "win32":
+            thread.join(INTERRUPT_SECONDS)
+            _interrupt(thread)  # again and again: it may be between two reads or writes at just that moment
+        else:
+            thread.join(STOP_SECONDS)
+
+
+if sys.platform == "win32":
+
+    def _interrupt(thread: threading.Thread) -> None:
+        """Let the read or write that this thread waits in fail, if it waits in one."""
+        import ctypes
+        from ctypes import wintypes
+
+        kernel = ctypes.WinDLL("kernel32")
+        kernel.OpenThread.restype = wintypes.HANDLE
+        kernel.CancelSynchronousIo.argtypes = kernel.CloseHandle.argtypes = [wintypes.HANDLE]
+        right_to_interrupt = 1  # THREAD_TERMINATE
+        maybe_handle = kernel.OpenThread(right_to_interrupt, False, thread.native_id)
+        if maybe_handle is not None:
+            kernel.CancelSynchronousIo(maybe_handle)
+            kernel.CloseHandle(maybe_handle)
 
 
 def _nap_seconds(deadline: float | None) -> float | None:
