@@ -280,7 +280,6 @@ def test_who_says_no_handshake_of_use_is_asked_nothing_more(says: str, expected:
     assert verdict.expected == expected
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no group of processes there that could be ended as one")
 def test_what_a_child_starts_ends_with_it() -> None:
     spawner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     (verdict,) = try_cases(CASES, [sys.executable, "-c", spawner], start_seconds=1, case_seconds=1, jobs=1)

@@ -34,6 +34,32 @@ class NotApplicableError(Exception):
     """With this peer's numbers there is nothing to try."""
 
 
+if sys.platform == "win32":
+    import ctypes
+    from ctypes import wintypes
+
+    class _Job:
+        """A process and all that it will start, to be ended as one: what its process group is elsewhere."""
+
+        def __init__(self, pid: int) -> None:
+            self._kernel = ctypes.WinDLL("kernel32")
+            self._kernel.CreateJobObjectW.restype = self._kernel.OpenProcess.restype = wintypes.HANDLE
+            self._kernel.AssignProcessToJobObject.argtypes = [wintypes.HANDLE, wintypes.HANDLE]
+            self._kernel.TerminateJobObject.argtypes = [wintypes.HANDLE, wintypes.UINT]
+            self._kernel.CloseHandle.argtypes = [wintypes.HANDLE]
+            self._handle = self._kernel.CreateJobObjectW(None, None)
+            set_quota_and_terminate = 0x0101
+            process = self._kernel.OpenProcess(set_quota_and_terminate, False, pid)
+            self._kernel.AssignProcessToJobObject(self._handle, process)
+            self._kernel.CloseHandle(process)
+
+        def end(self) -> None:
+            self._kernel.TerminateJobObject(self._handle, 1)
+
+        def close(self) -> None:
+            self._kernel.CloseHandle(self._handle)
+
+
 class Peer:
     """A running child, which is killed once the time that `allow` gave is over."""
 
@@ -51,6 +77,8 @@ class Peer:
         except OSError as error:
             self._log.close()
             raise UsageError(f"{command[0]} cannot be started: {error.strerror}") from None
+        if sys.platform == "win32":
+            self._job = _Job(self._process.pid)  # before it has had the time to start anything
         self._messages = MessageReader(MAX_MESSAGE_BYTES + 1)
         self._read: list[Message] = []
         self._maybe_watchdog: threading.Timer | None = None
@@ -67,6 +95,8 @@ class Peer:
         self.close_input()
         self.close_output()
         self._log.close()
+        if sys.platform == "win32":
+            self._job.close()
 
     def allow(self, seconds: float) -> None:
         """Kill the child in so many seconds, unless this is called again."""
@@ -156,10 +186,8 @@ class Peer:
             self._maybe_watchdog.join()
 
     def _kill(self) -> None:
-        if self._process.returncode is not None:
-            return  # its number may be somebody else's by now
-        with contextlib.suppress(OSError):
-            if sys.platform == "win32":
-                self._process.kill()
-            else:
+        if sys.platform == "win32":
+            self._job.end()
+        elif self._process.returncode is None:  # else its number may be somebody else's by now
+            with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
