@@ -189,7 +189,7 @@ def test_a_standin_that_is_stopped_leaves_nothing(
     def stop(*_: object) -> None:
         raise ending
 
-    monkeypatch.setattr(bundle, "_try", stop)
+    monkeypatch.setattr(bundle, "try_folders", stop)
     outcome = call_tool("standin", tmp_path / "out", "--size", "tiny")
     assert outcome.status in (ExitStatus.TERMINATED, ExitStatus.INTERRUPTED)
     assert not (tmp_path / "out").exists()

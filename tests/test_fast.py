@@ -337,7 +337,7 @@ def test_other_providers_run_the_official_graph(bundle: Bundle) -> None:
 
 def test_the_graph_is_small_and_the_same_each_time(weights: DecoderWeights) -> None:
     graphs = [fast_decode_step(weights) for _ in range(2)]
-    models = [graph.model({}) for graph in graphs]
+    models = [graph.model() for graph in graphs]
     assert models[0].SerializeToString(deterministic=True) == models[1].SerializeToString(deterministic=True)
     layers = sum(len(module.layers) for _, module in transformers(weights.modules))
     assert len(models[0].graph.node) == 10 * layers + 2 * len(transformers(weights.modules)) + 5

@@ -69,7 +69,7 @@ ONLY_IN = {
     "fcntl": {"process", "client", "tools", "build"},  # build locks the folder that it builds in
     "msvcrt": {"process", "weights"},
     "ctypes": {"process", "weights", "client", "tools"},  # of Windows: what only its own calls tell, or can do
-    "subprocess": {"client", "tools"},
+    "subprocess": {"client", "tools", "build"},  # build tries its graphs in a process of its own
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
     # load; library may be called by many; `play` shows its progress, `conformance` has a watchdog, `bench` decodes
     # many streams at once.

@@ -43,7 +43,7 @@ def attention_probe() -> bytes:
     graph.output("attended", np.float32, [1, "tokens", HEADS * HEAD_DIM])
     for output in outputs:
         graph.output(output, np.float32, ring)
-    content: bytes = graph.model({}).SerializeToString(deterministic=True)
+    content: bytes = graph.model().SerializeToString(deterministic=True)
     return content
 
 

@@ -5,15 +5,16 @@ Rules of this room:
 - Nodes are added in the order in which they run. `op` adds one and returns the name of its result, so that a model
   reads like the arithmetic it does.
 - Weights have names. A weight that several graphs share lies in their data file once.
-- A tensor of less than EXTERNAL_BYTES lies in the graph itself. The others follow each other in the data file.
+- A tensor of less than EXTERNAL_BYTES lies in the graph itself. The others follow each other in the data file, into
+  which each is written when it is added to a graph: no graph holds more than one of them in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -38,13 +39,15 @@ class GraphBuilder:
     'x'
     >>> _ = graph.op("Add", "x", "x", result="y")
     >>> graph.output("y", np.float32, [1, "length"])
-    >>> [node.op_type for node in graph.model({}).graph.node]
+    >>> [node.op_type for node in graph.model().graph.node]
     ['Add']
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, maybe_data: DataFile | None = None) -> None:
+        """Without a data file all weights lie in the graph itself."""
         self.name = name
-        self.weights: dict[str, NDArray[Any]] = {}
+        self._maybe_data = maybe_data
+        self._weights: dict[str, onnx.TensorProto] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -91,8 +94,10 @@ class GraphBuilder:
 
     def weight(self, name: str, array: NDArray[Any]) -> str:
         """A learned tensor. The same name always means the same tensor."""
-        if name not in self.weights:
-            self.weights[name] = np.ascontiguousarray(array)
+        if name not in self._weights:
+            is_external = self._maybe_data is not None and array.nbytes >= EXTERNAL_BYTES
+            keep = self._maybe_data.add if self._maybe_data and is_external else _inside
+            self._weights[name] = keep(name, np.ascontiguousarray(array))
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
@@ -104,48 +109,54 @@ class GraphBuilder:
             self._constant_tensors.append(numpy_helper.from_array(array, self._constants[key]))
         return self._constants[key]
 
-    def model(self, places: Mapping[str, tuple[str, int]]) -> onnx.ModelProto:
-        """The graph as ONNX. `places` gives file and offset of each weight that lies outside."""
-        tensors = [_tensor(name, array, places.get(name)) for name, array in self.weights.items()]
-        graph = helper.make_graph(
-            self._nodes, self.name, self._inputs, self._outputs, initializer=[*tensors, *self._constant_tensors]
-        )
+    def model(self) -> onnx.ModelProto:
+        """The graph as ONNX."""
+        tensors = [*self._weights.values(), *self._constant_tensors]
+        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, initializer=tensors)
         opsets = [helper.make_opsetid(domain, version) for domain, version in self._domains.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name=PRODUCER)
 
+    def save(self, path: Path) -> None:
+        with open_named(path) as file:
+            file.write(self.model().SerializeToString(deterministic=True))
 
-def save_graphs(folder: Path, graphs: Mapping[str, GraphBuilder], data_name: str) -> list[str]:
-    """Write the graphs, keyed by file name, and one data file with their weights. Returns the files' names."""
-    weights: dict[str, NDArray[Any]] = {}
-    for graph in graphs.values():
-        weights |= graph.weights
-    external = {name: array for name, array in weights.items() if array.nbytes >= EXTERNAL_BYTES}
-    places: dict[str, tuple[str, int]] = {}
-    offset = 0
-    with open_named(folder / data_name) as data:
-        for name, array in external.items():
-            places[name] = (data_name, offset)
-            offset += data.write(array.data)
-    for file_name, graph in graphs.items():
-        with open_named(folder / file_name) as file:
-            file.write(graph.model(places).SerializeToString(deterministic=True))
-    return [*graphs, data_name]
+
+class DataFile:
+    """The weights of one or several graphs, one after the other, each once."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._tensors: dict[str, onnx.TensorProto] = {}
+        self._bytes = 0
+
+    def add(self, name: str, array: NDArray[Any]) -> onnx.TensorProto:
+        """Write the tensor where no graph has it yet, and return what stands for it in a graph."""
+        if name not in self._tensors:
+            tensor = onnx.TensorProto(
+                name=name,
+                data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+                dims=array.shape,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+            place = (("location", self._name), ("offset", str(self._bytes)), ("length", str(array.nbytes)))
+            for key, value in place:
+                tensor.external_data.add(key=key, value=value)
+            self._bytes += self._file.write(array.data)
+            self._tensors[name] = tensor
+        return self._tensors[name]
+
+
+@contextlib.contextmanager
+def open_data(path: Path) -> Iterator[DataFile]:
+    """A new data file for graphs in the same folder."""
+    with open_named(path) as file:
+        yield DataFile(file, path.name)
+
+
+def _inside(name: str, array: NDArray[Any]) -> onnx.TensorProto:
+    return numpy_helper.from_array(array, name)
 
 
 def _value(name: str, dtype: Any, shape: Sequence[Dimension]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
-
-
-def _tensor(name: str, array: NDArray[Any], maybe_place: tuple[str, int] | None) -> onnx.TensorProto:
-    if maybe_place is None:
-        return numpy_helper.from_array(array, name)
-    location, offset = maybe_place
-    tensor = onnx.TensorProto(
-        name=name,
-        data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-        dims=array.shape,
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(array.nbytes))):
-        tensor.external_data.add(key=key, value=value)
-    return tensor

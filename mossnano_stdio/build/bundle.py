@@ -25,19 +25,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from mossnano_stdio.build import official
-from mossnano_stdio.build.builder import OPSET, save_graphs
-from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.build.builder import OPSET, open_data
+from mossnano_stdio.build.checkpoint import Sides, is_checkpoint, load_checkpoint
 from mossnano_stdio.build.decode_step import save_fast_graph
 from mossnano_stdio.build.encode_step import save_encode_step
 from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import SIZES, save_standin
-from mossnano_stdio.build.trial import try_decoder, try_encoder
+from mossnano_stdio.build.trial import try_folders
 from mossnano_stdio.errors import BundleError, OutputError
 from mossnano_stdio.files import cannot_write, open_named, told_as
 from mossnano_stdio.weights import (
+    CODEC_FOLDERS,
     DECODE_DATA,
     DECODE_FULL_FILE,
     DECODE_STEP_FILE,
@@ -47,7 +49,6 @@ from mossnano_stdio.weights import (
     MODELS,
     OFFICIAL_FILES,
     SIDECAR_NAME,
-    Bundle,
     GraphSpec,
     Sidecar,
     build_metadata,
@@ -60,10 +61,15 @@ STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
 
 
-def build_from_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Build every graph that a checkpoint gives into `folder`."""
-    name = checkpoint.resolve().name
-    save_bundle(folder, load_checkpoint(checkpoint), name=name, checkpoint_name=name)
+Graphs = Literal["fast", "official", "all"]  # ours, those of the official contract, or both
+
+
+def build_from_checkpoint(checkpoint: Path, folder: Path, sides: Sides = "all", graphs: Graphs = "all") -> None:
+    """Build the graphs that a checkpoint gives into `folder`. It may lie inside a text-to-speech model's folder."""
+    codec = maybe_codec_inside(checkpoint) or checkpoint
+    weights = load_checkpoint(codec, sides)
+    name = codec.resolve().name
+    save_bundle(folder, weights, name=name, checkpoint_name=name, graphs=graphs)
 
 
 def build_from_bundle(source: Path, folder: Path) -> None:
@@ -87,39 +93,49 @@ def build_from_bundle(source: Path, folder: Path) -> None:
         )
         save_sidecar(stage, sidecar)
         _copy(bundle.folder / METADATA_NAME, stage)
-        _try(bundle, load_bundle(stage))
+        try_folders(bundle.folder, stage)
         if beside:  # the metadata lay here for the trial only
             (stage / METADATA_NAME).unlink()
 
 
-def save_bundle(folder: Path, weights: CodecWeights, *, name: str, checkpoint_name: str, trial: bool = True) -> None:
-    """Build all graphs into `folder`: the official contract's, our own, metadata and `mossnano.json`.
+def save_bundle(
+    folder: Path,
+    weights: CodecWeights,
+    *,
+    name: str,
+    checkpoint_name: str,
+    graphs: Graphs = "all",
+    trial: bool = True,
+) -> None:
+    """Build graphs into `folder`: the official contract's, our own, metadata and `mossnano.json`.
 
     Without a trial nothing is run before it is kept: tests do that, which run the graphs themselves.
     """
     with staged(folder) as stage:
-        decode = {
-            DECODE_STEP_FILE: official.decode_step(weights.decoder),
-            DECODE_FULL_FILE: official.decode_full(weights.decoder),
-        }
-        names = save_graphs(stage, decode, DECODE_DATA)
-        if weights.maybe_encoder is not None:
-            names += save_graphs(stage, {ENCODE_FILE: official.encode(weights.maybe_encoder)}, ENCODE_DATA)
-        streaming = official.streaming_decode(weights.decoder)
-        metadata = build_metadata(checkpoint_name, weights.format, OFFICIAL_FILES, streaming, OPSET)
+        files = {} if graphs == "fast" else _save_official_graphs(stage, weights)
+        streaming = official.streaming_decode(weights.maybe_decoder)
+        metadata = build_metadata(checkpoint_name, weights.format, files, streaming, OPSET)
         with open_named(stage / METADATA_NAME) as file:
             file.write(json.dumps(metadata, indent=2).encode() + b"\n")
-        graphs = _save_own_graphs(stage, weights)
+        own = {} if graphs == "official" else _save_own_graphs(stage, weights)
+        names = dict.fromkeys([*(name for names in files.values() for name in names), METADATA_NAME, *_files_of(own)])
         sidecar = Sidecar(
             name=name,
             codebook_size=weights.format.codebook_size,
-            graphs=graphs,
-            files=record_files(stage, [*names, METADATA_NAME, *_files_of(graphs)]),
+            graphs=own,
+            files=record_files(stage, names),
         )
         save_sidecar(stage, sidecar)
         if trial:
-            built = load_bundle(stage)
-            _try(built, built)
+            try_folders(stage, stage)
+
+
+def maybe_codec_inside(folder: Path) -> Path | None:
+    """Where in a text-to-speech model's folder its codec's checkpoint lies: in the folder itself if that is no model
+    of another kind, or in one inside that is called after the codec.
+    """
+    places = (folder, *(folder / name for name in CODEC_FOLDERS))
+    return next((place for place in places if is_checkpoint(place)), None)
 
 
 def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", trial: bool = True) -> None:
@@ -209,14 +225,25 @@ def _move(stage: Path, folder: Path) -> None:
             path.replace(folder / path.name)
 
 
-def _try(source: Bundle, built: Bundle) -> None:
-    try_decoder(source, built)
-    if "encode_step" in built.graphs:
-        try_encoder(source, built)
+def _save_official_graphs(folder: Path, weights: CodecWeights) -> dict[str, tuple[str, ...]]:
+    """The files that were written, by graph, as the metadata lists them."""
+    written = []
+    if (decoder := weights.maybe_decoder) is not None:
+        with open_data(folder / DECODE_DATA) as data:
+            official.decode_step(decoder, data).save(folder / DECODE_STEP_FILE)
+            official.decode_full(decoder, data).save(folder / DECODE_FULL_FILE)
+        written += ["decode_full", "decode_step"]
+    if (encoder := weights.maybe_encoder) is not None:
+        with open_data(folder / ENCODE_DATA) as data:
+            official.encode(encoder, data).save(folder / ENCODE_FILE)
+        written.append("encode")
+    return {name: files for name, files in OFFICIAL_FILES.items() if name in written}
 
 
 def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, GraphSpec]:
-    graphs = {"fast": save_fast_graph(folder, weights.decoder)}
+    graphs = {}
+    if weights.maybe_decoder is not None:
+        graphs["fast"] = save_fast_graph(folder, weights.maybe_decoder)
     if weights.maybe_encoder is not None:
         graphs["encode_step"] = save_encode_step(folder, weights.maybe_encoder)
     return graphs

@@ -127,6 +127,15 @@ def load_checkpoint(folder: Path, sides: Sides = "all") -> CodecWeights:
     return weights
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Does the config.json of the folder describe a codec?"""
+    try:
+        raw = json.loads((folder / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and "quantizer_kwargs" in raw
+
+
 def save_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Array]]) -> None:
     """Write config.json, shards and their index, as the published checkpoints have them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -481,7 +490,12 @@ class _Tensors:
         return (length * direction / norms).astype(np.float32), self.take(f"{prefix}.bias", outputs)
 
     def refuse_leftovers(self) -> None:
-        leftovers = sorted(name for name in set(self._places) - self._expected if not self._is_unneeded(name))
+        leftovers = sorted(set(self._places) - self._expected)
+        if (
+            self._unneeded is not None
+        ):  # of the quantizer each side needs a part, and what that is the other may not have
+            others = (self._unneeded, "quantizer.")
+            leftovers = [name for name in leftovers if not name.startswith(others)]
         if leftovers:
             more = f" and {len(leftovers) - 1} more" if len(leftovers) > 1 else ""
             raise BundleError(f"{self._places[leftovers[0]].path}: unexpected tensor {leftovers[0]}{more}")

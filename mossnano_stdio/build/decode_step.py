@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mossnano_stdio.build.builder import GraphBuilder, save_graphs
+from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
 from mossnano_stdio.build.model import (
     DecoderWeights,
     DequantizerWeights,
@@ -36,8 +36,8 @@ FAST_FILE = "mossnano_fast.onnx"
 FAST_DATA = "mossnano_fast.data"
 
 
-def fast_decode_step(decoder: DecoderWeights) -> GraphBuilder:
-    graph = GraphBuilder("decode_step_fast")
+def fast_decode_step(decoder: DecoderWeights, maybe_data: DataFile | None = None) -> GraphBuilder:
+    graph = GraphBuilder("decode_step_fast", maybe_data)
     stack = Stack(graph)
     *joints, last_joint = _joints(decoder)
     x = _look_up(graph, decoder.dequantizer)
@@ -57,7 +57,8 @@ def fast_decode_step(decoder: DecoderWeights) -> GraphBuilder:
 
 def save_fast_graph(folder: Path, decoder: DecoderWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
-    save_graphs(folder, {FAST_FILE: fast_decode_step(decoder)}, FAST_DATA)
+    with open_data(folder / FAST_DATA) as data:
+        fast_decode_step(decoder, data).save(folder / FAST_FILE)
     return GraphSpec(file=FAST_FILE, data=(FAST_DATA,), facts=stack_facts(decoder.modules))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from mossnano_stdio.build.blocks import INT32
-from mossnano_stdio.build.builder import GraphBuilder, save_graphs
+from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
 from mossnano_stdio.build.model import (
     ROW_EPSILON,
     EncoderWeights,
@@ -39,8 +39,8 @@ ENCODE_STEP_FILE = "mossnano_encode_step.onnx"
 ENCODE_STEP_DATA = "mossnano_encode_step.data"
 
 
-def encode_step(encoder: EncoderWeights) -> GraphBuilder:
-    graph = GraphBuilder("encode_step")
+def encode_step(encoder: EncoderWeights, maybe_data: DataFile | None = None) -> GraphBuilder:
+    graph = GraphBuilder("encode_step", maybe_data)
     stack = Stack(graph)
     *joints, last_joint = _joints(encoder)
     x = graph.input("audio", np.float32, ["samples", encoder.format.channels])
@@ -59,7 +59,8 @@ def encode_step(encoder: EncoderWeights) -> GraphBuilder:
 
 def save_encode_step(folder: Path, encoder: EncoderWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
-    save_graphs(folder, {ENCODE_STEP_FILE: encode_step(encoder)}, ENCODE_STEP_DATA)
+    with open_data(folder / ENCODE_STEP_DATA) as data:
+        encode_step(encoder, data).save(folder / ENCODE_STEP_FILE)
     return GraphSpec(file=ENCODE_STEP_FILE, data=(ENCODE_STEP_DATA,), facts=stack_facts(encoder.modules))
 
 

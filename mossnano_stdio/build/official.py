@@ -18,7 +18,7 @@ import numpy as np
 
 from mossnano_stdio.build import blocks
 from mossnano_stdio.build.blocks import FLOAT, Heads
-from mossnano_stdio.build.builder import GraphBuilder
+from mossnano_stdio.build.builder import DataFile, GraphBuilder
 from mossnano_stdio.build.model import (
     DecoderWeights,
     EncoderWeights,
@@ -34,16 +34,16 @@ AttentionOf = Callable[[GraphBuilder, str, int, TransformerWeights], Attention] 
 Cache = Mapping[str, Any]
 
 
-def decode_full(decoder: DecoderWeights) -> GraphBuilder:
+def decode_full(decoder: DecoderWeights, maybe_data: DataFile | None = None) -> GraphBuilder:
     """Codes of a whole recording -> its audio."""
-    graph = GraphBuilder("decode_full")
+    graph = GraphBuilder("decode_full", maybe_data)
     _decode(graph, decoder, _WholeAttention)
     return graph
 
 
-def decode_step(decoder: DecoderWeights) -> GraphBuilder:
+def decode_step(decoder: DecoderWeights, maybe_data: DataFile | None = None) -> GraphBuilder:
     """Codes of the next frames and the states before them -> their audio and the states after them."""
-    graph = GraphBuilder("decode_step")
+    graph = GraphBuilder("decode_step", maybe_data)
     streaming = streaming_decode(decoder)
     caches = {(cache["decoder_index"], cache["layer_index"]): cache for cache in streaming["attention_caches"]}
     counters = {counter["decoder_index"]: counter for counter in streaming["transformer_offsets"]}
@@ -61,10 +61,10 @@ def decode_step(decoder: DecoderWeights) -> GraphBuilder:
     return graph
 
 
-def encode(encoder: EncoderWeights) -> GraphBuilder:
+def encode(encoder: EncoderWeights, maybe_data: DataFile | None = None) -> GraphBuilder:
     """The samples of a whole recording -> its codes. A last frame that is not full is filled up with silence."""
     codec = encoder.format
-    graph = GraphBuilder("encode")
+    graph = GraphBuilder("encode", maybe_data)
     waveform = graph.input("waveform", np.float32, [1, codec.channels, "waveform_length"])
     lengths = graph.input("input_lengths", np.int32, [1])
     with graph.scope("frames"):
@@ -88,9 +88,9 @@ def encode(encoder: EncoderWeights) -> GraphBuilder:
     return graph
 
 
-def streaming_decode(decoder: DecoderWeights) -> dict[str, Any]:
+def streaming_decode(maybe_decoder: DecoderWeights | None) -> dict[str, Any]:
     """The states of decode_step, as the metadata lists them: a counter a transformer, a cache a layer."""
-    found = transformers(decoder.modules)
+    found = transformers(maybe_decoder.modules) if maybe_decoder else []
     layers = [(index, layer, module) for index, module in found for layer in range(len(module.layers))]
     return build_streaming(
         [build_counter(number, index) for number, (index, _) in enumerate(found)],

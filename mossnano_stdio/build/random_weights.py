@@ -75,7 +75,8 @@ SIZES = {  # model -> size
             sample_rate=24_000, channels=1, frame_samples=1_920, quantizers=32, older=True,
         ),
         "tiny": Size(
-            48, 32, (Stage(2, 80, 320, 5, 0.64), *[Stage(1, 48, 192, 3, 0.64)] * 3), PATCHES_24K,
+            48, 32, (Stage(2, 80, 320, 5, 0.64), *(Stage(layers, 48, 192, 3, 0.64) for layers in (1, 1, 2))),
+            PATCHES_24K,
             sample_rate=24_000, channels=1, frame_samples=1_920, quantizers=32, older=True,
         ),
     },
@@ -86,7 +87,11 @@ SIZES = {  # model -> size
         ),
         "tiny": Size(
             48, 32,
-            (Stage(1, 80, 320, 5, 0.8), *(Stage(1, 48, 192, 3, s) for s in (0.8, 0.64, 0.32, 0.16, 0.08))),
+            (
+                Stage(1, 80, 320, 5, 0.8),
+                *(Stage(1, 48, 192, 3, s) for s in (0.8, 0.64, 0.32, 0.16)),
+                Stage(2, 48, 192, 3, 0.08),
+            ),
             V2_PATCHES, quantizers=32,
         ),
     },

@@ -1,25 +1,41 @@
 """Runs our own graphs beside the official ones, before they are kept.
 
+    python -m mossnano_stdio.build.trial SOURCE BUILT     two weights folders, which may be one
+
 Rules of this room:
 
-- Decoding: seeded random codes of 15 s, which is longer than every context of the published model, in chunks of mixed
+- Decoding: seeded random codes of 15 s, which is longer than every context of the published models, in chunks of mixed
   sizes. The audio must be that of the bundle's own decode_step within MAX_ERROR.
 - Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
   MIN_FRAMES_PER_TIE.
+- Where a bundle has no official graphs, ours are run once more, in chunks of one size only: both must be the same, and
+  neither silence. That shows that a state is lost, not that a weight is wrong.
 - The error for a departure says at which frame it begins and how large it is.
+- The trial of large graphs is a process of its own: a build that needs little memory stays one.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.codecs import SeekingDecoder, load_decoder, load_encoder_runtime, load_full_encoder
-from mossnano_stdio.errors import CheckFailedError
+from mossnano_stdio.errors import (
+    BugError,
+    BundleError,
+    CheckFailedError,
+    DecodeError,
+    ExitStatus,
+    MossnanoError,
+    OutOfMemoryError,
+)
 from mossnano_stdio.tokens import CodecFormat, Codes
-from mossnano_stdio.weights import Bundle
+from mossnano_stdio.weights import Bundle, load_bundle
 
 DECODED_SECONDS = 15
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
@@ -31,34 +47,78 @@ MIN_FRAMES_PER_TIE = 50
 LEVEL = 0.1  # RMS of what is encoded
 PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
 SEED = 0
+LARGE_BYTES = 1 << 30  # of graphs. To start a process for smaller ones takes longer than their trial
+
+ERRORS: dict[int, type[MossnanoError]] = {  # what a trial ended with -> what its caller raises
+    error.exit_status: error for error in (CheckFailedError, BundleError, OutOfMemoryError, DecodeError)
+}
+
+
+def try_folders(source: Path, built: Path) -> None:
+    """Try the graphs of our own in `built` beside those of `source`. Raises what was wrong with them."""
+    if sum(path.stat().st_size for path in built.iterdir()) < LARGE_BYTES:
+        try_graphs(load_bundle(source), load_bundle(built))
+    else:
+        try_in_own_process(source, built)
+
+
+def try_in_own_process(source: Path, built: Path) -> None:
+    command = [sys.executable, "-m", __name__, str(source), str(built)]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
+    if run.returncode < 0:
+        raise OutOfMemoryError(
+            f"the trial of {built} was ended by signal {-run.returncode}, for want of memory perhaps; "
+            "--graphs fast, or --what decode, has less to run at once"
+        )
+    if run.returncode != ExitStatus.DONE:
+        raise ERRORS.get(run.returncode, BugError)(run.stdout.strip() or f"the trial ended with {run.returncode}")
+
+
+def try_graphs(source: Bundle, built: Bundle) -> None:
+    """Everything of our own that `built` has."""
+    if built.has_graph("fast"):
+        try_decoder(source, built)
+    if built.has_graph("encode_step"):
+        try_encoder(source, built)
 
 
 def try_decoder(source: Bundle, built: Bundle) -> None:
-    """Compare the fast graph of `built` with the decode_step of `source`."""
+    """Compare the fast graph of `built` with the decode_step of `source`, or else with itself."""
+    judge, judged_by = ("official", "decode_step") if source.has_graph("decode_step") else ("fast", "fast")
     codec = source.format
     shape = (round(DECODED_SECONDS * codec.frames_per_second), codec.quantizers)
     codes = np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
-    expected = _decoded(load_decoder(source, graph="official"), codes, CHUNK_FRAMES[-1:])
+    expected = _decoded(load_decoder(source, graph=judge), codes, CHUNK_FRAMES[-1:])
+    if not expected.any():
+        raise CheckFailedError(f"{source.graph(judged_by).path}: gives silence for random codes, so nothing is kept")
     found = _decoded(load_decoder(built, graph="fast"), codes, CHUNK_FRAMES)
     errors = np.abs(found - expected).reshape(len(codes), -1).max(axis=1)
     worse = np.flatnonzero(~(errors <= MAX_ERROR))  # NaN is worse too
     if worse.size:
         raise CheckFailedError(
-            f"the fast graph departs from {source.graph('decode_step').path} at frame {worse[0]} by "
+            f"the fast graph departs from {source.graph(judged_by).path} at frame {worse[0]} by "
             f"{errors[worse[0]]:.2g} (by {errors.max():.2g} at most in {len(codes)} frames; allowed is {MAX_ERROR:g}), "
             f"so it is not kept"
         )
 
 
 def try_encoder(source: Bundle, built: Bundle) -> None:
-    """Compare the streaming encoder of `built` with the whole-file encode of `source`."""
+    """Compare the streaming encoder of `built` with the whole-file encode of `source`, or else with itself."""
     audio = _recording(source.format)
-    expected = load_full_encoder(source).encode(audio)
-    found = load_encoder_runtime(built).new_encoder().step(audio)
+    runtime = load_encoder_runtime(built)
+    found = runtime.new_encoder().step(audio)
+    if source.has_graph("encode"):
+        judged_by = "encode"
+        expected = load_full_encoder(source).encode(audio)
+    else:
+        judged_by = "encode_step"
+        stream = runtime.new_encoder()
+        frames = np.split(audio, len(audio) // source.format.frame_samples)
+        expected = np.concatenate([stream.step(np.ascontiguousarray(frame)) for frame in frames])
     other = np.flatnonzero((found != expected).any(axis=1))
     if other.size * MIN_FRAMES_PER_TIE > len(expected):
         raise CheckFailedError(
-            f"the streaming encoder departs from {source.graph('encode').path} at frame {other[0]} "
+            f"the streaming encoder departs from {source.graph(judged_by).path} at frame {other[0]} "
             f"(in {other.size} of {len(expected)} frames; allowed is one in {MIN_FRAMES_PER_TIE}), so it is not kept"
         )
 
@@ -83,3 +143,22 @@ def _decoded(decoder: SeekingDecoder, codes: Codes, chunk_frames: Sequence[int])
         pieces.append(decoder.step(codes[start : start + frames]))
         start += frames
     return np.concatenate(pieces)
+
+
+def _run() -> int:
+    try:
+        source, built = map(Path, sys.argv[1:])
+        try_graphs(load_bundle(source), load_bundle(built))
+    except MossnanoError as error:
+        sys.stdout.buffer.write(str(error).encode("utf-8", "backslashreplace"))
+        return error.exit_status
+    except MemoryError as error:
+        sys.stdout.buffer.write(f"the trial had too little memory ({error})".encode())
+        return ExitStatus.NO_MEMORY
+    except KeyboardInterrupt:  # the build has got it too, and says so
+        return ExitStatus.INTERRUPTED
+    return ExitStatus.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(_run())

@@ -53,8 +53,8 @@ NAME = "MOSS-Audio-Tokenizer"
 
 
 def recognises(bundle: Bundle) -> bool:
-    """It is so far the only family whose metadata there is."""
-    return "decode_step" in bundle.graphs
+    """It is so far the only family whose metadata there is. A folder may hold some of its graphs only."""
+    return bool(bundle.graphs.keys() & {"decode_step", "fast", "encode", "encode_step"})
 
 
 def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialRuntime | FastRuntime:
@@ -69,7 +69,12 @@ def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialR
         try:
             return FastRuntime(bundle, engine)
         except UnfitRuntimeError as error:
+            if "decode_step" not in bundle.graphs:
+                raise
             log.warning("%s; the official graph runs instead", error)
+    if "decode_step" not in bundle.graphs:
+        what = "official graph, which alone runs elsewhere than on the CPU" if "fast" in bundle.graphs else "decoder"
+        raise BundleError(f"{bundle.folder}: has no {what}; `mossnano build` makes one of a checkpoint")
     return OfficialRuntime(bundle, engine)
 
 

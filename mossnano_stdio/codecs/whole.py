@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +35,7 @@ from mossnano_stdio.codecs.moss import OfficialRuntime
 from mossnano_stdio.errors import DecodeError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
 from mossnano_stdio.weights import Bundle
+from mossnano_stdio.weights.checked_json import Entry
 
 ALWAYS_FITTING_FRAMES = 25  # two seconds as a whole need 64 MB of the official weights
 SCORE_COPIES = 6.5  # attention scores that are alive at once, as measured over lengths of 8 to 24 seconds
@@ -64,17 +63,13 @@ class FullDecoder:
         if len(codes) > ALWAYS_FITTING_FRAMES:
             check_fits(
                 f"decoding {len(codes)} frames as a whole",
-                attention_bytes(self.bundle, self._tokens_per_frame, len(codes)),
+                attention_bytes(self.bundle, self.engine, len(codes)),
                 "decode in steps (`--decoder step`), which takes the same memory for every length",
             )
         audio, lengths = self.session.run(self.session.graph.output_names, codes_feed(self.session, codes))
         check_audio(self.session, audio, lengths, len(codes), self.format)
         whole: NDArray[np.float32] = audio[0].T
         return whole
-
-    @cached_property
-    def _tokens_per_frame(self) -> dict[str, int]:
-        return OfficialRuntime(self.bundle, self.engine).tokens_per_frame
 
 
 class FullEncoder:
@@ -113,7 +108,7 @@ class FullEncoder:
             check_fits(
                 f"encoding {frames} frames as a whole",
                 # The encoder mirrors the decoder, layer by layer.
-                attention_bytes(self.bundle, self._tokens_per_frame, frames),
+                attention_bytes(self.bundle, self.engine, frames),
                 "build a streaming encoder with `mossnano build`, which takes the same memory for every length",
             )
         feed = {
@@ -134,10 +129,6 @@ class FullEncoder:
             )
         check_codes_out(self.session.graph.path, codes, self.format)
 
-    @cached_property
-    def _tokens_per_frame(self) -> dict[str, int]:
-        return OfficialRuntime(self.bundle, self.engine).tokens_per_frame
-
 
 def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.float32]:
     """The audio with silence up to the next whole frame."""
@@ -148,10 +139,22 @@ def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.floa
 # --- will it fit? ------------------------------------------------------------------------------------------------
 
 
-def attention_bytes(bundle: Bundle, tokens_per_frame: Mapping[str, int], frames: int) -> int:
+def attention_bytes(bundle: Bundle, engine: Engine, frames: int) -> int:
     """What attention over `frames` frames at once takes in its busiest layer."""
-    busiest = max(cache.heads * tokens_per_frame[cache.offset_input_name] ** 2 for cache in bundle.caches)
+    busiest = max((heads * tokens_per_frame**2 for heads, tokens_per_frame in _layers(bundle, engine)), default=0)
     return int(SCORE_COPIES * SCORE_BYTES * busiest * frames**2)
+
+
+def _layers(bundle: Bundle, engine: Engine) -> list[tuple[int, int]]:
+    """Heads, and tokens in a frame, of the layers of the decoder, or of the encoder, which mirrors it."""
+    for graph in bundle.graphs.values():
+        entries = Entry(dict(graph.facts), f"{graph.path}: facts").items_at("transformers")
+        if layers := [(entry.at("heads").whole(1), entry.at("tokens_per_frame").whole(1)) for entry in entries]:
+            return layers
+    if "decode_step" not in bundle.graphs:
+        return []  # an official encoder alone says nothing about it
+    tokens_per_frame = OfficialRuntime(bundle, engine).tokens_per_frame
+    return [(cache.heads, tokens_per_frame[cache.offset_input_name]) for cache in bundle.caches]
 
 
 def check_fits(what: str, needed_bytes: int, advice: str) -> None:

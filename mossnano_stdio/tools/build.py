@@ -3,7 +3,12 @@
   mossnano build CHECKPOINT_DIR OUT_DIR       from config.json and safetensors: all graphs
   mossnano build --from-bundle DIR OUT_DIR    from the official ONNX files: our own graphs, beside them or beside copies
 
-OUT_DIR may be DIR. Official files are never changed. Our graphs are kept only if they decode as the official ones do.
+CHECKPOINT_DIR is a codec's, or a text-to-speech model's with the codec inside (audio_tokenizer/, moss_audio_tokenizer/,
+codec/). OUT_DIR may be DIR. Official files are never changed.
+
+Our graphs are kept only if they decode as the official ones do. --graphs fast builds ours alone; they are then compared
+with themselves in other chunks. Of the larger models that is what there is memory and disk for: the trial, a process of
+its own, loads whatever it compares.
 """
 
 from __future__ import annotations
@@ -17,12 +22,28 @@ from mossnano_stdio.errors import ExitStatus, UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT_DIR", help="config.json and tensors")
     parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="where the graphs go; created where needed")
+    parser.add_argument(
+        "--what",
+        choices=("decode", "encode", "all"),
+        default="all",
+        help="of a checkpoint, what decodes, or encodes (all)",
+    )
+    parser.add_argument(
+        "--graphs",
+        choices=("fast", "official", "all"),
+        default="all",
+        help="of a checkpoint, ours or the official contract's (all)",
+    )
     parser.add_argument("--from-bundle", type=Path, metavar="DIR", help="take the weights out of these official files")
 
 
 def run(args: argparse.Namespace) -> int:
     if (args.checkpoint is None) == (args.from_bundle is None):
         raise UsageError("build takes either CHECKPOINT_DIR OUT_DIR or --from-bundle DIR OUT_DIR")
+    if args.from_bundle and (args.what, args.graphs) != ("all", "all"):
+        raise UsageError(
+            "--from-bundle builds our own graphs of all that the files hold; leave --what and --graphs out"
+        )
     try:
         from mossnano_stdio.build.bundle import build_from_bundle, build_from_checkpoint
     except ImportError as error:
@@ -32,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
     if args.from_bundle:
         build_from_bundle(args.from_bundle, args.folder)
     else:
-        build_from_checkpoint(args.checkpoint, args.folder)
+        build_from_checkpoint(args.checkpoint, args.folder, args.what, args.graphs)
     print(args.folder)
     return ExitStatus.DONE

@@ -11,7 +11,7 @@ Rules of this room:
   onnx_shapes.py) are imported by their names.
 """
 
-from mossnano_stdio.weights.folder import DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle, maybe_codec_folder
+from mossnano_stdio.weights.folder import CODEC_FOLDERS, DEMO, DEMO_FOLDER, Bundle, find_weights, load_bundle
 from mossnano_stdio.weights.graphs import FileRecord, Graph, GraphSpec, StateSpec, WeightFile
 from mossnano_stdio.weights.metadata import (
     DECODE_DATA,
@@ -32,6 +32,7 @@ from mossnano_stdio.weights.published import MODELS, NANO
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
 
 __all__ = [
+    "CODEC_FOLDERS",
     "DECODE_DATA",
     "DECODE_FULL_FILE",
     "DECODE_STEP_FILE",
@@ -59,7 +60,6 @@ __all__ = [
     "find_weights",
     "load_bundle",
     "load_sidecar",
-    "maybe_codec_folder",
     "record_files",
     "save_sidecar",
     "states_of",

@@ -107,7 +107,9 @@ def _named_weights(chosen: str, asked_by: str) -> Path:
         return _weights_of_model(chosen)
     if not folder.is_dir():
         raise BundleError(f"{folder}: is not there; {asked_by} takes a weights folder, or {DEMO!r}")
-    if (maybe_inside := maybe_codec_folder(folder, METADATA_NAME)) is None:
+    places = (folder, *(folder / name for name in CODEC_FOLDERS))
+    maybe_inside = next((place for place in places if (place / METADATA_NAME).exists()), None)
+    if maybe_inside is None:
         raise BundleError(
             f"{folder / METADATA_NAME}: is not there, so this is no weights folder; "
             f"`mossnano fetch --to {folder}` makes it one"
@@ -125,14 +127,6 @@ def _weights_of_model(model: str) -> Path:
         f"no weights of {model} found in {looked}; `mossnano fetch --model {model} --what checkpoint` "
         "gets what `mossnano build` makes them of"
     )
-
-
-def maybe_codec_folder(folder: Path, file_name: str) -> Path | None:
-    """Where in `folder` the file lies that makes a codec of it: there itself, or in one of a text-to-speech model's
-    folders that are called after the codec inside.
-    """
-    places = (folder, *(folder / name for name in CODEC_FOLDERS))
-    return next((place for place in places if (place / file_name).is_file()), None)
 
 
 def _places_of(model: PublishedModel) -> list[Path]:
@@ -182,6 +176,8 @@ def load_bundle(folder: Path) -> Bundle:
         )
         for name, spec in {**parse_graphs(metadata, sidecar.precision), **sidecar.graphs}.items()
     }
+    if "decode_step" not in graphs and not sidecar.codebook_size:  # without one, the other says what we have built
+        raise BundleError(f"{metadata.at('files').where}: 'decode_step' is missing, nothing can be decoded without it")
     return Bundle(
         folder=folder,
         name=sidecar.name or metadata.text_at("checkpoint_path", default=folder.name),

@@ -135,7 +135,7 @@ def load_metadata(folder: Path) -> tuple[Entry, bytes]:
 
 
 def parse_graphs(metadata: Entry, precision: str) -> dict[str, GraphSpec]:
-    """The official graphs; `encode` and `decode_full` may be left out."""
+    """The official graphs that there are."""
     names = metadata.at("onnx")
     states = _parse_states(metadata.at("streaming_decode"))
     graphs = {}
@@ -155,8 +155,6 @@ def parse_graphs(metadata: Entry, precision: str) -> dict[str, GraphSpec]:
             input_names=_without_states(inputs, [state.input_name for state in own_states]),
             output_names=_without_states(outputs, [state.output_name for state in own_states]),
         )
-    if "decode_step" not in graphs:
-        raise BundleError(f"{metadata.at('files').where}: 'decode_step' is missing, nothing can be decoded without it")
     return graphs
 
 

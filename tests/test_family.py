@@ -1,0 +1,331 @@
+"""The larger members of the MOSS family: what the published classes make of two stand-ins, against our graphs.
+
+Sound and codes are those of whole recordings. The published streaming of the 24 kHz member departs from them as soon as
+the first context is full; ours does not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from mossnano_stdio.build import trial
+from mossnano_stdio.build.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, load_checkpoint, parse_config
+from mossnano_stdio.build.decode_step import FAST_DATA
+from mossnano_stdio.build.model import TransformerWeights, transformers
+from mossnano_stdio.codecs import load_encoder, load_encoder_runtime, load_full_decoder, load_full_encoder, load_runtime
+from mossnano_stdio.errors import BundleError, CheckFailedError
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.weights import Bundle, load_bundle, load_sidecar, save_sidecar
+from tests.conftest import skip_if_nothing_can_be_built
+from tests.oracle import Sound, furthest, in_chunks
+from tests.tool import call_tool
+
+TOLERANCE = 2e-6
+PCM16_STEP = 1 / 32768
+REFERENCES = Path(__file__).parent / "reference"
+
+
+@dataclass(frozen=True)
+class Member:
+    reference: Path
+    bundle: Bundle
+
+    def golden(self, name: str) -> NDArray[Any]:
+        loaded: NDArray[Any] = np.load(self.reference / f"{name}.npy")
+        return loaded
+
+    @property
+    def codes(self) -> Codes:
+        return self.golden("codes").astype(np.uint16)
+
+    @property
+    def audio(self) -> Sound:
+        return np.ascontiguousarray(self.golden("audio").T)
+
+    @property
+    def wave(self) -> Sound:
+        """Its whole frames: those that the published encoder counts."""
+        wave = self.golden("wave").T
+        frame_samples = self.bundle.format.frame_samples
+        return np.ascontiguousarray(wave[: len(wave) // frame_samples * frame_samples])
+
+
+@pytest.fixture(scope="module", params=["moss-24k", "moss-v2"])
+def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Member:
+    skip_if_nothing_can_be_built()
+    folder = tmp_path_factory.mktemp(request.param)
+    outcome = call_tool("build", REFERENCES / request.param, folder)
+    assert outcome.status == 0, outcome.err
+    return Member(REFERENCES / request.param, load_bundle(folder))
+
+
+# --- sound -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 3, 8, 100])
+@pytest.mark.parametrize("graph", ["official", "fast"])
+def test_goldens(member: Member, graph: str, chunk_frames: int) -> None:
+    decoder = load_runtime(member.bundle, graph=graph).new_decoder()
+    assert furthest(in_chunks(decoder, member.codes, chunk_frames), member.audio) < TOLERANCE
+
+
+def test_goldens_as_a_whole(member: Member) -> None:
+    assert furthest(load_full_decoder(member.bundle).decode(member.codes), member.audio) < TOLERANCE
+
+
+@pytest.mark.parametrize("quantizers", [1, 8])
+@pytest.mark.parametrize("chunk_frames", [1, 3, 8])
+def test_goldens_of_a_prefix(member: Member, quantizers: int, chunk_frames: int) -> None:
+    decoder = load_runtime(member.bundle, graph="fast").new_decoder()
+    found = in_chunks(decoder, member.codes[:8, :quantizers], chunk_frames)
+    assert furthest(found, np.ascontiguousarray(member.golden(f"audio_q{quantizers}").T)) < TOLERANCE
+
+
+def test_every_state_of_the_official_graph_is_heard(member: Member) -> None:
+    decoder = load_runtime(member.bundle, graph="official").new_decoder()
+    decoder.step(member.codes[:10])
+    snapshot = decoder.snapshot()
+    expected = decoder.step(member.codes[10:14])
+    names = [name for name in snapshot.tensors if name.startswith("attn_")]
+    assert len(names) == 4 * len(member.bundle.caches)
+    for name in names:
+        lost = np.full_like(snapshot.tensors[name], -1 if "positions" in name else 0)
+        decoder.restore(type(snapshot)({**snapshot.tensors, name: lost}, snapshot.next_frame))
+        assert furthest(decoder.step(member.codes[10:14]), expected) > 4 * PCM16_STEP, name
+
+
+def test_every_ring_is_heard(member: Member) -> None:
+    decoder = load_runtime(member.bundle, graph="fast").new_decoder()
+    decoder.step(member.codes[:10])
+    snapshot = decoder.snapshot()
+    expected = decoder.step(member.codes[10:14])
+    for transformer, window in enumerate(snapshot.windows):
+        for ring in range(len(window)):
+            windows = list(snapshot.windows)
+            windows[transformer] = window.copy()
+            windows[transformer][ring] = 0
+            decoder.restore(type(snapshot)(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
+            assert furthest(decoder.step(member.codes[10:14]), expected) > 4 * PCM16_STEP, (transformer, ring)
+
+
+# --- codes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 3, 8, 100])
+def test_encoded_goldens(member: Member, chunk_frames: int) -> None:
+    encoder = load_encoder_runtime(member.bundle).new_encoder()
+    samples = chunk_frames * member.bundle.format.frame_samples
+    pieces = [encoder.step(member.wave[start : start + samples]) for start in range(0, len(member.wave), samples)]
+    codes = np.concatenate(pieces)
+    assert len(codes) == 12
+    assert np.array_equal(codes, member.golden("encoded")[:12])
+
+
+def test_encoded_goldens_as_a_whole(member: Member) -> None:
+    codes = load_full_encoder(member.bundle).encode(np.ascontiguousarray(member.golden("wave").T))
+    assert len(codes) == 13  # the frame that was begun is kept, but the published encoder does not count it
+    assert np.array_equal(codes[:12], member.golden("encoded")[:12])
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_check_finds_nothing_wrong(member: Member) -> None:
+    outcome = call_tool("check", member.bundle.folder)
+    assert outcome.status == 0, outcome.out
+    assert b"all is well" in outcome.out
+
+
+@pytest.mark.parametrize("inside", ["audio_tokenizer", "moss_audio_tokenizer", "codec"])
+def test_the_codec_inside_a_text_to_speech_model_is_built(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "tts").mkdir()
+    (tmp_path / "tts" / CONFIG_NAME).write_text('{"model_type": "moss_tts"}')
+    shutil.copytree(REFERENCES / "moss-24k", tmp_path / "tts" / inside)
+    outcome = call_tool("build", tmp_path / "tts", tmp_path / "out", "--what", "decode", "--graphs", "fast")
+    assert outcome.status == 0, outcome.err
+    assert load_bundle(tmp_path / "out").format.sample_rate == 24_000
+
+
+GRAPHS = {
+    ("decode", "fast"): {"fast"},
+    ("decode", "official"): {"decode_step", "decode_full"},
+    ("decode", "all"): {"decode_step", "decode_full", "fast"},
+    ("encode", "fast"): {"encode_step"},
+    ("encode", "official"): {"encode"},
+    ("encode", "all"): {"encode", "encode_step"},
+    ("all", "fast"): {"fast", "encode_step"},
+    ("all", "official"): {"decode_step", "decode_full", "encode"},
+}
+
+
+@pytest.mark.parametrize(("what", "graphs"), GRAPHS)
+def test_a_part_of_the_graphs(tmp_path: Path, what: str, graphs: str) -> None:
+    reference = REFERENCES / "moss-24k"
+    outcome = call_tool("build", reference, tmp_path, "--what", what, "--graphs", graphs)
+    assert outcome.status == 0, outcome.err
+    bundle = load_bundle(tmp_path)
+    assert set(bundle.graphs) == GRAPHS[what, graphs]
+    assert call_tool("check", tmp_path).status == call_tool("info", tmp_path).status == 0
+    if what == "encode":
+        wave = np.repeat(np.load(reference / "wave.npy").T, 3, axis=0)  # past what always fits
+        assert load_encoder(bundle).format.quantizers == 32
+        if "encode" in bundle.graphs:
+            assert len(load_full_encoder(bundle).encode(wave)) == 37
+        with pytest.raises(BundleError, match="has no decoder; `mossnano build` makes one"):
+            load_runtime(bundle)
+    else:
+        found = load_runtime(bundle).new_decoder().step(np.load(reference / "codes.npy").astype(np.uint16))
+        assert furthest(found, np.ascontiguousarray(np.load(reference / "audio.npy").T)) < TOLERANCE
+
+
+def test_ours_alone_run_on_the_cpu_alone(tmp_path: Path) -> None:
+    assert call_tool("build", REFERENCES / "moss-24k", tmp_path, "--what", "decode", "--graphs", "fast").status == 0
+    with pytest.raises(BundleError, match="has no official graph, which alone runs elsewhere than on the CPU"):
+        load_runtime(load_bundle(tmp_path), graph="official")
+
+
+def test_a_shard_of_the_other_side_may_be_missing(tmp_path: Path) -> None:
+    reference = REFERENCES / "moss-v2"
+    tensors = load_file(reference / SINGLE_NAME)
+    placed = {name: "1.safetensors" if name.startswith("encoder.") else "2.safetensors" for name in tensors}
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": placed}))
+    save_file({name: tensors[name] for name in tensors if placed[name] == "2.safetensors"}, tmp_path / "2.safetensors")
+    shutil.copyfile(reference / CONFIG_NAME, tmp_path / CONFIG_NAME)
+    outcome = call_tool("build", tmp_path, tmp_path, "--what", "decode", "--graphs", "fast")
+    assert outcome.status == 0, outcome.err
+    outcome = call_tool("build", tmp_path, tmp_path)
+    assert outcome.status == 66
+    assert "1.safetensors" in outcome.err
+
+
+def test_large_graphs_are_tried_in_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "LARGE_BYTES", 0)
+    monkeypatch.setattr(trial, "try_graphs", None)  # here
+    outcome = call_tool("build", REFERENCES / "moss-24k", tmp_path, "--what", "decode")
+    assert outcome.status == 0, outcome.err
+    with (tmp_path / FAST_DATA).open("r+b") as file:  # as if it had been built wrong
+        file.seek(-4000, 2)
+        file.write(bytes(2000))
+    save_sidecar(tmp_path, replace(load_sidecar(tmp_path), files={}))
+    with pytest.raises(CheckFailedError, match=r"the fast graph departs from .* at frame 0 by .* so it is not kept$"):
+        trial.try_folders(tmp_path, tmp_path)
+    (tmp_path / FAST_DATA).unlink()
+    with pytest.raises(BundleError, match=rf"{FAST_DATA}: is not there"):
+        trial.try_folders(tmp_path, tmp_path)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def config_of(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((REFERENCES / name / CONFIG_NAME).read_text())
+    return config
+
+
+def contexts(config: dict[str, Any]) -> list[int]:
+    return [module.context for module in parse_config(config).decoder if not hasattr(module, "patch")]
+
+
+def test_one_context_for_all_transformers() -> None:
+    config = config_of("moss-24k")
+    assert contexts(config) == [8, 16, 32, 64]
+    config["causal_transformer_context_duration"] = 0.63  # 7.875 tokens at the least: the first member rounds down
+    assert contexts(config) == [7, 15, 31, 63]
+    for module in config["decoder_kwargs"][:1]:
+        module["context_duration"] = 0.63  # the later ones have their own, or the common one, and round
+    assert contexts(config) == [8, 16, 32, 63]
+
+
+def test_no_context_at_all() -> None:
+    config = config_of("moss-24k")
+    del config["causal_transformer_context_duration"]
+    with pytest.raises(BundleError, match=r"decoder_kwargs\[0\]: the key context_duration is missing"):
+        parse_config(config)
+
+
+def test_a_decoder_that_is_listed_from_its_end() -> None:
+    config = config_of("moss-24k")
+    expected = parse_config(config)
+    backwards = config.pop("decoder_kwargs")[::-1]
+    for module in backwards:
+        if module["module_type"] == "Transformer":
+            ends = module["output_dimension"], module["input_dimension"]
+            module["input_dimension"], module["output_dimension"] = ends
+    config["reversed_decoder_kwargs"] = backwards
+    assert parse_config(config) == expected
+
+
+@pytest.mark.parametrize("key", ["number_channels", "channels_numbers"])
+def test_both_names_of_the_number_of_channels(key: str) -> None:
+    config = config_of("moss-v2")
+    config[key] = config.pop("number_channels")
+    assert parse_config(config).format.channels == 2
+
+
+@pytest.mark.parametrize("kind", ["rvq", "spec_rvq"])
+def test_other_quantizers_are_refused_by_name(kind: str) -> None:
+    config = config_of("moss-24k")
+    config["quantizer_kwargs"]["quantizer_type"] = kind
+    with pytest.raises(BundleError, match=rf"quantizer_type is '{kind}'; graphs can be built for 'rlfq'"):
+        parse_config(config)
+
+
+def test_the_older_layout_leaves_out_what_would_change_nothing() -> None:
+    found = transformers(load_checkpoint(REFERENCES / "moss-24k").decoder.modules)
+    left_out = [module.maybe_output_proj is None for _, module in found]
+    assert left_out == [True, True, True, False]
+    assert all(isinstance(module, TransformerWeights) and module.maybe_input_proj is not None for _, module in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "square"),
+    [("moss-24k", "decoder.0.output_proj.weight"), ("moss-24k", "encoder.3.input_proj.weight")],
+)
+def test_a_projection_that_the_layout_does_not_have(tmp_path: Path, name: str, square: str) -> None:
+    """The layout is the whole checkpoint's: one tensor more does not make it the other."""
+    tensors = load_file(REFERENCES / name / SINGLE_NAME)
+    tensors[square] = np.eye(80 if "decoder" in square else 48, dtype=np.float32)
+    shutil.copyfile(REFERENCES / name / CONFIG_NAME, tmp_path / CONFIG_NAME)
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    with pytest.raises(BundleError, match=f"unexpected tensor {square}"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_square_projection_that_the_newer_layout_must_have(tmp_path: Path) -> None:
+    square = "decoder.0.output_proj.weight"
+    tensors = load_file(REFERENCES / "moss-v2" / SINGLE_NAME)
+    assert tensors.pop(square).shape == (80, 80)
+    shutil.copyfile(REFERENCES / "moss-v2" / CONFIG_NAME, tmp_path / CONFIG_NAME)
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    with pytest.raises(BundleError, match=f"the tensor {square} .* is missing"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["24k", "v2"])
+def test_stand_ins_have_the_shape_of_the_references(tmp_path: Path, model: str) -> None:
+    outcome = call_tool("standin", tmp_path, "--model", model)
+    assert outcome.status == 0, outcome.err
+    assert load_bundle(tmp_path).name == f"{model} tiny stand-in, seed 0"
+    reference = load_checkpoint(REFERENCES / f"moss-{model}").decoder
+    ours = load_checkpoint(tmp_path / "checkpoint").decoder
+    assert ours.format == reference.format
+    for (index, one), (other_index, other) in zip(
+        transformers(ours.modules), transformers(reference.modules), strict=True
+    ):
+        assert (index, one.model, one.heads, one.context) == (other_index, other.model, other.heads, other.context)
+        assert (one.inputs, one.outputs, len(one.layers)) == (other.inputs, other.outputs, len(other.layers))
+
+
+def test_the_size_of_nano_is_no_size_of_others(tmp_path: Path) -> None:
+    outcome = call_tool("standin", tmp_path, "--model", "24k", "--size", "nano")
+    assert outcome.status == 2
+    assert "--size nano is a size of --model nano" in outcome.err
