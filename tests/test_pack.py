@@ -48,6 +48,17 @@ def test_through_pipes(form: str) -> None:
     assert run_tool("pack", "-", "-", "--form", form, stdin=codes.out) == (0, ARTIFACT, "")
 
 
+def test_the_numbers_of_a_model(tmp_path: Path) -> None:
+    codes = np.random.default_rng(6).integers(0, 1024, (3, 32)).astype(np.uint16)
+    np.save(tmp_path / "codes.npy", codes)
+    assert call_tool("pack", tmp_path / "codes.npy", tmp_path / "out", "--model", "24k").status == 0
+    expected = build_artifact(Artifact(24000, 1, 3 * 1920, 32, 3, 1024, codes))
+    assert (tmp_path / "out").read_bytes() == expected
+    (tmp_path / "codes.u16le").write_bytes(codes.T.astype("<u2").tobytes())
+    assert call_tool("pack", tmp_path / "codes.u16le", tmp_path / "out", "--model", "24k").status == 0
+    assert (tmp_path / "out").read_bytes() == expected
+
+
 def test_every_number_can_be_given(tmp_path: Path) -> None:
     (tmp_path / "x.u16le").write_bytes(np.array([[0, 1, 2], [299, 4, 5]], dtype="<u2").tobytes())
     numbers = ["--original-samples", 123, "--sample-rate", 24000, "--channels", 1, "--codebook-size", 300]

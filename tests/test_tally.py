@@ -54,6 +54,13 @@ def test_an_inbound_stream() -> None:
     assert facts["format_is"] == "assumed (nano's)"
 
 
+def test_a_stream_of_another_model() -> None:
+    tally = Tally(MAX_MESSAGE_BYTES, "24k")
+    assert tally.read([encode_message(Kind.TOKENS, bytes(2 * 40))]) is None
+    assert (tally.facts()["frames"], tally.facts()["seconds"]) == (2, pytest.approx(0.16))
+    assert tally.facts()["format_is"] == "assumed (24k's)"
+
+
 def test_an_outbound_stream() -> None:
     facts, fault = tally_of(
         (Kind.HANDSHAKE, as_json(protocol=1, sample_rate=24000, channels=1, frame_samples=1920, name="x")),

@@ -112,18 +112,18 @@ def save_bundle(
     Without a trial nothing is run before it is kept: tests do that, which run the graphs themselves.
     """
     with staged(folder) as stage:
-        files = {} if graphs == "fast" else _save_official_graphs(stage, weights)
+        names = [] if graphs == "fast" else _save_official_graphs(stage, weights)
         streaming = official.streaming_decode(weights.maybe_decoder)
+        files = {graph: files for graph, files in OFFICIAL_FILES.items() if files[0] in names}
         metadata = build_metadata(checkpoint_name, weights.format, files, streaming, OPSET)
         with open_named(stage / METADATA_NAME) as file:
             file.write(json.dumps(metadata, indent=2).encode() + b"\n")
         own = {} if graphs == "official" else _save_own_graphs(stage, weights)
-        names = dict.fromkeys([*(name for names in files.values() for name in names), METADATA_NAME, *_files_of(own)])
         sidecar = Sidecar(
             name=name,
             codebook_size=weights.format.codebook_size,
             graphs=own,
-            files=record_files(stage, names),
+            files=record_files(stage, [*names, METADATA_NAME, *_files_of(own)]),
         )
         save_sidecar(stage, sidecar)
         if trial:
@@ -225,19 +225,19 @@ def _move(stage: Path, folder: Path) -> None:
             path.replace(folder / path.name)
 
 
-def _save_official_graphs(folder: Path, weights: CodecWeights) -> dict[str, tuple[str, ...]]:
-    """The files that were written, by graph, as the metadata lists them."""
-    written = []
+def _save_official_graphs(folder: Path, weights: CodecWeights) -> list[str]:
+    """Returns the names of the files."""
+    names = []
     if (decoder := weights.maybe_decoder) is not None:
         with open_data(folder / DECODE_DATA) as data:
             official.decode_step(decoder, data).save(folder / DECODE_STEP_FILE)
             official.decode_full(decoder, data).save(folder / DECODE_FULL_FILE)
-        written += ["decode_full", "decode_step"]
+        names += [DECODE_STEP_FILE, DECODE_FULL_FILE, DECODE_DATA]
     if (encoder := weights.maybe_encoder) is not None:
         with open_data(folder / ENCODE_DATA) as data:
             official.encode(encoder, data).save(folder / ENCODE_FILE)
-        written.append("encode")
-    return {name: files for name, files in OFFICIAL_FILES.items() if name in written}
+        names += [ENCODE_FILE, ENCODE_DATA]
+    return names
 
 
 def _save_own_graphs(folder: Path, weights: CodecWeights) -> dict[str, GraphSpec]:

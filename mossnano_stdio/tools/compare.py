@@ -30,7 +30,7 @@ from mossnano_stdio.pcm.comparison import Comparison, Join, compare_recordings
 from mossnano_stdio.pcm.recordings import Recording, read_audio
 from mossnano_stdio.process.flags import any_number
 from mossnano_stdio.tools.facts import as_json, as_table
-from mossnano_stdio.weights import NANO
+from mossnano_stdio.weights import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,22 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="what it should be; `-` is stdin")
     parser.add_argument("candidate", metavar="CANDIDATE", help="what it is")
     parser.add_argument("--chunk-frames", type=int, metavar="N", help="frames in the candidate's chunks: look at joins")
-    parser.add_argument(
-        "--frame-samples",
-        type=int,
-        default=NANO.frame_samples,
-        metavar="N",
-        help="samples in a frame (default: %(default)s)",
-    )
+    parser.add_argument("--model", choices=MODELS, default="nano", help="which codec made both (default: nano)")
+    parser.add_argument("--frame-samples", type=int, metavar="N", help="samples in a frame (default: the model's)")
     parser.add_argument("--max-error", type=any_number, metavar="STEPS", help="the largest error that is allowed")
     parser.add_argument(
         "--min-snr", type=any_number, metavar="DB", help="the least signal-to-noise ratio that is allowed"
     )
     parser.add_argument("--plot", metavar="FILE.png", help="draw both waveforms, the error and the joins")
-    parser.add_argument(
-        "--sample-rate", type=int, default=NANO.sample_rate, metavar="HZ", help="of raw PCM (default: %(default)s)"
-    )
-    parser.add_argument("--channels", type=int, default=2, metavar="N", help="of raw PCM (default: 2)")
+    parser.add_argument("--sample-rate", type=int, metavar="HZ", help="of raw PCM (default: the model's)")
+    parser.add_argument("--channels", type=int, metavar="N", help="of raw PCM (default: the model's)")
     parser.add_argument("--json", action="store_true", help="one JSON object, with every join in it")
 
 
@@ -73,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, allowed is 1 or more")
     if args.plot and PurePath(args.plot).suffix not in PLOT_SUFFIXES:
         raise UsageError(f"--plot is {args.plot}, allowed are names that end with {', '.join(PLOT_SUFFIXES)}")
+    model = MODELS[args.model].format
+    for name in ("frame_samples", "sample_rate", "channels"):
+        setattr(args, name, getattr(args, name) or getattr(model, name))
     reference, candidate = _load(args.reference, args), _load(args.candidate, args)
     maybe_chunk_samples = args.chunk_frames and args.chunk_frames * args.frame_samples
     comparison = compare_recordings(reference, candidate, maybe_chunk_samples)

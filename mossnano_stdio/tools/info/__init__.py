@@ -24,6 +24,7 @@ from mossnano_stdio.protocol import LENGTH_BYTES, MAX_MESSAGE_BYTES
 from mossnano_stdio.tokens import MAGIC, Artifact, ArtifactReader
 from mossnano_stdio.tools.facts import as_json, as_table
 from mossnano_stdio.tools.info.tally import Tally
+from mossnano_stdio.weights import MODELS
 
 PIECE_BYTES = 1 << 16
 MOST_QUANTIZERS_SHOWN = 64
@@ -32,6 +33,9 @@ COUNTED_AT_ONCE = 1 << 20  # codes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="an artifact, a framed stream, or a weights folder")
+    parser.add_argument(
+        "--model", choices=MODELS, default="nano", help="whose numbers a stream has that does not say them (nano)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument(
         "--max-message-bytes",
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             pieces = itertools.chain([start], iter(lambda: file.read(PIECE_BYTES), b""))
             could_be_message = len(start) == LENGTH_BYTES and not MAGIC.startswith(start)
             if could_be_message and 1 <= int.from_bytes(start, "little") <= args.max_message_bytes:
-                tally = Tally(args.max_message_bytes)
+                tally = Tally(args.max_message_bytes, args.model)
                 maybe_fault = tally.read(pieces)
                 facts = {"kind": "framed stream", **tally.facts()}
             else:

@@ -4,7 +4,7 @@ Rules of this room:
 
 - A tally decodes nothing. It counts a message that is wrong as an error and goes on, as the process does.
 - Frames are counted in TOKENS and ARTIFACT. A stream that has neither, a decoder's output, says them in its ENDs.
-- HANDSHAKE and SETTINGS say the format. Until they do, nano's numbers are assumed, and the facts say so.
+- HANDSHAKE and SETTINGS say the format. Until they do, the numbers of a model are assumed, and the facts say so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from mossnano_stdio.errors import InputError, PayloadError, ProtocolError
 from mossnano_stdio.protocol import Kind, Message, MessageReader, kind_name, parse_json
 from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES, ArtifactReader, CodecFormat
-from mossnano_stdio.weights import NANO
+from mossnano_stdio.weights import MODELS
 
 MOST_ERRORS_KEPT: Final = 10  # by their text; all are counted
 
@@ -30,7 +30,8 @@ class Tally:
     ({'TOKENS': 1, 'END': 1}, 1, 0.08)
     """
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, model: str = "nano") -> None:
+        self._model = model
         self._reader = MessageReader(max_message_bytes)
         self._said: dict[str, int] = {}  # by HANDSHAKE and SETTINGS
         self._kinds: Counter[str] = Counter()
@@ -76,7 +77,7 @@ class Tally:
             "audio_samples": self._audio_samples,
             "seconds": self._seconds,
             "format": vars(self._format),
-            "format_is": "as the stream says" if "sample_rate" in self._said else "assumed (nano's)",
+            "format_is": "as the stream says" if "sample_rate" in self._said else f"assumed ({self._model}'s)",
             "error_count": self._error_count,
             "errors": self._errors,
             "truncated": self._is_truncated,
@@ -85,13 +86,13 @@ class Tally:
 
     @property
     def _format(self) -> CodecFormat:
-        return CodecFormat(**(vars(NANO) | self._said))
+        return CodecFormat(**(vars(MODELS[self._model].format) | self._said))
 
     def _look_into(self, message: Message) -> None:
         match message.kind:
             case Kind.HANDSHAKE | Kind.SETTINGS:
                 fields = parse_json(message)
-                said = {name: number for name in vars(NANO) if (number := _count_in(fields, name))}
+                said = {name: number for name in vars(self._format) if (number := _count_in(fields, name))}
                 if CodecFormat(**(vars(self._format) | said)).frame_bytes:  # 0 bytes where a codebook has one entry
                     self._said |= said
             case Kind.TOKENS:

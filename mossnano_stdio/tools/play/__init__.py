@@ -29,7 +29,7 @@ from mossnano_stdio.process.flags import add_decoder_arguments, add_player_argum
 from mossnano_stdio.process.logs import log, start_logging, write_stderr
 from mossnano_stdio.tools.facts import as_json
 from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
-from mossnano_stdio.weights import NANO
+from mossnano_stdio.weights import MODELS
 
 PROGRESS_SECONDS: Final = 0.1
 
@@ -46,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", action="store_true", help="one line of JSON on stderr at the end")
     raw = parser.add_argument_group("raw PCM, 16 bits, little-endian, channels interleaved")
     raw.add_argument("--raw", action="store_true", help="take the input as that, whatever its first bytes are")
-    raw.add_argument("--sample-rate", type=int, default=NANO.sample_rate, metavar="HZ", help="(default: %(default)s)")
-    raw.add_argument("--channels", type=int, default=2, metavar="N", help="(default: %(default)s)")
+    raw.add_argument("--model", choices=MODELS, default="nano", help="which codec made it (default: nano)")
+    raw.add_argument("--sample-rate", type=int, metavar="HZ", help="(default: the model's)")
+    raw.add_argument("--channels", type=int, metavar="N", help="(default: the model's)")
     decoding = parser.add_argument_group("decoding of artifacts")
     add_decoder_arguments(decoding)
 
@@ -68,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
     name = "stdin" if args.path == STANDARD_STREAM else args.path
     with open_input(args.path) as file:
         if args.raw:
-            source = open_raw(file, name, args.sample_rate, args.channels)
+            model = MODELS[args.model].format
+            sample_rate = model.sample_rate if args.sample_rate is None else args.sample_rate
+            channels = model.channels if args.channels is None else args.channels
+            source = open_raw(file, name, sample_rate, channels)
         else:
             source = open_source(file, name, Decoding(args.weights, args.threads, args.provider, args.graph))
         return _play(source, args)
