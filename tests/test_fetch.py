@@ -379,6 +379,31 @@ def tiny_place(hub: Hub, place: Place, tiny_bundle: Path, monkeypatch: pytest.Mo
     return place
 
 
+def test_graphs_are_built_of_a_checkpoint_without_official_ones(
+    hub: Hub, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnx", reason="the extra `build` is not installed")
+    from safetensors.numpy import load_file, save
+
+    reference = Path(__file__).parent / "reference" / "moss-v2"
+    tensors = load_file(reference / "model.safetensors")
+    shard_of = {"encoder": SHARDS[0], "quantizer": SHARDS[1], "decoder": SHARDS[2]}
+    placed = {name: shard_of[name.partition(".")[0]] for name in tensors}
+    files = {shard: save({name: tensors[name] for name in tensors if placed[name] == shard}) for shard in SHARDS}
+    files |= {"config.json": (reference / "config.json").read_bytes()}
+    files |= {INDEX: json.dumps({"weight_map": placed}).encode()}
+    monkeypatch.setattr(sys.modules[__name__], "SHARDED_FILES", files)
+    hub.files.update({(SHARDED, name): content for name, content in files.items()})
+
+    there = place.root / "there"
+    done = place.run(place.command("--model", "24k", "--to", "there"))
+    assert (done.returncode, last_line(done)) == (0, "mossnano fetch: building graphs"), done.stderr
+    assert set(load_bundle(there).graphs) == {"fast"}
+    assert "building" not in place.run(place.command("--model", "24k", "--to", "there")).stderr
+    assert place.run(place.command("--model", "24k", "--what", "encode", "--to", "there")).returncode == 0
+    assert set(load_bundle(there).graphs) == {"fast", "encode_step"}
+
+
 def test_our_own_graphs_are_built_beside_the_official_files(tiny_place: Place) -> None:
     pytest.importorskip("onnx", reason="the extra `build` is not installed")
     result = tiny_place.run(tiny_place.command("--to", "there"))

@@ -11,8 +11,9 @@ to stdout.
 Where the extra `build` is installed, our own faster graphs are built beside the official files, as by
 `mossnano build --from-bundle`; mossnano-stdio then takes them.
 
-Of the larger models (--model 24k, v2) no graphs that stream are published. What is fetched of them is their checkpoint,
-or the files of it that decode or encode need; `mossnano build` makes graphs of the whole one.
+Of the larger models (--model 24k, v2) no graphs that stream are published. There decode and encode get the files of the
+checkpoint that are needed (7.1 GB of 24k, up to 8.5 GB of v2), and graphs are built of them in the same folder, which
+takes as much again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Final, Literal
 
 from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.weights import MODELS, load_bundle
-from mossnano_stdio.weights.hub import fetch, selections
+from mossnano_stdio.weights import METADATA_NAME, MODELS, load_bundle
+from mossnano_stdio.weights.hub import fetch, selections, tensor_files
+
+Side = Literal["decode", "encode"]
+
+GRAPH_OF: Final[dict[Side, str]] = {"decode": "fast", "encode": "encode_step"}  # of our own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +49,12 @@ def run(args: argparse.Namespace) -> int:
     selection = selections(args.model)[args.what]
     folder = args.to or selection.default_folder
     placed = fetch(selection, folder, _say)
-    if MODELS[args.model].maybe_bundle is None:
-        _say(
-            f"no graphs of {args.model} are published: `mossnano build {folder} {folder}` makes them of the whole "
-            "checkpoint (--what checkpoint)"
-        )
-    elif args.what != "checkpoint" and not args.no_build:
+    if args.what != "checkpoint" and not args.no_build:
         try:
-            _build_own_graphs(folder, are_files_new=bool(placed))
+            if MODELS[args.model].maybe_bundle:
+                _build_own_graphs(folder, are_files_new=bool(placed))
+            else:
+                _build_of_checkpoint(folder, args.model, args.what, are_files_new=bool(placed))
         except MossnanoError as error:  # what was asked for is there, and decodes without
             _say(f"our own graphs are left out: {error}")
     print(folder)
@@ -71,6 +75,28 @@ def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:
         return
     _say("building our own graphs")
     build_from_bundle(folder, folder)
+
+
+def _build_of_checkpoint(folder: Path, model: str, what: Side, *, are_files_new: bool) -> None:
+    """Graphs of all sides whose tensors are there, which are those of `what`, and what was fetched before."""
+    sides = [side for side in GRAPH_OF if side == what or _is_fetched(model, side, folder)]
+    has_metadata = (folder / METADATA_NAME).exists()
+    if has_metadata and not are_files_new and all(load_bundle(folder).has_graph(GRAPH_OF[side]) for side in sides):
+        return
+    try:
+        from mossnano_stdio.build.bundle import build_from_checkpoint
+    except ModuleNotFoundError as error:
+        _say(
+            f"no graphs are built, as {error.name} is not installed: pip install 'mossnano-stdio[build]', "
+            f"then mossnano build --graphs fast --what {what} {folder} {folder}"
+        )
+        return
+    _say("building graphs")
+    build_from_checkpoint(folder, folder, "all" if len(sides) == len(GRAPH_OF) else what, "fast")
+
+
+def _is_fetched(model: str, side: Side, folder: Path) -> bool:
+    return all((folder / name).exists() for name in tensor_files(selections(model)[side], folder))
 
 
 def _say(line: str) -> None:
