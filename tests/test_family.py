@@ -18,10 +18,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from mossnano_stdio.build import trial
+from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, load_checkpoint, parse_config
 from mossnano_stdio.build.decode_step import FAST_DATA
 from mossnano_stdio.build.model import TransformerWeights, transformers
-from mossnano_stdio.codecs import load_encoder, load_encoder_runtime, load_full_decoder, load_full_encoder, load_runtime
+from mossnano_stdio.build.random_weights import SIZES, Stage, save_standin
+from mossnano_stdio.codecs import (
+    load_encoder,
+    load_encoder_runtime,
+    load_full_decoder,
+    load_full_encoder,
+    load_runtime,
+    maybe_warm_up_frames,
+    seek,
+)
 from mossnano_stdio.errors import BundleError, CheckFailedError
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.weights import Bundle, load_bundle, load_sidecar, save_sidecar
@@ -115,6 +125,29 @@ def test_every_ring_is_heard(member: Member) -> None:
             windows[transformer][ring] = 0
             decoder.restore(type(snapshot)(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
             assert furthest(decoder.step(member.codes[10:14]), expected) > 4 * PCM16_STEP, (transformer, ring)
+
+
+def test_a_start_in_the_middle_is_within_half_a_step(tmp_path: Path) -> None:
+    """As many layers as the 24 kHz member has, but narrow ones with short contexts."""
+    tiny = SIZES["24k"]["tiny"]
+    stages = (Stage(32, 32, 64, 2, 0.32), *[Stage(12, 32, 64, 2, 0.32)] * 3)
+    save_standin(tmp_path / "checkpoint", replace(tiny, features=32, stages=stages), seed=1)
+    weights = load_checkpoint(tmp_path / "checkpoint", "decode")
+    save_bundle(tmp_path, weights, name="deep", checkpoint_name="deep", graphs="fast", trial=False)
+    runtime = load_runtime(load_bundle(tmp_path), threads=1)
+    assert sum(runtime.layer_context_frames) == 68 * 4
+    warm_up = maybe_warm_up_frames(runtime)
+    assert warm_up == 16 * 4
+    start = 68 * 4 + 10
+    codes = np.random.default_rng(2).integers(0, 1024, (start + 20, 32)).astype(np.uint16)
+    decoder = runtime.new_decoder()
+    seek(decoder, codes, start, None)
+    expected = decoder.step(codes[start:])
+    assert expected.std() > 0.02
+    seek(decoder, codes, start, warm_up)
+    assert furthest(decoder.step(codes[start:]), expected) < PCM16_STEP / 2
+    seek(decoder, codes, start, 8)
+    assert furthest(decoder.step(codes[start:]), expected) > PCM16_STEP  # less would not do
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------

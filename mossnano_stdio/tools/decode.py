@@ -9,7 +9,8 @@ byte. Without --chunk-frames or --chunk-seconds chunks grow as in mossnano-stdio
 of the length, and is refused where that is not there.
 
 With --start or --duration only a part is decoded. So that it sounds as it does in the whole, the frames before it are
-decoded, too: as far back as all layers together look (84 s with the published weights), or --warm-up seconds.
+decoded, too: as far back as all layers together look (84 s with nano's weights), or as many as make it the same within
+half a step of 16 bits (160 s with the larger models', whose layers look back 620 s and more), or --warm-up seconds.
 """
 
 from __future__ import annotations
