@@ -64,23 +64,27 @@ class Schedule(Protocol):
 class Ramp:
     """Small chunks first, for audio at once, then larger ones, for less work per frame: 1, 2, 4, 8, 8, ...
 
-    It never waits: what is there is taken, at most as much as its next step allows.
+    It never waits: what is there is taken, at most as much as its next step allows. Where a chunk takes longer than it
+    sounds unless it has some frames, the second one has so many: each smaller one would only be a gap more.
 
     >>> plan(20, Ramp())
     [(0, 1), (1, 2), (3, 4), (7, 8), (15, 5)]
+    >>> plan(20, Ramp(second_frames=8))
+    [(0, 1), (1, 8), (9, 8), (17, 3)]
     """
 
     maybe_chunk_frames = None
 
-    def __init__(self, max_frames: int = RAMP_MAX_FRAMES) -> None:
+    def __init__(self, max_frames: int = RAMP_MAX_FRAMES, second_frames: int = 2) -> None:
         self.max_frames = _checked_chunk_frames(max_frames)
+        self._second_frames = _checked_chunk_frames(second_frames)
         self.wanted_frames = 1
 
     def next_frames(self, waiting: int, final: bool) -> int:
         return min(waiting, self.wanted_frames)
 
     def advance(self) -> None:
-        self.wanted_frames = min(2 * self.wanted_frames, self.max_frames)
+        self.wanted_frames = min(max(2 * self.wanted_frames, self._second_frames), self.max_frames)
 
     def reset(self) -> None:
         self.wanted_frames = 1

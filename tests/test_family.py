@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from mossnano_stdio import codecs
 from mossnano_stdio.build import trial
 from mossnano_stdio.build.bundle import save_bundle
 from mossnano_stdio.build.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, load_checkpoint, parse_config
@@ -30,6 +31,7 @@ from mossnano_stdio.codecs import (
     load_full_encoder,
     load_runtime,
     maybe_warm_up_frames,
+    ramp_second_frames,
     seek,
 )
 from mossnano_stdio.errors import BundleError, CheckFailedError
@@ -148,6 +150,34 @@ def test_a_start_in_the_middle_is_within_half_a_step(tmp_path: Path) -> None:
     assert furthest(decoder.step(codes[start:]), expected) < PCM16_STEP / 2
     seek(decoder, codes, start, 8)
     assert furthest(decoder.step(codes[start:]), expected) > PCM16_STEP  # less would not do
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "second_frames"),
+    [
+        ({1: 10, 2: 20, 4: 40, 8: 80}, 2),  # any step is quicker than its sound: 80 ms a frame
+        ({1: 90, 2: 100, 4: 150, 8: 300}, 2),
+        ({1: 240, 2: 250, 4: 300, 8: 500}, 4),
+        ({1: 350, 2: 383, 4: 399, 8: 825}, 8),
+        ({1: 350, 2: 383, 4: 599, 8: 825}, 8),  # too slow whatever is done: as few gaps as can be
+    ],
+)
+def test_the_ramp_begins_where_a_step_is_quicker_than_its_sound(
+    member: Member, monkeypatch: pytest.MonkeyPatch, step_ms: dict[int, int], second_frames: int
+) -> None:
+    runtime = load_runtime(member.bundle)
+    assert ramp_second_frames(runtime) == 2  # of small weights nothing is measured
+    clock_ms = 0
+
+    class Slow:
+        def step(self, codes: Codes) -> None:
+            nonlocal clock_ms
+            clock_ms += step_ms[len(codes)]
+
+    monkeypatch.setattr(codecs, "LARGE_BYTES", 0)
+    monkeypatch.setattr(runtime, "new_decoder", Slow)
+    monkeypatch.setattr("mossnano_stdio.codecs.time.perf_counter", lambda: clock_ms / 1000)
+    assert ramp_second_frames(runtime) == second_frames
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ Rules of this room:
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from mossnano_stdio.chunks import Decoder, Encoder
+import numpy as np
+
+from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder
 from mossnano_stdio.codecs import moss
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
@@ -44,10 +47,12 @@ __all__ = [
     "load_full_encoder",
     "load_runtime",
     "maybe_warm_up_frames",
+    "ramp_second_frames",
     "seek",
 ]
 
 WARM_UP_STEP_FRAMES = 8
+LARGE_BYTES = 1 << 29  # of weights: a machine reads some ten times that in a second
 
 log = logging.getLogger("mossnano")
 
@@ -196,6 +201,28 @@ def maybe_warm_up_frames(runtime: Runtime, maybe_seconds: float | None = None) -
     if maybe_seconds is not None:
         return warm_up_frames(maybe_seconds, runtime.format.frames_per_second)
     return family_of(runtime.bundle).maybe_look_back_frames(runtime)
+
+
+def ramp_second_frames(runtime: Runtime) -> int:
+    """How many frames the second chunk of a live stream should have: the fewest whose step takes no longer than they
+    sound, or as many as one run takes.
+
+    A step reads all weights, however few frames it has. Where they are many that is what it costs, so it is measured
+    here, by steps of 1, 2, 4 and 8 frames. Smaller models are quicker than their sound on any machine that plays it.
+    """
+    graph_name = "decode_step" if runtime.graph_name == "official" else runtime.graph_name
+    if sum(file.path.stat().st_size for file in runtime.bundle.graph(graph_name).files) < LARGE_BYTES:
+        return 2
+    decoder = runtime.new_decoder()
+    decoder.step(np.zeros((1, runtime.format.quantizers), np.uint16))  # the first step is the slowest of all
+    frames = 1
+    while frames < RAMP_MAX_FRAMES:
+        started = time.perf_counter()
+        decoder.step(np.zeros((frames, runtime.format.quantizers), np.uint16))
+        if time.perf_counter() - started <= frames / runtime.format.frames_per_second:
+            break
+        frames *= 2
+    return max(2, frames)
 
 
 def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:

@@ -152,7 +152,7 @@ def _whole_samples(pieces: Iterator[bytes], sample_bytes: int) -> Iterator[Pcm |
 
 def _artifact(data: _Input, decoding: Decoding) -> Source:
     from mossnano_stdio.chunks import DecodingChunks, Ramp
-    from mossnano_stdio.codecs import load_runtime
+    from mossnano_stdio.codecs import load_runtime, ramp_second_frames
     from mossnano_stdio.weights import find_weights, load_bundle
 
     artifact = load_artifact(data.rest(), data.name)
@@ -162,8 +162,10 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
     runtime = load_runtime(bundle, provider=decoding.provider, threads=decoding.threads, graph=decoding.graph)
     artifact.check_fits(runtime.format, runtime.decodes_prefix)
 
+    ramp = Ramp(second_frames=ramp_second_frames(runtime))
+
     def events() -> Iterator[Pcm | MossnanoError]:
-        chunks = DecodingChunks(runtime.new_decoder(), Ramp())
+        chunks = DecodingChunks(runtime.new_decoder(), ramp)
         chunks.push(artifact.codes)
         chunks.finish(artifact.original_samples)
         since = time.perf_counter()
