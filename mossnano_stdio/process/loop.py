@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -67,6 +67,7 @@ class Loaded:
     direction: Direction
     codec: Decoder | Encoder
     identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
+    ramp_second_frames: int = 2
 
 
 Loader = Callable[[argparse.Namespace], Loaded]
@@ -105,7 +106,7 @@ def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loa
 
 def load_codec(options: argparse.Namespace) -> Loaded:
     """The weights that the command line asks for, as a decoder, or as an encoder."""
-    from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
+    from mossnano_stdio.codecs import load_encoder_runtime, load_runtime, ramp_second_frames
     from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(options.weights))
@@ -116,7 +117,9 @@ def load_codec(options: argparse.Namespace) -> Loaded:
         encoding = load_encoder_runtime(bundle, **engine)
         return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
     decoding = load_runtime(bundle, graph=options.graph, **engine)
-    return ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+    loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+    is_fixed = options.chunk_frames is not None or options.chunk_seconds is not None
+    return loaded if is_fixed else replace(loaded, ramp_second_frames=ramp_second_frames(decoding))
 
 
 def _identity(bundle: Bundle, graph: str, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
@@ -242,7 +245,7 @@ class _Process:
         return Connection(
             loaded.direction,
             loaded.codec,
-            chosen_schedule(options, frames_per_second, options.max_chunk_frames),
+            chosen_schedule(options, frames_per_second, options.max_chunk_frames, loaded.ramp_second_frames),
             identity,
             ramp_max_frames=options.max_chunk_frames,
             cancel_waiting=self._inbox.cancel_waits,
