@@ -451,9 +451,7 @@ def test_models_lie_beside_each_other(elsewhere: Path) -> None:
     larger = put_weights(elsewhere / "cache" / "MOSS-Audio-Tokenizer")
     assert find_weights() == find_weights("nano") == elsewhere / "cache" / "MOSS-Audio-Tokenizer-Nano-ONNX"
     assert find_weights("24k") == larger
-    with pytest.raises(
-        BundleError, match=r"no weights of v2 found in .*`mossnano fetch --model v2 --what checkpoint` gets what"
-    ):
+    with pytest.raises(BundleError, match=r"no weights of v2 found in .*`mossnano fetch --model v2` gets them"):
         find_weights("v2")
     put_weights(elsewhere / "work" / "v2")
     assert find_weights("v2") == Path("v2")  # a folder of that name was meant

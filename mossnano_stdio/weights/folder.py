@@ -123,10 +123,7 @@ def _weights_of_model(model: str) -> Path:
         if (folder / METADATA_NAME).is_file():
             return folder
     looked = ", ".join(str(folder) for folder in places)
-    raise BundleError(
-        f"no weights of {model} found in {looked}; `mossnano fetch --model {model} --what checkpoint` "
-        "gets what `mossnano build` makes them of"
-    )
+    raise BundleError(f"no weights of {model} found in {looked}; `mossnano fetch --model {model}` gets them")
 
 
 def _places_of(model: PublishedModel) -> list[Path]:

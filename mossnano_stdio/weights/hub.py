@@ -83,7 +83,7 @@ def selections(model: str = "nano") -> dict[str, Selection]:
     checkpoint = Selection(pinned, pinned.name, tuple(pinned.files))
     if chosen.maybe_bundle:
         decode, encode = (_part_of_bundle(chosen, direction) for direction in ("decode", "encode"))
-    else:  # its graphs have to be built of the checkpoint
+    else:  # its graphs are built here, beside the checkpoint
         decode = replace(checkpoint, tensor_prefixes=chosen.decode_prefixes)
         encode = replace(checkpoint, tensor_prefixes=chosen.encode_prefixes)
     return {"decode": decode, "encode": encode, "checkpoint": checkpoint}
