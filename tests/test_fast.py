@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def test_every_ring_is_heard(runtime: FastRuntime, codes: Codes) -> None:
                 windows = list(snapshot.windows)
                 windows[transformer] = window.copy()
                 windows[transformer][ring] = spoilt
-                decoder.restore(in_place.InPlaceState(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
+                decoder.restore(replace(snapshot, windows=tuple(windows)))
                 assert furthest(decoder.step(codes[12:16]), expected) > 4 * PCM16_STEP, (transformer, ring)
 
 

@@ -30,11 +30,13 @@ Result = subprocess.CompletedProcess[str]
 BUNDLE, BUNDLE_REVISION = "somebody/MOSS-Audio-Tokenizer-Nano-ONNX", "b" * 40
 CHECKPOINT, CHECKPOINT_REVISION = "somebody/MOSS-Audio-Tokenizer-Nano", "c" * 40
 SHARDED, SHARDED_REVISION = "somebody/sharded", "d" * 40
+MIMI, MIMI_REVISION = "somebody/with-mimi-inside", "e" * 40
 SHARED_BYTES = 300_000
 
 # The tool itself, with other pinned facts, without waiting between attempts, and with files written in small pieces.
 DRIVER = """
 import json, sys, time
+from dataclasses import replace
 import huggingface_hub.constants
 from mossnano_stdio.weights import published
 from mossnano_stdio.weights import FileRecord
@@ -47,6 +49,7 @@ for name, facts in json.loads(sys.argv[1]).items():
     setattr(published, name, published.PinnedRepository(facts["repository"], facts["revision"], files))
 published.MODELS["nano"] = published.PublishedModel(published.NANO, published.CHECKPOINT, published.BUNDLE)
 published.MODELS["24k"] = published.PublishedModel(published.NANO, published.SHARDED)
+published.MODELS["mimi"] = replace(published.MODELS["mimi"], checkpoint=published.MIMI)
 sys.exit(main(["fetch", *sys.argv[2:]]))
 """
 
@@ -64,6 +67,8 @@ TENSORS = ("encoder.1.a", "encoder.3.a", "quantizer.a", "decoder.0.a", "decoder.
 PLACED = dict(zip(TENSORS, [SHARDS[0], SHARDS[1], SHARDS[1], SHARDS[1], SHARDS[2]], strict=True))
 INDEX = "model.safetensors.index.json"
 SHARDED_FILES = {**contents(["config.json", *SHARDS]), INDEX: json.dumps({"weight_map": PLACED}).encode()}
+MIMI_REFERENCE = Path(__file__).parent / "reference" / "mimi"
+MIMI_FILES = {name: (MIMI_REFERENCE / name).read_bytes() for name in ("mimi_config.json", "tokenizer-tiny.safetensors")}
 DECODE_NAMES = selections()["decode"].file_names
 
 
@@ -72,7 +77,13 @@ def hub() -> Iterator[Hub]:
     files = {(BUNDLE, name): content for name, content in BUNDLE_FILES.items()}
     files |= {(CHECKPOINT, name): content for name, content in CHECKPOINT_FILES.items()}
     files |= {(SHARDED, name): content for name, content in SHARDED_FILES.items()}
-    revisions = {BUNDLE: BUNDLE_REVISION, CHECKPOINT: CHECKPOINT_REVISION, SHARDED: SHARDED_REVISION}
+    files |= {(MIMI, name): content for name, content in MIMI_FILES.items()}
+    revisions = {
+        BUNDLE: BUNDLE_REVISION,
+        CHECKPOINT: CHECKPOINT_REVISION,
+        SHARDED: SHARDED_REVISION,
+        MIMI: MIMI_REVISION,
+    }
     with serving(Hub(revisions, files)) as running:
         yield running
 
@@ -131,6 +142,7 @@ def facts() -> dict[str, object]:
         "BUNDLE": pinned(BUNDLE, BUNDLE_REVISION, BUNDLE_FILES),
         "CHECKPOINT": pinned(CHECKPOINT, CHECKPOINT_REVISION, CHECKPOINT_FILES),
         "SHARDED": pinned(SHARDED, SHARDED_REVISION, SHARDED_FILES),
+        "MIMI": pinned(MIMI, MIMI_REVISION, MIMI_FILES),
     }
 
 
@@ -404,6 +416,19 @@ def test_graphs_are_built_of_a_checkpoint_without_official_ones(
     assert set(load_bundle(there).graphs) == {"fast", "encode_step"}
 
 
+def test_mimi_is_one_file_of_which_all_graphs_are_built(place: Place) -> None:
+    pytest.importorskip("onnx", reason="the extra `build` is not installed")
+    done = place.run(place.command("--model", "mimi"))
+    assert (done.returncode, last_line(done)) == (0, "mossnano fetch: building graphs"), done.stderr
+    assert "mossnano fetch: Mimi is by Kyutai, licensed under CC-BY 4.0" in done.stderr.splitlines()
+    folder = place.root / "cache" / "mimi"
+    assert done.stdout == f"{folder}\n"
+    assert set(load_bundle(folder).graphs) == {"decode_step", "encode_step", "decode_full", "encode"}
+    assert "building" not in place.run(place.command("--model", "mimi", "--what", "encode")).stderr
+    checked = json.loads(place.run([sys.executable, "-m", "mossnano_stdio.cli", "check", "mimi", "--json"]).stdout)
+    assert (checked["name"], checked["passed"]) == ("mimi, tokenizer-tiny", True)
+
+
 def test_our_own_graphs_are_built_beside_the_official_files(tiny_place: Place) -> None:
     pytest.importorskip("onnx", reason="the extra `build` is not installed")
     result = tiny_place.run(tiny_place.command("--to", "there"))
@@ -463,15 +488,20 @@ def test_selections_cover_every_pinned_file() -> None:
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
-PINNED = [pinned for model in published.MODELS.values() for pinned in (model.maybe_bundle, model.checkpoint) if pinned]
+PINNED = [
+    (pinned, model.licence)
+    for model in published.MODELS.values()
+    for pinned in (model.maybe_bundle, model.checkpoint)
+    if pinned
+]
 
 
-@pytest.mark.parametrize("repository", PINNED, ids=lambda pinned: str(pinned.name))
-def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRepository) -> None:
+@pytest.mark.parametrize(("repository", "licence"), PINNED, ids=[pinned.name for pinned, _ in PINNED])
+def test_the_page_on_weights_has_the_pinned_facts(repository: published.PinnedRepository, licence: str) -> None:
     page = (WEIGHTS / "README.md").read_text("utf-8")
     _, section = page.split(f"## {repository.repository}\n")
     section = section.split("\n## ")[0]
-    assert f"Revision {repository.revision}, licence {published.LICENCE}," in section
+    assert f"Revision {repository.revision}, licence {licence}," in section
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     written = {name: FileRecord(int(size), sha256) for name, size, sha256, _ in rows}
     assert written == repository.files

@@ -3,6 +3,7 @@
     random_weights -> checkpoint    config.json, safetensors   \\
     tracing -> extract*             somebody's ONNX files      /  -> model -> official (of blocks)
                                                                     model -> decode_step, encode_step (of transformers)
+    mimi_random -> checkpoint  Kyutai's or Hugging Face's  ->  mimi_checkpoint -> mimi_model -> mimi_steps, mimi_whole
     bundle          puts the graphs into a weights folder, after trial has run them
     attention       the graph that a runtime is tried with
     arithmetic      counts what a frame costs

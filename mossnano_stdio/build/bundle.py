@@ -33,6 +33,11 @@ from mossnano_stdio.build.checkpoint import Sides, is_checkpoint, load_checkpoin
 from mossnano_stdio.build.decode_step import save_fast_graph
 from mossnano_stdio.build.encode_step import save_encode_step
 from mossnano_stdio.build.extract import extract_weights
+from mossnano_stdio.build.mimi_checkpoint import load_mimi, maybe_mimi_file
+from mossnano_stdio.build.mimi_model import MimiWeights
+from mossnano_stdio.build.mimi_random import MIMI_SIZES, save_mimi_standin
+from mossnano_stdio.build.mimi_steps import save_mimi_decode_step, save_mimi_encode_step
+from mossnano_stdio.build.mimi_whole import save_whole_decode, save_whole_encode
 from mossnano_stdio.build.model import CodecWeights
 from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.build.trial import try_folders
@@ -46,10 +51,12 @@ from mossnano_stdio.weights import (
     ENCODE_DATA,
     ENCODE_FILE,
     METADATA_NAME,
+    MIMI_FILES,
     MODELS,
     OFFICIAL_FILES,
     SIDECAR_NAME,
     GraphSpec,
+    OwnCodec,
     Sidecar,
     build_metadata,
     load_bundle,
@@ -57,6 +64,7 @@ from mossnano_stdio.weights import (
     save_sidecar,
 )
 
+MIMI = "mimi"  # the family, as codecs/mimi.py calls it, and what the published weights are called
 STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
 
@@ -66,6 +74,9 @@ Graphs = Literal["fast", "official", "all"]  # ours, those of the official contr
 
 def build_from_checkpoint(checkpoint: Path, folder: Path, sides: Sides = "all", graphs: Graphs = "all") -> None:
     """Build the graphs that a checkpoint gives into `folder`. It may lie inside a text-to-speech model's folder."""
+    if (maybe_file := maybe_mimi_file(checkpoint)) is not None:
+        save_mimi_bundle(folder, load_mimi(maybe_file), name=_mimi_name(maybe_file), sides=sides, graphs=graphs)
+        return
     codec = maybe_codec_inside(checkpoint) or checkpoint
     weights = load_checkpoint(codec, sides)
     name = codec.resolve().name
@@ -138,8 +149,60 @@ def maybe_codec_inside(folder: Path) -> Path | None:
     return next((place for place in places if is_checkpoint(place)), None)
 
 
+def save_mimi_bundle(
+    folder: Path,
+    weights: MimiWeights,
+    *,
+    name: str,
+    sides: Sides = "all",
+    graphs: Graphs = "all",
+    trial: bool = True,
+) -> None:
+    """Build the graphs of a Mimi, and `mossnano.json`, into `folder`. Its "fast" ones are those that step."""
+    saves = {
+        ("decode", "fast"): ("decode_step", save_mimi_decode_step),
+        ("encode", "fast"): ("encode_step", save_mimi_encode_step),
+        ("decode", "official"): ("decode_full", save_whole_decode),
+        ("encode", "official"): ("encode", save_whole_encode),
+    }
+    with staged(folder) as stage:
+        built = {
+            graph_name: save(stage, weights)
+            for (side, kind), (graph_name, save) in saves.items()
+            if sides in ("all", side) and graphs in ("all", kind)
+        }
+        sidecar = Sidecar(
+            name=name,
+            codebook_size=weights.format.codebook_size,
+            maybe_codec=OwnCodec(MIMI, weights.format),
+            graphs=built,
+            files=record_files(stage, _files_of(built)),
+        )
+        save_sidecar(stage, sidecar)
+        if trial:
+            try_folders(stage, stage)
+
+
+def _mimi_name(path: Path) -> str:
+    """Which training it is, where that is known."""
+    (found,) = record_files(path.parent, [path.name]).values()
+    names = [name for name, record in MIMI_FILES.items() if record == found]
+    return names[0] if names else f"{MIMI}, {path.stem}"
+
+
+def build_mimi_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
+    """The same of a Mimi: its checkpoint lies in `folder`/checkpoint, with a config beside it, as other sizes need."""
+    with staged(folder / "checkpoint") as stage:
+        path = save_mimi_standin(stage, MIMI_SIZES[size], seed)
+        name = f"{MIMI} {'' if size == 'true' else f'{size} '}stand-in, seed {seed}"
+        save_mimi_bundle(folder, load_mimi(path), name=name, trial=trial)
+
+
 def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", trial: bool = True) -> None:
     """Write a checkpoint of random weights into `folder`/checkpoint, and build the bundle from it into `folder`."""
+    if model == MIMI:
+        build_mimi_standin(folder, size, seed, trial=trial)
+        return
     with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
         save_standin(stage, SIZES[model][size], seed)
         save_bundle(

@@ -37,7 +37,7 @@ Cache = Mapping[str, Any]
 def decode_full(decoder: DecoderWeights, maybe_data: DataFile | None = None) -> GraphBuilder:
     """Codes of a whole recording -> its audio."""
     graph = GraphBuilder("decode_full", maybe_data)
-    _decode(graph, decoder, _WholeAttention)
+    _decode(graph, decoder, WholeAttention)
     return graph
 
 
@@ -73,7 +73,7 @@ def encode(encoder: EncoderWeights, maybe_data: DataFile | None = None) -> Graph
         pads = graph.op("Concat", graph.constant([0, 0, 0, 0, 0]), missing, axis=0)
         whole = graph.op("Pad", waveform, pads)
         x = graph.op("Reshape", graph.op("Transpose", whole, perm=[0, 2, 1]), graph.constant([1, -1, 1]))
-    x = _run(graph, x, "encoder", encoder.modules, 1, _WholeAttention)
+    x = run_modules(graph, x, "encoder", encoder.modules, 1, WholeAttention)
     graph.op("Div", lengths, graph.constant([codec.frame_samples], np.int32), result="audio_code_lengths")
     with graph.scope("quantizer"):
         # 1 for each frame that `input_lengths` counts in, 0 for the others.
@@ -101,7 +101,7 @@ def streaming_decode(maybe_decoder: DecoderWeights | None) -> dict[str, Any]:
     )
 
 
-class _WholeAttention:
+class WholeAttention:
     """Attention among all tokens of one transformer, the first at position 0."""
 
     def __init__(self, graph: GraphBuilder, x: str, index: int, module: TransformerWeights) -> None:
@@ -155,7 +155,7 @@ def _decode(graph: GraphBuilder, decoder: DecoderWeights, attention_of: Attentio
     graph.input("audio_code_lengths", np.int32, [1])
     with graph.scope("quantizer"):
         x = blocks.dequantize(graph, "audio_codes", decoder.dequantizer)
-    x = _run(graph, x, "decoder", decoder.modules, decoder.dequantizer.output_proj_w.shape[0], attention_of)
+    x = run_modules(graph, x, "decoder", decoder.modules, decoder.dequantizer.output_proj_w.shape[0], attention_of)
     samples = graph.op("Reshape", x, graph.constant([1, -1, codec.channels]))
     graph.op("Transpose", samples, perm=[0, 2, 1], result="audio")
     frame_samples = graph.constant([codec.frame_samples], np.int32)
@@ -164,7 +164,7 @@ def _decode(graph: GraphBuilder, decoder: DecoderWeights, attention_of: Attentio
     graph.output("audio_lengths", np.int32, [1])
 
 
-def _run(
+def run_modules(
     graph: GraphBuilder, x: str, side: str, modules: tuple[Module, ...], features: int, attention_of: AttentionOf
 ) -> str:
     """All modules of a decoder or an encoder, one after the other."""

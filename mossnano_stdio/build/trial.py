@@ -6,6 +6,8 @@ Rules of this room:
 
 - Decoding: seeded random codes of 15 s, which is longer than every context of the published models, in chunks of mixed
   sizes. The audio must be that of the bundle's own decode_step within MAX_ERROR.
+- Where a codec has no official graphs but one of ours over whole files, that is the reference, over codes that go past
+  the longest context.
 - Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
   MIN_FRAMES_PER_TIE.
 - Where a bundle has no official graphs, ours are run once more, in chunks of one size only: both must be the same, and
@@ -24,7 +26,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.codecs import SeekingDecoder, load_decoder, load_encoder_runtime, load_full_encoder
+from mossnano_stdio.codecs import (
+    SeekingDecoder,
+    load_decoder,
+    load_encoder_runtime,
+    load_full_decoder,
+    load_full_encoder,
+    load_runtime,
+)
 from mossnano_stdio.errors import (
     BugError,
     BundleError,
@@ -35,9 +44,10 @@ from mossnano_stdio.errors import (
     OutOfMemoryError,
 )
 from mossnano_stdio.tokens import CodecFormat, Codes
-from mossnano_stdio.weights import Bundle, load_bundle
+from mossnano_stdio.weights import Bundle, Graph, load_bundle
 
 DECODED_SECONDS = 15
+FRAMES_PAST_CONTEXT = 12
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
 CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
@@ -48,6 +58,8 @@ LEVEL = 0.1  # RMS of what is encoded
 PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
 SEED = 0
 LARGE_BYTES = 1 << 30  # of graphs. To start a process for smaller ones takes longer than their trial
+
+Audio = NDArray[np.float32]
 
 ERRORS: dict[int, type[MossnanoError]] = {  # what a trial ended with -> what its caller raises
     error.exit_status: error for error in (CheckFailedError, BundleError, OutOfMemoryError, DecodeError)
@@ -78,6 +90,8 @@ def try_graphs(source: Bundle, built: Bundle) -> None:
     """Everything of our own that `built` has."""
     if built.has_graph("fast"):
         try_decoder(source, built)
+    elif built.has_graph("decode_step"):
+        try_steps(source, built)
     if built.has_graph("encode_step"):
         try_encoder(source, built)
 
@@ -92,12 +106,30 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
     if not expected.any():
         raise CheckFailedError(f"{source.graph(judged_by).path}: gives silence for random codes, so nothing is kept")
     found = _decoded(load_decoder(built, graph="fast"), codes, CHUNK_FRAMES)
-    errors = np.abs(found - expected).reshape(len(codes), -1).max(axis=1)
+    _compare(found, expected, len(codes), "the fast graph", source.graph(judged_by))
+
+
+def try_steps(source: Bundle, built: Bundle) -> None:
+    """Compare the steps of `built` with the whole-file graph of `source`, or else with larger steps."""
+    runtime = load_runtime(built)
+    frames = max(runtime.layer_context_frames) + FRAMES_PAST_CONTEXT
+    shape = (frames, built.format.quantizers)
+    codes = np.random.default_rng(SEED).integers(0, built.format.codebook_size, shape, dtype=np.uint16)
+    if source.has_graph("decode_full"):
+        reference, expected = source.graph("decode_full"), load_full_decoder(source).decode(codes)
+    else:
+        reference = source.graph("decode_step")
+        expected = _decoded(runtime.new_decoder(), codes, CHUNK_FRAMES[-1:])
+    _compare(_decoded(runtime.new_decoder(), codes, CHUNK_FRAMES), expected, frames, "stepping", reference)
+
+
+def _compare(found: Audio, expected: Audio, frames: int, what: str, reference: Graph) -> None:
+    errors = np.abs(found - expected).reshape(frames, -1).max(axis=1)
     worse = np.flatnonzero(~(errors <= MAX_ERROR))  # NaN is worse too
     if worse.size:
         raise CheckFailedError(
-            f"the fast graph departs from {source.graph(judged_by).path} at frame {worse[0]} by "
-            f"{errors[worse[0]]:.2g} (by {errors.max():.2g} at most in {len(codes)} frames; allowed is {MAX_ERROR:g}), "
+            f"{what} departs from {reference.path} at frame {worse[0]} by "
+            f"{errors[worse[0]]:.2g} (by {errors.max():.2g} at most in {frames} frames; allowed is {MAX_ERROR:g}), "
             f"so it is not kept"
         )
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder
-from mossnano_stdio.codecs import moss
+from mossnano_stdio.codecs import mimi, moss
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.errors import BundleError
@@ -49,6 +50,7 @@ __all__ = [
     "maybe_warm_up_frames",
     "ramp_second_frames",
     "seek",
+    "stepping_graphs",
 ]
 
 WARM_UP_STEP_FRAMES = 8
@@ -61,6 +63,7 @@ class Family(Protocol):
     """What a family of codecs must offer. Its format, its graphs and their states are the weights folder's to say."""
 
     NAME: str
+    STEPPING_GRAPHS: Mapping[str, GraphName | None]  # those that decode in steps, and what `graph` calls each of them
 
     def recognises(self, bundle: Bundle) -> bool: ...
 
@@ -131,7 +134,7 @@ class EncoderRuntime(Protocol):
         """A stream of its own, at its start."""
 
 
-FAMILIES = cast(tuple[Family, ...], (moss,))
+FAMILIES = cast(tuple[Family, ...], (moss, mimi))
 
 
 def family_of(bundle: Bundle) -> Family:
@@ -139,6 +142,11 @@ def family_of(bundle: Bundle) -> Family:
         if family.recognises(bundle):
             return family
     raise BundleError(f"{bundle.folder}: is of no codec that is known here")
+
+
+def stepping_graphs(bundle: Bundle) -> Mapping[str, GraphName | None]:
+    """The graphs that decode in steps, and by which choice of `graph` each is loaded; None: it is the only one."""
+    return family_of(bundle).STEPPING_GRAPHS
 
 
 def load_runtime(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.engine import Array, Session, TensorSpec, check_contract
 from mossnano_stdio.errors import DecodeError, TokenError, UsageError
-from mossnano_stdio.tokens import CodecFormat, Codes, to_graph
+from mossnano_stdio.tokens import CodecFormat, Codes, meaning_of, to_graph
 
 INT32 = np.dtype(np.int32)
 FLOAT32 = np.dtype(np.float32)
@@ -53,6 +53,7 @@ def check_codes(codes: Codes, codec: CodecFormat, least_quantizers: int | None =
         raise TokenError(
             f"frame {frame}, quantizer {quantizer}: code {codes[frame, quantizer]}, "
             f"allowed is 0 to {codec.codebook_size - 1}"
+            f"{meaning_of(int(codes[frame, quantizer]), codec.codebook_size)}"
         )
 
 

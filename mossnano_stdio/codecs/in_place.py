@@ -1,11 +1,13 @@
 """Graphs of our own that step: one session for all streams, keys and values written in place.
 
-build/transformers.py has the contract of the part that all of them have: transformers in a row.
+build/transformers.py has the contract of the part that all of them have: transformers in a row. What else a graph
+remembers are its states, small tensors that `mossnano.json` names.
 
 Rules of this room:
 
 - The state of a stream is its position, `next_frame`, and the rings behind it. Advancing the position is what makes a
   run count: a step that fails leaves the stream where it was.
+- A state has two places. A run reads the one and writes the other, and they are exchanged once it succeeded.
 - A step of more frames than one run takes is run after run. What these write over is put aside first.
 - Nothing of the graph's contract is assumed: the dimensions come from `mossnano.json`, and the graph is checked
   against them.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.contract import FLOAT32, INT32
 from mossnano_stdio.codecs.engine import (
+    Array,
     Engine,
     Session,
     TensorSpec,
@@ -36,7 +39,7 @@ from mossnano_stdio.codecs.engine import (
 from mossnano_stdio.codecs.probe import attention_support
 from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec
 from mossnano_stdio.errors import UsageError
-from mossnano_stdio.weights import Graph
+from mossnano_stdio.weights import Graph, StateSpec
 from mossnano_stdio.weights.checked_json import Entry
 
 log = logging.getLogger("mossnano")
@@ -51,6 +54,7 @@ class InPlaceState:
     first_frame: int  # where the stream began
     next_frame: int
     windows: tuple[Floats, ...]  # per transformer: keys and values that the next token can see
+    states: tuple[Array, ...]  # what the graph remembers beside them
 
 
 class InPlaceGraph:
@@ -59,7 +63,7 @@ class InPlaceGraph:
     def __init__(
         self, graph: Graph, engine: Engine, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
     ) -> None:
-        """`inputs` and `outputs`: what the graph has beside its transformers."""
+        """`inputs` and `outputs`: what the graph has beside its transformers and its states."""
         if engine.provider != "cpu":
             other = f"; `--graph official` runs on {engine.provider!r}" if graph.name == "fast" else ""
             raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
@@ -72,7 +76,7 @@ class InPlaceGraph:
         self.specs = tuple(_ring_specs(graph))
         self.session: Session = open_session(graph, engine, optimise=False)
         ring_inputs, ring_outputs = _contract(self.specs)
-        check_contract(self.session, {**inputs, **ring_inputs}, {**outputs, **ring_outputs}, states=())
+        check_contract(self.session, {**inputs, **ring_inputs}, {**outputs, **ring_outputs}, graph.states)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
@@ -94,13 +98,16 @@ class InPlaceStream:
         self._session = stack.session
         self._binding = stack.session.native.io_binding()
         self._rings = [Rings(spec, self._binding, in_place=stack.in_place) for spec in stack.specs]
+        self._states = _States(stack.session.graph.states, self._binding)
         self._first_frame = 0
         self.next_frame = 0
 
     def step(self, frames: int, inputs_of: BindRun, outputs_of: BindRun) -> None:
         """Run over the next `frames` frames. Each run takes its inputs from arrays, and writes into arrays, as told."""
         before, seen_frames = self.next_frame, self.next_frame - self._first_frame
-        passing = [rings.passing(seen_frames, frames) for rings in self._rings] if frames > MAX_RUN_FRAMES else []
+        is_one_run = frames <= MAX_RUN_FRAMES
+        passing = [] if is_one_run else [rings.passing(seen_frames, frames) for rings in self._rings]
+        states = () if is_one_run else self._states.copied()
         try:
             for start in range(0, frames, MAX_RUN_FRAMES):
                 end = min(start + MAX_RUN_FRAMES, frames)
@@ -110,6 +117,7 @@ class InPlaceStream:
             if passing:
                 for rings, part in zip(self._rings, passing, strict=True):
                     rings.go_back(seen_frames, part)
+                self._states.restore(states)
             raise
 
     def reset(self, start_frame: int = 0) -> None:
@@ -117,16 +125,18 @@ class InPlaceStream:
         self._first_frame = self.next_frame = start_frame
         for rings in self._rings:
             rings.reset()
+        self._states.reset()
 
     def snapshot(self) -> InPlaceState:
         seen_frames = self.next_frame - self._first_frame
         windows = tuple(rings.window(seen_frames) for rings in self._rings)
-        return InPlaceState(self._first_frame, self.next_frame, windows)
+        return InPlaceState(self._first_frame, self.next_frame, windows, self._states.copied())
 
     def restore(self, state: InPlaceState) -> None:
         self._first_frame, self.next_frame = state.first_frame, state.next_frame
         for rings, window in zip(self._rings, state.windows, strict=True):
             rings.restore(state.next_frame - state.first_frame, window)
+        self._states.restore(state.states)
 
     def _run(self, frames: int, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         """At most MAX_RUN_FRAMES at once."""
@@ -141,6 +151,40 @@ class InPlaceStream:
         self.next_frame += frames
         for rings in self._rings:
             rings.commit()
+        self._states.commit()
+
+
+class _States:
+    """The small tensors that a run leaves to the next one. `binding` is told where they are."""
+
+    def __init__(self, specs: Sequence[StateSpec], binding: Any) -> None:
+        self._specs = specs
+        self._binding = binding
+        self._now, self._next = ([spec.initial_value() for spec in specs] for _ in range(2))
+        self._natives_now, self._natives_next = ([*map(native_value, place)] for place in (self._now, self._next))
+        self._bind()
+
+    def commit(self) -> None:
+        """The run succeeded."""
+        self._now, self._next = self._next, self._now
+        self._natives_now, self._natives_next = self._natives_next, self._natives_now
+        self._bind()
+
+    def reset(self) -> None:
+        for spec, array in zip(self._specs, self._now, strict=True):
+            array[...] = spec.initial
+
+    def copied(self) -> tuple[Array, ...]:
+        return tuple(array.copy() for array in self._now)
+
+    def restore(self, copies: tuple[Array, ...]) -> None:
+        for array, copy in zip(self._now, copies, strict=True):
+            array[...] = copy
+
+    def _bind(self) -> None:
+        for spec, native_now, native_next in zip(self._specs, self._natives_now, self._natives_next, strict=True):
+            self._binding.bind_ortvalue_input(spec.input_name, native_now)
+            self._binding.bind_ortvalue_output(spec.output_name, native_next)
 
 
 def _ring_specs(graph: Graph) -> Iterator[RingSpec]:

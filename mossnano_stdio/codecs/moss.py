@@ -54,11 +54,14 @@ log = logging.getLogger("mossnano")
 # --- what a family offers ----------------------------------------------------------------------------------------
 
 NAME = "MOSS-Audio-Tokenizer"
+STEPPING_GRAPHS: Mapping[str, GraphName] = {"decode_step": "official", "fast": "fast"}
 
 
 def recognises(bundle: Bundle) -> bool:
-    """It is so far the only family whose metadata there is. A folder may hold some of its graphs only."""
-    return bool(bundle.graphs.keys() & {"decode_step", "fast", "encode", "encode_step"})
+    """It is so far the only family that has official metadata. A folder may hold some of its graphs only."""
+    return bundle.sidecar.maybe_codec is None and bool(
+        bundle.graphs.keys() & {"decode_step", "fast", "encode", "encode_step"}
+    )
 
 
 def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialRuntime | FastRuntime:
@@ -209,10 +212,9 @@ class InPlaceRuntime:
         return self.in_place.layer_context_frames
 
 
-class FastRuntime(InPlaceRuntime):
-    """The graph that decodes."""
+class DecodeRowsRuntime(InPlaceRuntime):
+    """A graph that decodes."""
 
-    graph_name = "fast"
     decodes_prefix = True
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
@@ -225,6 +227,12 @@ class FastRuntime(InPlaceRuntime):
 
     def new_decoder(self) -> FastDecoder:
         return FastDecoder(self)
+
+
+class FastRuntime(DecodeRowsRuntime):
+    """The quickest graph of this family."""
+
+    graph_name = "fast"
 
 
 class StreamEncoderRuntime(InPlaceRuntime):

@@ -34,12 +34,13 @@ from mossnano_stdio.codecs.engine import Array, Engine, TensorSpec, check_contra
 from mossnano_stdio.codecs.moss import OfficialRuntime
 from mossnano_stdio.errors import DecodeError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
-from mossnano_stdio.weights import Bundle
+from mossnano_stdio.weights import Bundle, Graph
 from mossnano_stdio.weights.checked_json import Entry
 
 ALWAYS_FITTING_FRAMES = 25  # two seconds as a whole need 64 MB of the official weights
 SCORE_COPIES = 6.5  # attention scores that are alive at once, as measured over lengths of 8 to 24 seconds
-SCORE_BYTES = 4  # float32
+COLUMN_COPIES = 6  # the same of columns
+VALUE_BYTES = 4  # float32
 GIB = 1 << 30
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -63,7 +64,7 @@ class FullDecoder:
         if len(codes) > ALWAYS_FITTING_FRAMES:
             check_fits(
                 f"decoding {len(codes)} frames as a whole",
-                attention_bytes(self.bundle, self.engine, len(codes)),
+                bytes_at_once(self.session.graph, self.bundle, self.engine, len(codes)),
                 "decode in steps (`--decoder step`), which takes the same memory for every length",
             )
         audio, lengths = self.session.run(self.session.graph.output_names, codes_feed(self.session, codes))
@@ -108,7 +109,7 @@ class FullEncoder:
             check_fits(
                 f"encoding {frames} frames as a whole",
                 # The encoder mirrors the decoder, layer by layer.
-                attention_bytes(self.bundle, self.engine, frames),
+                bytes_at_once(self.session.graph, self.bundle, self.engine, frames),
                 "build a streaming encoder with `mossnano build`, which takes the same memory for every length",
             )
         feed = {
@@ -139,10 +140,14 @@ def filled_up(audio: NDArray[np.float32], codec: CodecFormat) -> NDArray[np.floa
 # --- will it fit? ------------------------------------------------------------------------------------------------
 
 
-def attention_bytes(bundle: Bundle, engine: Engine, frames: int) -> int:
-    """What attention over `frames` frames at once takes in its busiest layer."""
+def bytes_at_once(graph: Graph, bundle: Bundle, engine: Engine, frames: int) -> int:
+    """What a run over `frames` frames takes: attention in its busiest layer, and the longest rows of columns where a
+    codec has convolutions, which graphs of ours say how long they are.
+    """
     busiest = max((heads * tokens_per_frame**2 for heads, tokens_per_frame in _layers(bundle, engine)), default=0)
-    return int(SCORE_COPIES * SCORE_BYTES * busiest * frames**2)
+    maybe_widest = Entry(dict(graph.facts), f"{graph.path}: facts").maybe_at("widest_values")
+    values = maybe_widest.whole() if maybe_widest else 0
+    return int(VALUE_BYTES * (SCORE_COPIES * busiest * frames**2 + COLUMN_COPIES * values * frames))
 
 
 def _layers(bundle: Bundle, engine: Engine) -> list[tuple[int, int]]:

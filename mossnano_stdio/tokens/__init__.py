@@ -25,7 +25,7 @@ from mossnano_stdio.tokens.format import (
     to_graph,
     to_quantizer_major,
 )
-from mossnano_stdio.tokens.packing import pack_frames, unpack_frames
+from mossnano_stdio.tokens.packing import meaning_of, pack_frames, unpack_frames
 
 __all__ = [
     "FIELD_LIMITS",
@@ -40,6 +40,7 @@ __all__ = [
     "build_artifact",
     "frame_bytes",
     "load_artifact",
+    "meaning_of",
     "pack_frames",
     "parse_artifact",
     "to_graph",

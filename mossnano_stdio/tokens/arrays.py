@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.tokens.packing import meaning_of
 
 MONO = 1
 LOWEST_RATE, HIGHEST_RATE = 1000, 1 << 20  # of what is resampled; from less, one sample would become seconds
@@ -100,7 +101,9 @@ def integer_array(values: Any, name: str) -> NDArray[np.integer]:
 def check_range(codes: NDArray[np.integer], codebook_size: int, name: str) -> None:
     least, most = int(codes.min()), int(codes.max())
     if least < 0 or most >= codebook_size:
-        raise ValueError(f"{name}: holds {least if least < 0 else most}, allowed are 0 to {codebook_size - 1}")
+        outside = least if least < 0 else most
+        meaning = meaning_of(outside, codebook_size)
+        raise ValueError(f"{name}: holds {outside}, allowed are 0 to {codebook_size - 1}{meaning}")
 
 
 def normalised_wave(wave: Any, channels: int) -> NDArray[np.float32]:

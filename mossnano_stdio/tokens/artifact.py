@@ -23,7 +23,7 @@ import numpy as np
 
 from mossnano_stdio.errors import ArtifactError, TokenError
 from mossnano_stdio.tokens.format import CodecFormat, Codes, bits_per_code, to_quantizer_major
-from mossnano_stdio.tokens.packing import first_outside, pack_codes, unpack_codes
+from mossnano_stdio.tokens.packing import first_outside, meaning_of, pack_codes, unpack_codes
 
 MAGIC: Final = b"MOSSNANO"
 MAX_ARTIFACT_BYTES: Final = 32 << 20  # the longest artifact, over all its messages
@@ -114,6 +114,7 @@ class Artifact(ArtifactHeader):
             raise ArtifactError(
                 f"code {quantizer} of frame {frame} is {codes[place]}, allowed are "
                 f"0 to {self.codebook_size - 1} (the artifact's codebook_size is {self.codebook_size})"
+                f"{meaning_of(int(codes[place]), self.codebook_size)}"
             )
 
 

@@ -26,6 +26,7 @@ from mossnano_stdio.tokens.format import Codes, bits_per_code, frame_bytes
 Bytes = bytes | bytearray | memoryview
 
 WIDEST_BITS = 16
+MIMI_CODEBOOK_SIZE = 2048  # of the codec whose language models have codes of their own
 BLOCK_CODES = 1 << 16  # measured best for speed
 
 
@@ -117,6 +118,24 @@ def first_outside(codes: NDArray[np.integer], codebook_size: int) -> tuple[int, 
     return tuple(map(int, np.unravel_index(wrong.argmax(), wrong.shape)))
 
 
+def meaning_of(code: int, codebook_size: int) -> str:
+    """What a code that no codebook holds usually stands for, as the end of a sentence; "" where nothing is known.
+
+    >>> meaning_of(2048, codebook_size=2048)
+    ' (language models put 2048 where no code is yet, at the start of delayed codebooks: leave such frames out)'
+    """
+    if codebook_size != MIMI_CODEBOOK_SIZE:
+        return ""
+    match code:
+        case 2048:
+            what = "2048 where no code is yet, at the start of delayed codebooks"
+        case -1 | -2:
+            what = f"{code} where they generated nothing"
+        case _:
+            return ""
+    return f" (language models put {what}: leave such frames out)"
+
+
 def _equal_rows(
     codes: NDArray[np.integer], packed: NDArray[np.uint8], bits: int
 ) -> Iterator[tuple[NDArray[np.integer], NDArray[np.uint8]]]:
@@ -196,4 +215,5 @@ def _check_codes(codes: NDArray[np.integer], codebook_size: int) -> None:
     if place := first_outside(codes, codebook_size):
         *frame, index = place
         where = f"code {index} of frame {frame[0]}" if frame else f"code {index}"
-        raise TokenError(f"{where} is {codes[place]}, allowed are 0 to {codebook_size - 1}")
+        meaning = meaning_of(int(codes[place]), codebook_size)
+        raise TokenError(f"{where} is {codes[place]}, allowed are 0 to {codebook_size - 1}{meaning}")

@@ -15,6 +15,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
@@ -158,7 +159,7 @@ class _Graphs:
     def _loaders(self) -> dict[str, Callable[[], None]]:
         bundle, engine = self._bundle, _EngineFlags(provider=self._provider, threads=self._threads)
 
-        def load_runtime(graph: GraphName) -> None:
+        def load_runtime(graph: GraphName | None) -> None:
             self.runtimes.append(codecs.load_runtime(bundle, graph=graph, **engine))
 
         def load_full_decoder() -> None:
@@ -170,11 +171,12 @@ class _Graphs:
         def load_full_encoder() -> None:
             self.maybe_full_encoder = codecs.load_full_encoder(bundle, **engine)
 
+        stepping = {name: partial(load_runtime, graph) for name, graph in codecs.stepping_graphs(bundle).items()}
         return {
-            "decode_step": lambda: load_runtime("official"),
+            "decode_step": stepping.pop("decode_step"),
             "decode_full": load_full_decoder,
             "encode": load_full_encoder,
-            "fast": lambda: load_runtime("fast"),
+            **stepping,
             "encode_step": load_encoder,
         }
 

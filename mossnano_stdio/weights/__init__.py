@@ -16,9 +16,13 @@ from mossnano_stdio.weights.graphs import FileRecord, Graph, GraphSpec, StateSpe
 from mossnano_stdio.weights.metadata import (
     DECODE_DATA,
     DECODE_FULL_FILE,
+    DECODE_INPUTS,
+    DECODE_OUTPUTS,
     DECODE_STEP_FILE,
     ENCODE_DATA,
     ENCODE_FILE,
+    ENCODE_INPUTS,
+    ENCODE_OUTPUTS,
     METADATA_NAME,
     OFFICIAL_FILES,
     STATES_OF_A_CACHE,
@@ -28,19 +32,24 @@ from mossnano_stdio.weights.metadata import (
     build_streaming,
     states_of,
 )
-from mossnano_stdio.weights.published import MODELS, NANO
-from mossnano_stdio.weights.sidecar import SIDECAR_NAME, Sidecar, load_sidecar, record_files, save_sidecar
+from mossnano_stdio.weights.published import MIMI_FILES, MODELS, NANO
+from mossnano_stdio.weights.sidecar import SIDECAR_NAME, OwnCodec, Sidecar, load_sidecar, record_files, save_sidecar
 
 __all__ = [
     "CODEC_FOLDERS",
     "DECODE_DATA",
     "DECODE_FULL_FILE",
+    "DECODE_INPUTS",
+    "DECODE_OUTPUTS",
     "DECODE_STEP_FILE",
     "DEMO",
     "DEMO_FOLDER",
     "ENCODE_DATA",
     "ENCODE_FILE",
+    "ENCODE_INPUTS",
+    "ENCODE_OUTPUTS",
     "METADATA_NAME",
+    "MIMI_FILES",
     "MODELS",
     "NANO",
     "OFFICIAL_FILES",
@@ -50,6 +59,7 @@ __all__ = [
     "FileRecord",
     "Graph",
     "GraphSpec",
+    "OwnCodec",
     "Sidecar",
     "StateSpec",
     "WeightFile",

@@ -1,14 +1,16 @@
 """Where a weights folder lies, and what it holds: a bundle, checked, that the codecs can trust.
 
-A bundle is what `codec_browser_onnx_meta.json` says, plus what our own `mossnano.json` beside it adds. What can be read
-there is not assumed, and no graph is opened but for the size of its codebooks.
+A bundle is what `codec_browser_onnx_meta.json` says, plus what our own `mossnano.json` beside it adds; of a codec that
+has no such metadata, `mossnano.json` says everything. What can be read there is not assumed, and no graph is opened but
+for the size of its codebooks.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from mossnano_stdio.errors import BundleError
 from mossnano_stdio.frozen import WEIGHTS_FOLDER, maybe_frozen_folder
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights import published
+from mossnano_stdio.weights.checked_json import Entry
 from mossnano_stdio.weights.digest import cache_folder, sha256_of
-from mossnano_stdio.weights.graphs import CacheSpec, Graph, WeightFile
+from mossnano_stdio.weights.graphs import CacheSpec, Graph, GraphSpec, WeightFile
 from mossnano_stdio.weights.metadata import (
     METADATA_NAME,
     load_metadata,
@@ -51,6 +54,18 @@ class Bundle:
     @property
     def demo(self) -> bool:
         return self.sidecar.demo
+
+    @property
+    def contexts_tokens(self) -> tuple[int, ...]:
+        """How far each layer of the graph that decodes looks back."""
+        if self.sidecar.maybe_codec is None:
+            return tuple(cache.context_tokens for cache in self.caches)
+        graph = self.graphs["decode_step"]
+        transformers = Entry(dict(graph.facts), f"{graph.path}: facts").items_at("transformers")
+        contexts = [
+            [entry.at("context_tokens").whole(least=1)] * entry.at("layers").whole(least=1) for entry in transformers
+        ]
+        return tuple(itertools.chain(*contexts))
 
     def has_graph(self, name: str) -> bool:
         """Is there such a graph, with its file? `mossnano fetch` may have left out those that nobody needed."""
@@ -90,7 +105,7 @@ def find_weights(option: str | None = None) -> Path:
         return _named_weights(chosen, asked_by)
     places = _places_of(published.MODELS["nano"])
     for folder in places:
-        if (folder / METADATA_NAME).is_file():
+        if _is_weights_folder(folder):
             return folder
     looked = ", ".join(str(folder) for folder in (*frozen_places, *places))
     raise BundleError(
@@ -108,7 +123,7 @@ def _named_weights(chosen: str, asked_by: str) -> Path:
     if not folder.is_dir():
         raise BundleError(f"{folder}: is not there; {asked_by} takes a weights folder, or {DEMO!r}")
     places = (folder, *(folder / name for name in CODEC_FOLDERS))
-    maybe_inside = next((place for place in places if (place / METADATA_NAME).exists()), None)
+    maybe_inside = next((place for place in places if _is_weights_folder(place)), None)
     if maybe_inside is None:
         raise BundleError(
             f"{folder / METADATA_NAME}: is not there, so this is no weights folder; "
@@ -120,10 +135,15 @@ def _named_weights(chosen: str, asked_by: str) -> Path:
 def _weights_of_model(model: str) -> Path:
     places = _places_of(published.MODELS[model])
     for folder in places:
-        if (folder / METADATA_NAME).is_file():
+        if _is_weights_folder(folder):
             return folder
     looked = ", ".join(str(folder) for folder in places)
     raise BundleError(f"no weights of {model} found in {looked}; `mossnano fetch --model {model}` gets them")
+
+
+def _is_weights_folder(folder: Path) -> bool:
+    """Is there official metadata, or does `mossnano.json` say all that is needed?"""
+    return (folder / METADATA_NAME).exists() or load_sidecar(folder).maybe_codec is not None
 
 
 def _places_of(model: PublishedModel) -> list[Path]:
@@ -145,34 +165,30 @@ def _hub_folder(pinned: PinnedRepository) -> Path:
 
 def load_bundle(folder: Path) -> Bundle:
     """Read and check `folder`'s metadata."""
-    metadata, content = load_metadata(folder)
     sidecar = load_sidecar(folder)
+    if own := sidecar.maybe_codec:
+        return Bundle(
+            folder=folder,
+            name=sidecar.name or own.family,
+            format=own.format,
+            metadata_file=WeightFile(folder / SIDECAR_NAME, None, "unknown"),
+            graphs=_graphs(sidecar.graphs, lambda name: _recorded_file(folder / name, sidecar)),
+            caches=(),
+            sidecar=sidecar,
+            is_published=False,
+        )
+    metadata, content = load_metadata(folder)
     is_published = _is_published(content, sidecar)
 
     def weight_file(name: str) -> WeightFile:
-        path = folder / name
-        if name in sidecar.files:
-            return WeightFile(path, sidecar.files[name], "recorded")
-        if is_published and name in published.BUNDLE.files:
-            return WeightFile(path, published.BUNDLE.files[name], "published")
-        return WeightFile(path, None, "unknown")
+        if name not in sidecar.files and is_published and name in published.BUNDLE.files:
+            return WeightFile(folder / name, published.BUNDLE.files[name], "published")
+        return _recorded_file(folder / name, sidecar)
 
     metadata_file = weight_file(METADATA_NAME)
     metadata_file.check_size()
     metadata_file.check_content()
-    graphs = {
-        name: Graph(
-            name=name,
-            model=weight_file(spec.file),
-            data=tuple(map(weight_file, spec.data)),
-            input_names=spec.input_names,
-            output_names=spec.output_names,
-            states=spec.states,
-            precision=spec.precision,
-            facts=spec.facts,
-        )
-        for name, spec in {**parse_graphs(metadata, sidecar.precision), **sidecar.graphs}.items()
-    }
+    graphs = _graphs({**parse_graphs(metadata, sidecar.precision), **sidecar.graphs}, weight_file)
     if "decode_step" not in graphs and not sidecar.codebook_size:  # without one, the other says what we have built
         raise BundleError(f"{metadata.at('files').where}: 'decode_step' is missing, nothing can be decoded without it")
     return Bundle(
@@ -189,6 +205,28 @@ def load_bundle(folder: Path) -> Bundle:
         sidecar=sidecar,
         is_published=is_published,
     )
+
+
+def _recorded_file(path: Path, sidecar: Sidecar) -> WeightFile:
+    if path.name in sidecar.files:
+        return WeightFile(path, sidecar.files[path.name], "recorded")
+    return WeightFile(path, None, "unknown")
+
+
+def _graphs(specs: Mapping[str, GraphSpec], weight_file: Callable[[str], WeightFile]) -> dict[str, Graph]:
+    return {
+        name: Graph(
+            name=name,
+            model=weight_file(spec.file),
+            data=tuple(map(weight_file, spec.data)),
+            input_names=spec.input_names,
+            output_names=spec.output_names,
+            states=spec.states,
+            precision=spec.precision,
+            facts=spec.facts,
+        )
+        for name, spec in specs.items()
+    }
 
 
 def _is_published(metadata: bytes, sidecar: Sidecar) -> bool:

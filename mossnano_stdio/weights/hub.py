@@ -80,7 +80,7 @@ def selections(model: str = "nano") -> dict[str, Selection]:
     """
     chosen = published.MODELS[model]
     pinned = chosen.checkpoint
-    checkpoint = Selection(pinned, pinned.name, tuple(pinned.files))
+    checkpoint = Selection(pinned, chosen.maybe_folder_name or pinned.name, tuple(pinned.files))
     if chosen.maybe_bundle:
         decode, encode = (_part_of_bundle(chosen, direction) for direction in ("decode", "encode"))
     else:  # its graphs are built here, beside the checkpoint

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.graphs import FileRecord
@@ -38,6 +39,9 @@ class PinnedRepository:
         return self.repository.partition("/")[2]
 
 
+LICENCE = "Apache-2.0"
+
+
 @dataclass(frozen=True)
 class PublishedModel:
     """A model by the name that `--model` gives it."""
@@ -47,16 +51,19 @@ class PublishedModel:
     maybe_bundle: PinnedRepository | None = None  # official graphs that stream, where there are any
     decode_prefixes: tuple[str, ...] = ("decoder.", "quantizer.")  # of the tensors in the checkpoint that decode
     encode_prefixes: tuple[str, ...] = ("encoder.", "quantizer.")
+    built_graphs: Literal["fast", "all"] = "fast"  # of a checkpoint, by `fetch`: those over whole files are as large
+    licence: str = LICENCE
+    maybe_attribution: str | None = None  # what the licence asks for
+    maybe_folder_name: str | None = None  # where the repository is called after something else
 
     @property
     def folder_name(self) -> str:
         """Of the folder in which its graphs are looked for, whoever made them."""
-        return (self.maybe_bundle or self.checkpoint).name
+        return self.maybe_folder_name or (self.maybe_bundle or self.checkpoint).name
 
 
 # What the published weights decode. Their metadata says all of it but the size of the codebooks.
 NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
-LICENCE = "Apache-2.0"
 
 BUNDLE = PinnedRepository(
     repository="OpenMOSS-Team/MOSS-Audio-Tokenizer-Nano-ONNX",
@@ -122,8 +129,31 @@ CHECKPOINT_V2 = PinnedRepository(
     },
 )
 
+# Two trainings of Mimi in the same shape; codes of the one are not codes of the other. Each lies in several
+# repositories, under several names, and is known by its content.
+MIMI_FILES = {
+    "mimi": FileRecord(384_644_900, "09b782f0629851a271227fb9d36db65c041790365f11bbe5d3d59369cf863f50"),
+    "mimi of Hibiki": FileRecord(384_644_900, "31c14cf365353131094e8248150c6fe58e8642cf91899c50d9e450f861630e55"),
+}
+
+MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
+
+CHECKPOINT_MIMI = PinnedRepository(  # one of the repositories that have it; this one asks nobody for a token
+    repository="kyutai/moshiko-mlx-bf16",
+    revision="a31ebad976783a3ea356d6beb8b8e826d2d45a68",
+    files={MIMI_NAME: MIMI_FILES["mimi"]},
+)
+
 MODELS = {
     "nano": PublishedModel(NANO, CHECKPOINT, BUNDLE),
     "24k": PublishedModel(CodecFormat(24000, 1, 1920, quantizers=32, codebook_size=1024), CHECKPOINT_24K),
     "v2": PublishedModel(CodecFormat(48000, 2, 3840, quantizers=32, codebook_size=1024), CHECKPOINT_V2),
+    "mimi": PublishedModel(
+        CodecFormat(24000, 1, 1920, quantizers=32, codebook_size=2048),
+        CHECKPOINT_MIMI,
+        built_graphs="all",
+        licence="CC-BY 4.0",
+        maybe_attribution="Mimi is by Kyutai, licensed under CC-BY 4.0",
+        maybe_folder_name="mimi",
+    ),
 }

@@ -146,6 +146,6 @@ def weights_facts(folder: Path) -> dict[str, Any]:
             }
             for name, graph in bundle.graphs.items()
         },
-        "caches": len(bundle.caches),
-        "longest_context_tokens": max((cache.context_tokens for cache in bundle.caches), default=0),
+        "caches": len(bundle.contexts_tokens),
+        "longest_context_tokens": max(bundle.contexts_tokens, default=0),
     }

@@ -1,0 +1,228 @@
+"""Mimi frame by frame: decode_step and encode_step, with contracts of our own.
+
+    decode_step
+    rows       int32 [frames, quantizers]   row of each code in one table of all codebooks; the last row is all zeros
+    audio      float32 [samples, 1]
+
+    encode_step
+    audio      float32 [samples, 1]         whole frames
+    codes      int32 [frames, quantizers]
+
+    Both have what the transformers have (see transformers.py), and states beside them: each convolution remembers the
+    last columns of its input. `mossnano.json` has their names and shapes.
+
+Rules of this room:
+
+- Columns lie as [columns, channels], so that a token that becomes several is a row that is read as several, and no
+  node ever transposes.
+- The kernel of a layer that changes the rate is two strides long. So a transposed convolution is one matrix product
+  over each column and the one before it, and a strided one is one over each block of columns and the block before it.
+- What is remembered is input, never a sum: what a stream begins with is zeros, and a bias is added once.
+- The runtime loads these graphs with its own optimisations off, and runs these nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mossnano_stdio.build.blocks import INT32
+from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
+from mossnano_stdio.build.mimi_model import (
+    RESAMPLED_BY,
+    CodebookChain,
+    Conv,
+    ConvModule,
+    MimiWeights,
+    Residual,
+    TransposedConv,
+)
+from mossnano_stdio.build.model import Array, TransformerWeights
+from mossnano_stdio.build.transformers import Stack, linear, stack_facts
+from mossnano_stdio.weights import GraphSpec, StateSpec
+
+DECODE_STEP_FILE = "mimi_decode_step.onnx"
+DECODE_STEP_DATA = "mimi_decode_step.data"
+ENCODE_STEP_FILE = "mimi_encode_step.onnx"
+ENCODE_STEP_DATA = "mimi_encode_step.data"
+
+ALL = np.iinfo(np.int64).max  # the end of a Slice that has none
+
+
+def save_mimi_decode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
+    with open_data(folder / DECODE_STEP_DATA) as data:
+        graph = _StepGraph("mimi_decode_step", data)
+        rows = graph.input("rows", np.int32, ["frames", weights.format.quantizers])
+        x = _look_up(graph, rows, weights.semantic, weights.acoustic)
+        x = _upsampled(graph, x, weights.upsample)
+        x = _transformed(graph, x, "decoder_transformer", weights.decoder_transformer)
+        x = _convolved(graph, x, "decoder", weights.decoder)
+        graph.op("Identity", x, result="audio")
+        graph.output("audio", np.float32, ["samples", weights.format.channels])
+        graph.save(folder / DECODE_STEP_FILE)
+    facts = stack_facts([weights.decoder_transformer]) | {"look_back_frames": weights.look_back_frames}
+    return GraphSpec(file=DECODE_STEP_FILE, data=(DECODE_STEP_DATA,), states=tuple(graph.states), facts=facts)
+
+
+def save_mimi_encode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
+    with open_data(folder / ENCODE_STEP_DATA) as data:
+        graph = _StepGraph("mimi_encode_step", data)
+        x = graph.input("audio", np.float32, ["samples", weights.format.channels])
+        x = _convolved(graph, x, "encoder", weights.encoder)
+        x = _transformed(graph, x, "encoder_transformer", weights.encoder_transformer)
+        x = _downsampled(graph, x, weights.downsample)
+        codes = [*_searched(graph, x, "semantic", weights.semantic), *_searched(graph, x, "acoustic", weights.acoustic)]
+        graph.op("Cast", graph.op("Concat", *codes, axis=1), to=INT32, result="codes")
+        graph.output("codes", np.int32, ["frames", weights.format.quantizers])
+        graph.save(folder / ENCODE_STEP_FILE)
+    facts = stack_facts([weights.encoder_transformer])
+    return GraphSpec(file=ENCODE_STEP_FILE, data=(ENCODE_STEP_DATA,), states=tuple(graph.states), facts=facts)
+
+
+class _StepGraph(GraphBuilder):
+    """A graph with states, each of which begins as zeros."""
+
+    def __init__(self, name: str, data: DataFile) -> None:
+        super().__init__(name, data)
+        self.states: list[StateSpec] = []
+
+    def state(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+        """The names of what the run before has left, and of what this one leaves."""
+        spec = StateSpec(name, f"{name}_out", shape, np.dtype(np.float32), initial=0)
+        self.states.append(spec)
+        self.input(spec.input_name, np.float32, list(shape))
+        return spec.input_name, spec.output_name
+
+    def leave(self, output_name: str) -> None:
+        (spec,) = (spec for spec in self.states if spec.output_name == output_name)
+        self.output(output_name, np.float32, list(spec.shape))
+
+    def after_past(self, x: str, columns: int, channels: int, name: str) -> str:
+        """x behind the `columns` columns before it, which the state keeps."""
+        past, past_out = self.state(name, (columns, channels))
+        together = self.op("Concat", past, x, axis=0)
+        self.columns(together, -columns, ALL, result=past_out)
+        self.leave(past_out)
+        return together
+
+    def columns(self, x: str, start: int, end: int, result: str | None = None) -> str:
+        return self.op("Slice", x, self.constant([start]), self.constant([end]), self.constant([0]), result=result)
+
+    def windows(self, x: str, width: int) -> str:
+        """Each column with the width - 1 behind it, side by side: [columns - width + 1, width * channels]."""
+        if width == 1:
+            return x
+        pieces = [self.columns(x, shift, shift + 1 - width or ALL) for shift in range(width)]
+        return self.op("Concat", *pieces, axis=1)
+
+    def product(self, x: str, name: str, matrix: Array, bias: Array) -> str:
+        """W x + b of every column, W lying as [out, in]."""
+        weight = self.weight(f"{name}.weight", matrix.astype(np.float32))
+        return self.op("Gemm", x, weight, self.weight(f"{name}.bias", bias.astype(np.float32)), transB=1)
+
+
+# --- codes and latents -------------------------------------------------------------------------------------------
+
+
+def _look_up(graph: _StepGraph, rows: str, semantic: CodebookChain, acoustic: CodebookChain) -> str:
+    """The sum of each half's rows, through its own projection: [frames, features]."""
+    width = semantic.codebooks.shape[2]
+    halves = [len(semantic.codebooks), len(acoustic.codebooks)]
+    codebooks = np.concatenate([semantic.codebooks, acoustic.codebooks]).reshape(-1, width)
+    table = graph.weight("codebooks", np.pad(codebooks, ((0, 1), (0, 0))))
+    found = graph.op("Gather", table, rows, axis=0)
+    summing = np.repeat(np.eye(2, dtype=np.float32), halves, axis=1)  # [2, quantizers]
+    sums = graph.op("MatMul", graph.weight("halves", summing), found)
+    side_by_side = graph.op("Reshape", sums, graph.constant([-1, 2 * width]))
+    return linear(graph, side_by_side, "output_proj", np.concatenate([semantic.output_proj, acoustic.output_proj], 1))
+
+
+def _searched(graph: _StepGraph, x: str, name: str, chain: CodebookChain) -> Iterator[str]:
+    """One column of codes for each codebook. The nearest row has the largest r . row - |row|^2 / 2."""
+    rest = linear(graph, x, f"{name}.input_proj", chain.input_proj)
+    for index, rows in enumerate(chain.codebooks):
+        half_squares = np.square(rows.astype(np.float64)).sum(axis=1) / 2
+        nearness = graph.product(rest, f"{name}.{index}", rows, -half_squares)
+        codes = graph.op("ArgMax", nearness, axis=1, keepdims=0)
+        if index + 1 < len(chain.codebooks):
+            rest = graph.op("Sub", rest, graph.op("Gather", f"{name}.{index}.weight", codes, axis=0))
+        yield graph.op("Unsqueeze", codes, graph.constant([1]))
+
+
+def _upsampled(graph: _StepGraph, x: str, weight: Array) -> str:
+    """A transposed convolution of each feature by itself: [frames, features] -> [tokens, features]."""
+    features = len(weight)
+    together = graph.after_past(x, 1, features, "upsample.past")
+    taps = np.ascontiguousarray(weight[:, 0].T).reshape(2, RESAMPLED_BY, features)  # for a frame, and the one before it
+    parts: list[str] = []
+    for tap, frames in zip(taps, (graph.columns(together, 1, ALL), graph.columns(together, 0, -1)), strict=True):
+        apart = graph.op("Reshape", frames, graph.constant([-1, 1, features]))
+        parts.append(graph.op("Mul", apart, graph.weight(f"upsample.{len(parts)}", tap)))
+    return graph.op("Reshape", graph.op("Add", *parts), graph.constant([-1, features]))
+
+
+def _downsampled(graph: _StepGraph, x: str, weight: Array) -> str:
+    """[tokens, features] -> [frames, features]. A stream's first token stands for those before it."""
+    features, _, _ = weight.shape
+    joined = graph.op("Reshape", x, graph.constant([-1, RESAMPLED_BY * features]))
+    began, began_out = graph.state("downsample.began", (1,))  # 0 until a stream's first run is over
+    graph.op("Identity", graph.constant([1], np.float32), result=began_out)
+    graph.leave(began_out)
+    past, past_out = graph.state("downsample.past", (1, RESAMPLED_BY * features))
+    first = graph.op("Tile", graph.columns(x, 0, 1), graph.constant([1, RESAMPLED_BY]))
+    before = graph.op("Where", graph.op("Greater", began, graph.constant([0], np.float32)), past, first)
+    together = graph.op("Concat", before, joined, axis=0)
+    graph.columns(together, -1, ALL, result=past_out)
+    graph.leave(past_out)
+    matrix = weight.transpose(0, 2, 1).reshape(features, -1)
+    return linear(graph, graph.windows(together, 2), "downsample", matrix)
+
+
+def _transformed(graph: _StepGraph, x: str, name: str, module: TransformerWeights) -> str:
+    batch = graph.op("Unsqueeze", x, graph.constant([0]))
+    with graph.scope(name):
+        return graph.op("Squeeze", Stack(graph).run(batch, name, module), graph.constant([0]))
+
+
+# --- convolutions ------------------------------------------------------------------------------------------------
+
+
+def _convolved(graph: _StepGraph, x: str, stack: str, modules: tuple[ConvModule, ...]) -> str:
+    for index, module in enumerate(modules):
+        name = f"{stack}.{index}"
+        with graph.scope(name):
+            match module:
+                case Residual():
+                    narrow = _conv(graph, graph.op("Elu", x), f"{name}.narrow", module.narrow)
+                    x = graph.op("Add", x, _conv(graph, graph.op("Elu", narrow), f"{name}.widen", module.widen))
+                case Conv():
+                    x = _conv(graph, graph.op("Elu", x) if index else x, name, module)
+                case TransposedConv():
+                    x = _transposed(graph, graph.op("Elu", x), name, module)
+    return x
+
+
+def _conv(graph: _StepGraph, x: str, name: str, conv: Conv) -> str:
+    outputs, inputs, kernel = conv.weight.shape
+    matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
+    if conv.stride > 1:
+        blocks = graph.op("Reshape", x, graph.constant([-1, conv.stride * inputs]))
+        together = graph.after_past(blocks, 1, conv.stride * inputs, f"{name}.past")
+        return graph.product(graph.windows(together, 2), name, matrix, conv.bias)
+    if conv.past_columns:
+        x = graph.windows(graph.after_past(x, conv.past_columns, inputs, f"{name}.past"), kernel)
+    return graph.product(x, name, matrix, conv.bias)
+
+
+def _transposed(graph: _StepGraph, x: str, name: str, conv: TransposedConv) -> str:
+    inputs, outputs, _ = conv.weight.shape
+    windows = graph.windows(graph.after_past(x, 1, inputs, f"{name}.past"), 2)
+    now, before = np.split(conv.weight, 2, axis=2)  # what a column adds to its own place, and to the one after it
+    both = np.concatenate([before, now])  # [2 * in, out, stride]
+    matrix = both.transpose(2, 1, 0).reshape(conv.stride * outputs, 2 * inputs)
+    spread = graph.product(windows, name, matrix, np.tile(conv.bias, conv.stride))
+    return graph.op("Reshape", spread, graph.constant([-1, outputs]))

@@ -1,0 +1,212 @@
+"""Mimi through everything that a user calls: the tools, the process, the library, by the numbers of its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mossnano_stdio import Codec, codecs
+from mossnano_stdio.errors import ArtifactError, ExitStatus, TokenError
+from mossnano_stdio.pcm import to_pcm16
+from mossnano_stdio.pcm.wav import WavWriter
+from mossnano_stdio.protocol.messages import Kind, Message
+from mossnano_stdio.tokens import Artifact, Codes, pack_frames, parse_artifact
+from mossnano_stdio.weights import DEMO_FOLDER, load_bundle
+from tests.child import PROCESS, decoded, encoded, fields, outline, pcm_of, run
+from tests.conftest import skip_if_nothing_can_be_built
+from tests.tool import call_tool, run_tool
+
+FRAME_SAMPLES = 1920
+SAMPLES = 20_000  # the eleventh frame is not full
+FRAMES = 11
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    skip_if_nothing_can_be_built()
+    folder = tmp_path_factory.mktemp("weights") / "mimi"
+    assert call_tool("standin", "--model", "mimi", "--size", "tiny", folder) == (0, f"{folder}\n".encode(), "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes() -> Codes:
+    return np.random.default_rng(4).integers(0, 2048, (FRAMES, 32)).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "in.wav"
+    audio = 0.1 * np.random.default_rng(5).standard_normal((SAMPLES, 1)).astype(np.float32)
+    with path.open("wb") as file:
+        writer = WavWriter(file, 24_000, 1)
+        writer.write(to_pcm16(audio))
+        writer.finish()
+    return path
+
+
+def test_there_and_back(standin: Path, recording: Path, tmp_path: Path) -> None:
+    artifact, sound = tmp_path / "a.mossnano", tmp_path / "out.wav"
+    assert call_tool("encode", "--weights", standin, recording, artifact).status == 0
+    parsed = parse_artifact(artifact.read_bytes())
+    assert (parsed.sample_rate, parsed.channels, parsed.original_samples) == (24_000, 1, SAMPLES)
+    assert (parsed.quantizers, parsed.frames, parsed.codebook_size) == (32, FRAMES, 2048)
+    assert len(artifact.read_bytes()) == 32 + FRAMES * 44
+    assert json.loads(call_tool("info", artifact, "--json").out)["bits_per_code"] == 11
+    assert call_tool("decode", "--weights", standin, artifact, sound).status == 0
+    assert len(sound.read_bytes()) == 44 + 2 * SAMPLES
+    whole = tmp_path / "whole.wav"
+    assert call_tool("decode", "--weights", standin, "--decoder", "full", artifact, whole).status == 0
+    assert json.loads(call_tool("compare", whole, sound, "--json").out)["max_error_steps"] <= 1
+
+
+def test_pack_knows_its_numbers(codes: Codes, tmp_path: Path) -> None:
+    plain, artifact, back = tmp_path / "a.npy", tmp_path / "a.mossnano", tmp_path / "b.npy"
+    np.save(plain, codes)
+    assert call_tool("pack", "--model", "mimi", plain, artifact).status == 0
+    parsed = parse_artifact(artifact.read_bytes())
+    assert (parsed.sample_rate, parsed.channels, parsed.codebook_size) == (24_000, 1, 2048)
+    assert parsed.original_samples == FRAMES * FRAME_SAMPLES
+    assert call_tool("unpack", artifact, back).status == 0
+    assert np.array_equal(np.load(back), codes)
+
+
+def test_weights_are_told(standin: Path) -> None:
+    facts = json.loads(call_tool("info", standin, "--json").out)
+    assert facts["name"] == "mimi tiny stand-in, seed 0"
+    assert (facts["frame_bytes"], facts["frames_per_second"]) == (44, 12.5)
+    assert (facts["caches"], facts["longest_context_tokens"]) == (2, 11)
+
+
+def test_weights_pass_the_check(standin: Path) -> None:
+    outcome = call_tool("check", standin, "--threads", 1, "--json")
+    checks = json.loads(outcome.out)["checks"]
+    assert outcome.status == 0, checks
+    assert {row["name"] for row in checks if row["about"] == "graph"} == {
+        "decode_step", "decode_full", "encode", "encode_step"
+    }  # fmt: skip
+    assert sum(row["about"] == "sound" for row in checks) == 1 + 3 + 3
+
+
+def test_damaged_weights_do_not(standin: Path, tmp_path: Path) -> None:
+    for path in standin.glob("mi*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "mossnano.json").write_bytes((standin / "mossnano.json").read_bytes())
+    data = tmp_path / "mimi_decode_step.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    assert call_tool("check", tmp_path, "--threads", 1).status == ExitStatus.NO_WEIGHTS
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def tokens(codes: Codes) -> Message:
+    return Message(Kind.TOKENS, pack_frames(codes, 2048))
+
+
+def test_the_process_decodes(standin: Path, codes: Codes) -> None:
+    settings = Message(Kind.SETTINGS, b'{"quantizers": 8}')
+    wire = encoded(tokens(codes), Message(Kind.END), settings, tokens(codes[:, :8]), Message(Kind.END))
+    done = run([*PROCESS, "--weights", str(standin), "--threads", "1"], wire)
+    assert done.returncode == 0, done.stderr
+    messages = decoded(done.stdout)
+    assert outline(messages) == ["HANDSHAKE", "AUDIO", "END", "HANDSHAKE", "AUDIO", "END"]
+    said = fields(messages[0])
+    assert said["codec"].startswith("mimi")
+    assert (said["graph"], said["sample_rate"], said["channels"]) == ("decode_step", 24_000, 1)
+    assert (said["codebook_size"], said["frame_bytes"], said["frame_samples"]) == (2048, 44, FRAME_SAMPLES)
+    middle = next(index for index, message in enumerate(messages) if index and message.kind == Kind.HANDSHAKE)
+    assert fields(messages[middle])["frame_bytes"] == 11
+    decoder = codecs.load_decoder(load_bundle(standin), threads=1)
+    for part, quantizers in ((messages[:middle], 32), (messages[middle:], 8)):
+        decoder.reset()
+        found = np.frombuffer(pcm_of(part), "<i2").astype(int)
+        expected = np.frombuffer(to_pcm16(decoder.step(codes[:, :quantizers])), "<i2")
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_the_process_encodes(standin: Path, recording: Path) -> None:
+    wire = encoded(Message(Kind.AUDIO, recording.read_bytes()[44:]), Message(Kind.END))
+    done = run([*PROCESS, "--weights", str(standin), "--encode"], wire)
+    messages = decoded(done.stdout)
+    assert fields(messages[-1])["original_samples"] == SAMPLES
+    packed = b"".join(message.payload for message in messages if message.kind == Kind.TOKENS)
+    outcome = call_tool("encode", "--weights", standin, recording, "-")
+    assert packed == pack_frames(parse_artifact(outcome.out).codes, 2048)
+
+
+def test_framed_artifacts(standin: Path, codes: Codes, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", codes)
+    call_tool("pack", "--model", "mimi", "--original-samples", SAMPLES, tmp_path / "a.npy", tmp_path / "a.mossnano")
+    for form in ("artifact", "tokens"):
+        framed = call_tool("frame", "--as", form, tmp_path / "a.mossnano").out
+        messages = decoded(run([*PROCESS, "--weights", str(standin)], framed).stdout)
+        samples = SAMPLES if form == "artifact" else FRAMES * FRAME_SAMPLES
+        assert len(pcm_of(messages)) == 2 * samples
+        assert outline(messages)[-1] == "END"
+
+
+CASES = (
+    "handshakes-has-every-key",
+    "handshakes-agrees-with-itself",
+    "tokens-come-back-as-whole-frames",
+    "tokens-may-be-split-over-messages",
+    "streams-leave-no-trace-in-the-next",
+    "artifacts-sound-like-their-tokens",
+    "artifacts-are-trimmed",
+    "settings-choose-the-quantizers",
+)
+
+
+def test_it_conforms(standin: Path) -> None:
+    """In those cases that depend on the codec. All others pass as well, and take longer."""
+    options = [word for name in CASES for word in ("--case", name)]
+    outcome = run_tool("conformance", *options, "--", *PROCESS, "--weights", standin, "--threads", 1)
+    assert outcome.status == 0, outcome.out
+    assert f"{len(CASES)} passed, 0 failed, 0 not applicable".encode() in outcome.out
+
+
+# --- the library, and codes that are none -------------------------------------------------------------------------
+
+
+def test_the_library(standin: Path, codes: Codes) -> None:
+    with Codec.load(standin, threads=1) as codec:
+        assert (codec.sample_rate, codec.quantizers, codec.codebook_size) == (24_000, 32, 2048)
+        assert codec.context_seconds == pytest.approx(6 / 12.5)  # eleven tokens, two a frame
+        audio = codec.decode(codes)
+        assert audio.shape == (1, FRAMES * FRAME_SAMPLES)
+        assert codec.decode(codes[:, :8], num_quantizers=8).shape == audio.shape
+        assert codec.encode(audio, 24_000).codes.shape == (32, FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("code", "meaning"),
+    [
+        (2048, "language models put 2048 where no code is yet"),
+        (-1, "language models put -1 where they generated nothing"),
+        (-2, "language models put -2 where they generated nothing"),
+    ],
+)
+def test_codes_of_language_models_are_refused_with_what_they_mean(
+    standin: Path, codes: Codes, code: int, meaning: str
+) -> None:
+    wrong = codes.astype(np.int64)
+    wrong[3, 5] = code
+    with pytest.raises(TokenError, match=meaning):
+        pack_frames(wrong, 2048)
+    with pytest.raises(TokenError, match=meaning):
+        codecs.load_decoder(load_bundle(standin), threads=1).step(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match=meaning):
+        Artifact(24_000, 1, SAMPLES, 32, FRAMES, 2048, wrong)  # type: ignore[arg-type]
+    with Codec.load(standin, threads=1) as codec, pytest.raises(ValueError, match=meaning):
+        codec.decode(wrong)
+
+
+def test_other_codecs_know_no_such_codes() -> None:
+    with pytest.raises(TokenError, match=r"is 2048, allowed are 0 to 1023$"):
+        pack_frames(np.full((1, 16), 2048), 1024)
+    with Codec.load(DEMO_FOLDER) as codec, pytest.raises(ValueError, match=r"holds -1, allowed are 0 to 1023$"):
+        codec.decode(np.full((4, 16), -1))
