@@ -6,6 +6,7 @@ the first context is full; ours does not.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from mossnano_stdio.build.decode_step import FAST_DATA
 from mossnano_stdio.build.model import TransformerWeights, transformers
 from mossnano_stdio.build.random_weights import SIZES, Stage, save_standin
 from mossnano_stdio.codecs import (
+    Runtime,
     load_encoder,
     load_encoder_runtime,
     load_full_decoder,
@@ -35,6 +37,7 @@ from mossnano_stdio.codecs import (
     seek,
 )
 from mossnano_stdio.errors import BundleError, CheckFailedError
+from mossnano_stdio.process.loop import load_codec
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.weights import Bundle, load_bundle, load_sidecar, save_sidecar
 from tests.conftest import skip_if_nothing_can_be_built
@@ -178,6 +181,23 @@ def test_the_ramp_begins_where_a_step_is_quicker_than_its_sound(
     monkeypatch.setattr(runtime, "new_decoder", Slow)
     monkeypatch.setattr("mossnano_stdio.codecs.time.perf_counter", lambda: clock_ms / 1000)
     assert ramp_second_frames(runtime) == second_frames
+
+
+def test_the_process_measures_its_ramp_once_and_when_it_is_asked_for(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(runtime: Runtime) -> int:
+        measured.append(runtime.graph_name)
+        return 8
+
+    monkeypatch.setattr(codecs, "ramp_second_frames", measure)
+    options = {"weights": str(member.bundle.folder), "provider": "cpu", "threads": 1, "encode": False, "graph": "fast"}
+    loaded = load_codec(argparse.Namespace(**options))
+    assert measured == []
+    assert loaded.ramp_second_frames() == loaded.ramp_second_frames() == 8
+    assert measured == ["fast"]
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mossnano_stdio import codecs
 from mossnano_stdio.protocol.connection import Action
 from mossnano_stdio.protocol.decoding import DECODING
 from mossnano_stdio.protocol.encoding import ENCODING
-from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message
+from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message, json_message
 from mossnano_stdio.protocol.stream import State
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, outline, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_codes, expected_pcm, some_frames, tokens_payload
@@ -93,6 +93,21 @@ def test_frames_that_come_while_a_chunk_is_decoded_go_into_one_chunk() -> None:
         child.say(END)
         chunks = [len(message.payload) // SMALL.frame_pcm_bytes for message in child.until(Kind.END)[:-1]]
     assert chunks == [1, 2, 4]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--chunk-frames", "4"]])
+def test_settings_go_back_to_the_ramp_that_was_measured(arguments: list[str]) -> None:
+    fixed, ramp = (json_message(Kind.SETTINGS, {"chunk_frames": frames}) for frames in (5, None))
+    done = run(double({"ramp_second_frames": 8}, *arguments), encoded(fixed, TOKENS, END, ramp, TOKENS, END))
+    sizes = [
+        len(message.payload) // SMALL.frame_pcm_bytes for message in decoded(done.stdout) if message.kind == Kind.AUDIO
+    ]
+    assert sizes == [5, 5, 5, 5, 1, 8, 8, 3]
+    assert done.stderr.count(b"measuring") == 1
+
+
+def test_a_ramp_that_nobody_asks_for_is_not_measured() -> None:
+    assert run(double({"ramp_second_frames": 8}, "--chunk-frames", "4"), STREAM).stderr == b""
 
 
 @pytest.mark.skipif(codecs.default_threads() < 2, reason="needs two CPUs")
