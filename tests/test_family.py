@@ -26,6 +26,7 @@ from mossnano_stdio.build.decode_step import FAST_DATA
 from mossnano_stdio.build.model import TransformerWeights, transformers
 from mossnano_stdio.build.random_weights import SIZES, Stage, save_standin
 from mossnano_stdio.codecs import (
+    EncoderRuntime,
     Runtime,
     load_encoder,
     load_encoder_runtime,
@@ -165,39 +166,41 @@ def test_a_start_in_the_middle_is_within_half_a_step(tmp_path: Path) -> None:
         ({1: 350, 2: 383, 4: 599, 8: 825}, 8),  # too slow whatever is done: as few gaps as can be
     ],
 )
+@pytest.mark.parametrize("encodes", [False, True])
 def test_the_ramp_begins_where_a_step_is_quicker_than_its_sound(
-    member: Member, monkeypatch: pytest.MonkeyPatch, step_ms: dict[int, int], second_frames: int
+    member: Member, monkeypatch: pytest.MonkeyPatch, step_ms: dict[int, int], second_frames: int, encodes: bool
 ) -> None:
-    runtime = load_runtime(member.bundle)
+    runtime = load_encoder_runtime(member.bundle) if encodes else load_runtime(member.bundle)
     assert ramp_second_frames(runtime) == 2  # of small weights nothing is measured
     clock_ms = 0
 
     class Slow:
-        def step(self, codes: Codes) -> None:
+        def step(self, rows: Codes | Sound) -> None:
             nonlocal clock_ms
-            clock_ms += step_ms[len(codes)]
+            clock_ms += step_ms[len(rows) // (member.bundle.format.frame_samples if encodes else 1)]
 
     monkeypatch.setattr(codecs, "LARGE_BYTES", 0)
-    monkeypatch.setattr(runtime, "new_decoder", Slow)
+    monkeypatch.setattr(runtime, "new_encoder" if encodes else "new_decoder", Slow)
     monkeypatch.setattr("mossnano_stdio.codecs.time.perf_counter", lambda: clock_ms / 1000)
     assert ramp_second_frames(runtime) == second_frames
 
 
+@pytest.mark.parametrize(("encodes", "graph"), [(False, "fast"), (True, "encode_step")])
 def test_the_process_measures_its_ramp_once_and_when_it_is_asked_for(
-    member: Member, monkeypatch: pytest.MonkeyPatch
+    member: Member, monkeypatch: pytest.MonkeyPatch, encodes: bool, graph: str
 ) -> None:
     measured = []
 
-    def measure(runtime: Runtime) -> int:
+    def measure(runtime: Runtime | EncoderRuntime) -> int:
         measured.append(runtime.graph_name)
         return 8
 
     monkeypatch.setattr(codecs, "ramp_second_frames", measure)
-    options = {"weights": str(member.bundle.folder), "provider": "cpu", "threads": 1, "encode": False, "graph": "fast"}
+    options = {"weights": str(member.bundle.folder), "provider": "cpu", "threads": 1, "encode": encodes, "graph": None}
     loaded = load_codec(argparse.Namespace(**options))
     assert measured == []
     assert loaded.ramp_second_frames() == loaded.ramp_second_frames() == 8
-    assert measured == ["fast"]
+    assert measured == [graph]
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------

@@ -114,21 +114,23 @@ def load_codec(options: argparse.Namespace) -> Loaded:
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
     engine = {"provider": options.provider, "threads": options.threads}
+    runtime: Runtime | EncoderRuntime
     if options.encode:
-        encoding = load_encoder_runtime(bundle, **engine)
-        return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
-    decoding = load_runtime(bundle, graph=options.graph, **engine)
-    loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+        runtime = encoding = load_encoder_runtime(bundle, **engine)
+        loaded = ready_to_encode(encoding.new_encoder(), _identity(bundle, encoding))
+    else:
+        runtime = decoding = load_runtime(bundle, graph=options.graph, **engine)
+        loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding))
     # Measured once, when a ramp is first asked for: while loading, or by SETTINGS after a fixed size.
-    return replace(loaded, ramp_second_frames=cache(lambda: ramp_second_frames(decoding)))
+    return replace(loaded, ramp_second_frames=cache(lambda: ramp_second_frames(runtime)))
 
 
-def _identity(bundle: Bundle, graph: str, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
+def _identity(bundle: Bundle, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
     return {
         "codec": bundle.name,
         "weights": str(bundle.folder),
         "demo": bundle.demo,
-        "graph": graph,
+        "graph": runtime.graph_name,
         "precision": runtime.precision,
         "provider": runtime.engine.provider,
         "threads": runtime.engine.threads,
