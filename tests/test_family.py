@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from mossnano_stdio import Codec, codecs
 from mossnano_stdio.build import trial
-from mossnano_stdio.build.bundle import save_bundle
+from mossnano_stdio.build.bundle import build_standin, save_bundle
 from mossnano_stdio.build.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, load_checkpoint, parse_config
 from mossnano_stdio.build.decode_step import FAST_DATA
 from mossnano_stdio.build.model import TransformerWeights, transformers
@@ -279,6 +279,25 @@ def test_a_part_of_the_graphs(tmp_path: Path, what: str, graphs: str) -> None:
     else:
         found = load_runtime(bundle).new_decoder().step(np.load(reference / "codes.npy").astype(np.uint16))
         assert furthest(found, np.ascontiguousarray(np.load(reference / "audio.npy").T)) < TOLERANCE
+
+
+def test_our_graphs_come_out_of_the_official_ones_as_out_of_the_checkpoint(member: Member, tmp_path: Path) -> None:
+    outcome = call_tool("build", "--from-bundle", member.bundle.folder, tmp_path)
+    assert outcome.status == 0, outcome.err
+    for graph in ("fast", "encode_step"):
+        for file in member.bundle.graph(graph).files:
+            assert (tmp_path / file.path.name).read_bytes() == file.path.read_bytes(), file.path.name
+
+
+def test_a_folder_without_official_graphs_has_no_weights_to_take_out(tmp_path: Path) -> None:
+    build_standin(tmp_path / "mimi", "tiny", 0, model="mimi", trial=False)
+    weights = load_checkpoint(REFERENCES / "moss-24k", "decode")
+    save_bundle(tmp_path / "24k", weights, name="f", checkpoint_name="f", graphs="fast", trial=False)
+    for folder in (tmp_path / "mimi", tmp_path / "24k"):
+        outcome = call_tool("build", "--from-bundle", folder, tmp_path / "out")
+        assert outcome.status == 66
+        assert f"{folder}: has no official graphs that decode" in outcome.error_line
+        assert f"`mossnano build CHECKPOINT_DIR {tmp_path / 'out'}` builds graphs" in outcome.error_line
 
 
 def test_ours_alone_run_on_the_cpu_alone(tmp_path: Path) -> None:
