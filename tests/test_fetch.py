@@ -32,6 +32,8 @@ CHECKPOINT, CHECKPOINT_REVISION = "somebody/MOSS-Audio-Tokenizer-Nano", "c" * 40
 SHARDED, SHARDED_REVISION = "somebody/sharded", "d" * 40
 MIMI, MIMI_REVISION = "somebody/with-mimi-inside", "e" * 40
 SHARED_BYTES = 300_000
+# Where Windows has none, huggingface_hub finds out by itself; wine has none and says that it made one.
+WITHOUT_SYMLINKS = {"HF_HUB_DISABLE_SYMLINKS": "1"} if sys.platform == "win32" else {}
 
 # The tool itself, with other pinned facts, without waiting between attempts, and with files written in small pieces.
 DRIVER = """
@@ -111,6 +113,7 @@ class Place:
             "HF_HUB_CACHE": str(self.hub_cache),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "MOSSNANO_CACHE": str(self.root / "cache"),
+            **WITHOUT_SYMLINKS,
             **more,
         }
 
