@@ -502,6 +502,10 @@ def test_an_artifact_may_be_trimmed_or_not(files: dict[str, Path], tmp_path: Pat
         (tmp_path / "other.raw").write_bytes(pcm)
         outcome = call_tool("diagnose", files["artifact"], tmp_path / "other.raw", "--weights", files["weights"])
         assert outcome.status == status, outcome.out
+    for missing, status in ((1919, 0), (1920, 1)):  # codes alone do not say where in its last frame a recording ends
+        (tmp_path / "other.raw").write_bytes(whole[: -2 * missing])
+        outcome = call_tool("diagnose", files["codes"], tmp_path / "other.raw", "--weights", files["weights"])
+        assert outcome.status == status, outcome.out
 
 
 def test_a_bundle_of_official_graphs_alone(tiny_bundle: Path, tiny_reference: Path) -> None:

@@ -113,8 +113,9 @@ def _diagnosed(args: argparse.Namespace, bundle: Bundle) -> Diagnosis:
         ours = runtime.new_decoder().step(given.codes)
     else:
         ours = network.decode(given.codes).reshape(-1, codec.channels)
-    lengths = {len(ours), len(ours) if given.maybe_samples is None else given.maybe_samples}
-    subject = Subject(given.codes, ours.astype(np.float64), sound, sample_rate, tuple(sorted(lengths)))
+    # A recording ends within its last frame; codes without a header do not say where.
+    shortest = len(ours) - codec.frame_samples + 1 if given.maybe_samples is None else given.maybe_samples
+    subject = Subject(given.codes, ours.astype(np.float64), sound, sample_rate, (shortest, len(ours)))
     return diagnose(subject, codec, network, runtime.engine.threads)
 
 
