@@ -31,6 +31,7 @@ VERBS_LEFT_OUT = {
     "fetch": "a frozen folder speaks to no network",
     "play": "a game has its own way to the sound card",
     "bench": "starts Python",
+    "diagnose": "needs onnx",
     "freeze": "needs what it freezes",
 }
 
