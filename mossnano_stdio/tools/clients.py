@@ -3,8 +3,8 @@
     mossnano clients                 what there is
     mossnano clients c third_party   copies its files there
 
-Each is one file without dependencies, and an example. They are meant to be copied and changed; nothing of yours is
-overwritten unless you say --force.
+Each is one file without dependencies, and an example; `web` is a page that needs onnxruntime-web. They are meant to
+be copied and changed; nothing of yours is overwritten unless you say --force.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import cannot_write, open_output, told_as
 
 CLIENTS = Path(__file__).parents[1] / "clients"
+MELODY = Path(__file__).parents[1] / "demo" / "melody.mossnano"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no client {args.client!r}, but {', '.join(clients)}")
     if args.folder is None:
         raise UsageError(f"where to? mossnano clients {args.client} DIR")
-    files = (path for path in sorted((CLIENTS / args.client).iterdir()) if path.is_file() and path.name[0] != ".")
-    copies = {path: args.folder / path.name for path in files}
+    copies = {path: args.folder / path.name for path in files_of(args.client)}
     with told_as(cannot_write(args.folder)):
         if not args.force:
             _check_untouched(copies)
@@ -47,6 +47,12 @@ def run(args: argparse.Namespace) -> int:
             file.write(path.read_bytes())
         print(copy)
     return ExitStatus.DONE
+
+
+def files_of(client: str) -> list[Path]:
+    """What is copied of it: its own files, and the melody that the page in a browser plays."""
+    files = [path for path in sorted((CLIENTS / client).iterdir()) if path.is_file() and path.name[0] != "."]
+    return [*files, MELODY] if client == "web" else files
 
 
 def _check_untouched(copies: dict[Path, Path]) -> None:
