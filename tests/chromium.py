@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,14 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
+SPEAKS_ON_3_AND_4 = """
+import fcntl, os, sys
+reads, writes = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 100) for number in sys.argv[1:3])  # out of the way
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
 
 class Browser:
     """One Chromium, with a profile of its own, until the block is left."""
@@ -42,10 +51,8 @@ class Browser:
         for descriptor in (child_reads, child_writes):
             os.set_inheritable(descriptor, True)
         command = [program, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
-        # It speaks on the descriptors 3 and 4.
-        moved = f'exec "$@" 3<&{child_reads} 4>&{child_writes}'
         self._process = subprocess.Popen(
-            ["sh", "-c", moved, "sh", *command],
+            [sys.executable, "-c", SPEAKS_ON_3_AND_4, str(child_reads), str(child_writes), *command],
             pass_fds=(child_reads, child_writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -79,6 +86,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             page.call(f"{domain}.enable")
         page.call("Page.navigate", {"url": url})
+        page.until(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
         return page
 
     def call(self, method: str, params: dict[str, Any] | None = None, session: str | None = None) -> dict[str, Any]:

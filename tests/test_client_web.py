@@ -107,4 +107,4 @@ def test_everything_that_needs_no_browser(tiny_bundle: Path, built_bundle: Path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout
-    assert "# tests 19" in done.stdout
+    assert "# tests 18" in done.stdout

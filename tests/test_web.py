@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.tools.clients import files_of
+from mossnano_stdio.tools.web import MELODY, PAGE
 from mossnano_stdio.weights.metadata import METADATA_NAME
 from mossnano_stdio.weights.published import BUNDLE
 from tests.conftest import SHARED, STEP
@@ -79,7 +79,7 @@ def test_the_address_is_one_line_and_of_this_machine_alone(address: str) -> None
             socket.create_connection((own_name, parts.port or 0), timeout=5)
 
 
-@pytest.mark.parametrize("file", files_of("web"), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*PAGE.iterdir(), MELODY], ids=lambda file: file.name)
 def test_the_page_is_served_as_it_is(address: str, file: Path) -> None:
     assert ask(address, f"/{file.name}").body == file.read_bytes()
 
@@ -149,7 +149,7 @@ def test_nothing_else_can_be_read(address: str, path: str) -> None:
     assert ask(address, path).status == 404
 
 
-@pytest.mark.parametrize("host", ["example.org", "example.org:80", "127.0.0.1.example.org", ""])
+@pytest.mark.parametrize("host", ["elsewhere.test", "elsewhere.test:80", "127.0.0.1.elsewhere.test", ""])
 def test_a_foreign_page_cannot_read_along(address: str, host: str) -> None:
     """It may have its own name resolved to 127.0.0.1, but says that name."""
     assert ask(address, "/", Host=host).status == 403

@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no client {args.client!r}, but {', '.join(clients)}")
     if args.folder is None:
         raise UsageError(f"where to? mossnano clients {args.client} DIR")
-    copies = {path: args.folder / path.name for path in files_of(args.client)}
+    files = [path for path in sorted((CLIENTS / args.client).iterdir()) if path.is_file() and path.name[0] != "."]
+    if args.client == "web":
+        files.append(MELODY)  # which the page plays
+    copies = {path: args.folder / path.name for path in files}
     with told_as(cannot_write(args.folder)):
         if not args.force:
             _check_untouched(copies)
@@ -47,12 +50,6 @@ def run(args: argparse.Namespace) -> int:
             file.write(path.read_bytes())
         print(copy)
     return ExitStatus.DONE
-
-
-def files_of(client: str) -> list[Path]:
-    """What is copied of it: its own files, and the melody that the page in a browser plays."""
-    files = [path for path in sorted((CLIENTS / client).iterdir()) if path.is_file() and path.name[0] != "."]
-    return [*files, MELODY] if client == "web" else files
 
 
 def _check_untouched(copies: dict[Path, Path]) -> None:

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mossnano_stdio.errors import ExitStatus, UsageError
-from mossnano_stdio.tools.clients import files_of
 from mossnano_stdio.weights import SIDECAR_NAME, Bundle, find_weights, load_bundle
 from mossnano_stdio.weights.checked_json import load_json
+
+PACKAGE = Path(__file__).parents[1]
+PAGE = PACKAGE / "clients" / "web"
+MELODY = PACKAGE / "demo" / "melody.mossnano"
 
 ADDRESS = "127.0.0.1"
 RUNTIME = "ort.wasm.min.mjs"  # what the page imports of onnxruntime-web
@@ -80,7 +83,7 @@ class Served:
 
 def _page() -> dict[str, Served]:
     """By the path that a browser asks for."""
-    page = {f"/{path.name}": Served(path) for path in files_of("web")}
+    page = {f"/{path.name}": Served(path) for path in (*PAGE.iterdir(), MELODY)}
     return page | {"/": page["/index.html"]}
 
 

@@ -35,12 +35,12 @@ from mossnano_stdio import __version__
 from mossnano_stdio.errors import CheckFailedError, ExitStatus, OutputError, UsageError
 from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.frozen import WEIGHTS_FOLDER
-from mossnano_stdio.tools.clients import CLIENTS, files_of
 from mossnano_stdio.tools.freeze.licences import DISTRIBUTIONS, collect_licences
 from mossnano_stdio.tools.freeze.recipe import PROCESS, SCRIPTS, SOURCES_NAME, TOOLS, programs
 from mossnano_stdio.weights import SIDECAR_NAME, Bundle, WeightFile, find_weights, load_bundle
 
 PACKAGE = Path(__file__).parents[2]
+CLIENTS = PACKAGE / "clients"
 PROTOCOL_NAME = "protocol.md"
 MANIFEST_NAME = "MANIFEST.json"
 MANIFEST_VERSION = 1
@@ -87,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
         protocol = PACKAGE / PROTOCOL_NAME  # where a wheel puts it; an editable install has it in its checkout
         _copy(protocol if protocol.exists() else PACKAGE.parent / PROTOCOL_NAME, stage)
         for client in args.client:
-            for path in files_of(client):
-                _copy(path, stage / "clients" / client)
+            for path in sorted((CLIENTS / client).iterdir()):
+                if path.is_file():
+                    _copy(path, stage / "clients" / client)
         maybe_copy = _copy_weights(maybe_bundle, stage / WEIGHTS_FOLDER) if maybe_bundle else None
         is_published = maybe_copy is not None and maybe_copy.is_published
         licences = collect_licences(libraries, stage / LICENCES, for_weights=is_published)
