@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -134,6 +135,15 @@ def test_mimi_is_decoded_with_its_states(browser: Browser, tmp_path: Path) -> No
             assert np.abs(decoded(page, artifact, size) - steps(expected)).max() <= 1
 
 
+def test_webgpu_is_tried_where_it_is_asked_for(browser: Browser) -> None:
+    """This browser has none, and the CPU decodes instead."""
+    artifact, expected = artifact_of(find_weights(DEMO), 12)
+    with serving("--weights", DEMO, "--ort", ORT) as address:
+        page = voice_at(browser, address, ", provider: 'webgpu'")
+        assert page.evaluate("voice.provider") == "wasm"
+        assert np.abs(decoded(page, artifact, 8) - steps(expected)).max() <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", ["fast", "official"])
 def test_the_samples_are_those_of_decode_at_the_true_size(browser: Browser, nano_bundle: Path, graph: str) -> None:
@@ -237,6 +247,20 @@ def test_cancel_is_silent_within_50_ms(demo: Page) -> None:
     assert min(silent_after for _, silent_after, _, _ in attempts) < 0.05
 
 
+def test_a_page_that_is_busy_holds_nothing_up(demo: Page) -> None:
+    """PCM goes from the worker to the AudioWorklet, and not through the page."""
+    artifact, expected = artifact_of(find_weights(DEMO), 60)
+    script = """
+        const stream = voice.open();
+        stream.feedArtifact(bytes);
+        await new Promise((resolve) => setTimeout(resolve, 500));
+        for (const started = performance.now(); performance.now() - started < 3000; );
+        await stream.ended;
+        return [stream.underruns, stream.played];
+    """
+    assert with_artifact(demo, artifact, script) == [0, len(expected) // 4]
+
+
 def test_two_streams_sound_at_once(demo: Page) -> None:
     artifact, _ = artifact_of(find_weights(DEMO), 30)
     script = """
@@ -308,6 +332,7 @@ class Relay:
     def __init__(self, address: str) -> None:
         self.behind = urlsplit(address).port or 0
         self.asked: list[str] = []
+        self.ranges: list[str] = []  # from where on
         self.cut_after: Callable[[str], int | None] = lambda path: None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
@@ -336,6 +361,7 @@ class Relay:
             first, _, rest = request.partition(b"\r\n")
             path = first.split()[1].decode()
             self.asked.append(path)
+            self.ranges += re.findall(r"(?i)\r\nrange: (\S+)", request.decode())
             server.sendall(first + b"\r\nConnection: close\r\n" + rest.replace(b"Connection: keep-alive\r\n", b""))
             limit = self.cut_after(path)
             sent = 0
@@ -390,6 +416,20 @@ def test_a_lost_connection_is_taken_up_where_it_broke(relay: Relay, built_bundle
         page = voice_at(chromium, relay.address)
         assert relay.asked.count(DATA) == 3
         assert np.abs(decoded(page, artifact, 8) - steps(expected)).max() <= 1
+
+
+def test_the_next_visit_goes_on_where_this_one_broke_off(relay: Relay, tmp_path: Path) -> None:
+    relay.cut_after = lambda path: 60_000 if path == DATA else None
+    with Browser(tmp_path / "profile") as chromium:
+        page = chromium.open(f"{relay.address}mossnano-web.js")
+        script = f"(async () => {{ {LOAD} }}); }})().catch((error) => error.message)"
+        assert "lost the connection after " in page.evaluate(script)
+        relay.cut_after = lambda path: None
+        before = len(relay.ranges)
+        page = voice_at(chromium, relay.address)
+        assert page.evaluate("voice.isVerified")
+    (start,) = relay.ranges[before:]
+    assert int(start.removeprefix("bytes=").removesuffix("-")) > 4 * 50_000  # what four attempts have brought
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

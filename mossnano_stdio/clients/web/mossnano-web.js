@@ -115,7 +115,7 @@ export class Mossnano {
    * Resolves when the first stream could be opened; rejects with a MossnanoError where it never will.
    *
    * `graph`: "fast" or "official"; by default the fast graph, where the folder has it.
-   * `provider`: "webgpu" is tried where you ask for it, "wasm" is the default.
+   * `provider`: "webgpu" is tried where you ask for it, and "wasm", the default, is what runs where it does not.
    * `onProgress` gets { file, bytes, total } while files come. `context`: an AudioContext of yours, of the codec's rate.
    */
   static async load({ weights, ort, graph, provider, onProgress = () => {}, context } = {}) {
@@ -133,10 +133,12 @@ export class Mossnano {
 
   /** sample_rate, channels, frame_samples, quantizers, codebook_size, frame_bytes. */
   format;
-  /** What the weights call themselves; is it the demo; which graph runs; was every file of it held against its SHA-256. */
+  /** What the weights call themselves; is it the demo; which graph runs, and where. */
   name;
   demo;
   graph;
+  provider;
+  /** Was every file of it held against its SHA-256? */
   isVerified;
   /** What one step of 1, 2, 4 and 8 frames took, in milliseconds, and what follows from it. */
   stepMs;
@@ -229,8 +231,8 @@ export class Mossnano {
     const stream = this.#streams.get(message.stream);
     if (message.is === "progress") this.#onProgress(message);
     else if (message.is === "ready") {
-      const { format, name, demo, graph, isVerified, stepMs, schedule } = message;
-      Object.assign(this, { format, name, demo, graph, isVerified, stepMs, schedule });
+      const { format, name, demo, graph, provider, isVerified, stepMs, schedule } = message;
+      Object.assign(this, { format, name, demo, graph, provider, isVerified, stepMs, schedule });
       this.#settle.resolve();
     } else if (message.is === "error" && !stream) this.#fail(new MossnanoError(message.code, message.message));
     else stream?.take(message);

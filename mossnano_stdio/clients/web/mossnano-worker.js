@@ -345,9 +345,10 @@ class DecodingWorker {
     const plan = planOf(sidecar?.value ?? null, metadata?.value ?? null, graph);
     const files = new Files(weights, plan.records, await openStore(), this.#say);
     if (metadata) await files.check(METADATA, metadata.bytes);
-    const runtime = await loadRuntime(ort, provider);
-    const providers = provider === "wasm" ? ["wasm"] : [provider, "wasm"];
-    this.#graph = await loadGraph(runtime, plan, (name) => files.read(name), providers);
+    const readFile = (name) => files.read(name);
+    this.#graph = provider === "webgpu" ? await maybeGpuGraph(ort, plan, readFile) : null;
+    const used = this.#graph ? provider : "wasm";
+    this.#graph ??= await loadGraph(await loadRuntime(ort, "wasm"), plan, readFile, ["wasm"]);
     const stepMs = await this.#measure();
     const frameMs = (1000 * plan.format.frame_samples) / plan.format.sample_rate;
     this.#pace = { stepMs, schedule: scheduleFrom(stepMs, frameMs) };
@@ -357,6 +358,7 @@ class DecodingWorker {
       name: plan.name,
       demo: plan.demo,
       graph: plan.graphName,
+      provider: used,
       isVerified: filesOf(plan).every((name) => plan.records[name]),
       ...this.#pace,
     });
@@ -454,6 +456,17 @@ class DecodingWorker {
     stream.port?.postMessage({ final: true });
     const { number, frames, samples, busyMs } = stream;
     this.#say({ is: "ended", stream: number, cancelled: false, frames, samples, busyMs });
+  }
+}
+
+/** Null where there is no GPU, or onnxruntime-web cannot run this graph there. */
+async function maybeGpuGraph(ort, plan, readFile) {
+  if (!(await navigator.gpu?.requestAdapter())) return null;
+  try {
+    return await loadGraph(await loadRuntime(ort, "webgpu"), plan, readFile, ["webgpu", "wasm"]);
+  } catch (error) {
+    console.warn(`WebGPU does not run this graph, the CPU does: ${error.message}`);
+    return null;
   }
 }
 
