@@ -45,6 +45,7 @@ VERBS = {
     "build": "checkpoint or official bundle -> graphs",
     "standin": "a seeded random model in the true shape, for tests",
     "bench": "measure it, side by side with the official loop",
+    "web": "serve the page that decodes in the browser",
     "clients": "list or copy the clients for other languages",
     "protocol": "print protocol.md, the whole protocol",
     "freeze": "one folder that runs without Python",
