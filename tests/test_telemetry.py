@@ -26,6 +26,7 @@ MELODY = Path(str(files("mossnano_stdio") / "demo" / "melody.mossnano"))
 NO_CARD = 'pcm.!default { type file slave.pcm "nothing" file "/dev/null" format "raw" }\npcm.nothing { type null }\n'
 SPEAK_TO_THE_NETWORK = {"fetch"}
 TRACED_ELSEWHERE = {"freeze"}  # takes half a minute; see test_freeze.py
+LISTEN_TO_THIS_MACHINE = {"web"}  # and to nobody else; see test_web.py
 
 # On what lies in the folder; see `folder`.
 COMMANDS: dict[str, list[str]] = {
@@ -43,9 +44,11 @@ COMMANDS: dict[str, list[str]] = {
     "standin": ["standin", "standin", "--size", "tiny"],
     "bench": ["bench", "--weights", "weights", "--turns", "1", "--threads", "1", "--chunks", "1"],
     "clients": ["clients", "c", "game"],
+    "diagnose": ["diagnose", "tiny.mossnano", "tiny.wav", "--weights", "weights"],
     "protocol": ["protocol"],
     "conformance": ["conformance", "--case", "pings-are-echoed", "--", *DEMO],
 }
+TO_WAV = ["decode", "--weights", "weights", "tiny.mossnano", "tiny.wav"]
 IMPORTS = "import os; from mossnano_stdio.codecs.engine import import_onnxruntime as it; "
 
 
@@ -57,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(MELODY, folder)
     answer = subprocess.run([*DEMO], input=MELODY.with_suffix(".bin").read_bytes(), capture_output=True, check=True)
     (folder / "melody.out").write_bytes(answer.stdout)
-    for words in (["pack", "codes.npy", "tiny.mossnano"], ["unframe", "melody.out", "melody.wav"]):
+    for words in (["pack", "codes.npy", "tiny.mossnano"], ["unframe", "melody.out", "melody.wav"], TO_WAV):
         subprocess.run([*COMMAND, *words], cwd=folder, check=True)
     return folder
 
@@ -109,13 +112,13 @@ def test_no_tool_speaks_to_the_network(verb: str, folder: Path, tmp_path: Path) 
         pytest.importorskip("sounddevice", exc_type=ImportError)
         if missing := missing_portaudio():
             pytest.skip(missing)
-    if verb in ("build", "standin"):
+    if verb in ("build", "standin", "diagnose"):
         skip_if_nothing_can_be_built()
     assert_quiet([*COMMAND, *COMMANDS[verb]], folder, tmp_path)
 
 
 def test_every_tool_was_looked_at() -> None:
-    assert set(COMMANDS) | SPEAK_TO_THE_NETWORK | TRACED_ELSEWHERE == set(VERBS)
+    assert set(COMMANDS) | SPEAK_TO_THE_NETWORK | TRACED_ELSEWHERE | LISTEN_TO_THIS_MACHINE == set(VERBS)
 
 
 def test_the_library_speaks_to_nobody(folder: Path, tmp_path: Path) -> None:
