@@ -95,7 +95,7 @@ def test_the_estimate_counts_the_frames_that_a_worker_decodes(
         frames += len(codes)
 
     monkeypatch.setattr(LoopStream, "step", step)
-    worker = RealWorker("loop", str(tiny_bundle), 1, 20, 1024)
+    worker = RealWorker("loop", str(tiny_bundle), 1, 20, 1024, 16, 3840)
     side = Side("the loop", "loop", tiny_bundle)
     estimate = Estimate({(side.name, 1): Pace(0, 0, lone_step_seconds=1, trial_step_seconds=8)}, frames_to_fill=20)
     calls = {
@@ -202,6 +202,24 @@ def test_turns_that_were_whole_count(tiny_bundle: Path) -> None:
     (cells,) = found["steps_ms"].values()
     assert (cells["a"]["highest"], cells["a"]["median"], cells["a"]["lowest"]) == (6, 4, 2)
     assert (cells["b"]["highest"], cells["b"]["median"], cells["b"]["lowest"]) == (5, 3, 1)
+
+
+def test_many_streams_are_measured_of_our_own_sides(tiny_bundle: Path) -> None:
+    started = []
+
+    class Answers(WorkerOfFewAnswers):
+        def ask(self, what: str, **details: int) -> Any:
+            return 1.0
+
+    @contextmanager
+    def start(side: Side, threads: int) -> Iterator[WorkerOfFewAnswers]:
+        started.append(side.name)
+        yield Answers(0)
+
+    found: dict[str, Any] = {}
+    sides = [Side("peer", "moshi", tiny_bundle, is_peer=True), Side("ours", "official", tiny_bundle)]
+    GraphBench(12.5, sides, 1, start, lambda line: None).streams(1, found)
+    assert set(started) == set(found["real_time_streams_per_core"]["8"]) == {"ours"}
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mossnano_stdio import Codec, codecs
-from mossnano_stdio.errors import ArtifactError, ExitStatus, TokenError
+from mossnano_stdio.errors import ArtifactError, ExitStatus, TokenError, UsageError
 from mossnano_stdio.pcm import to_pcm16
 from mossnano_stdio.pcm.wav import WavWriter
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.tokens import Artifact, Codes, pack_frames, parse_artifact
+from mossnano_stdio.tools.bench import PEERS
+from mossnano_stdio.tools.bench.peers import peer_sides
+from mossnano_stdio.tools.bench.sides import WorkerProcesses, sides_of
 from mossnano_stdio.weights import DEMO_FOLDER, load_bundle
 from tests.child import PROCESS, decoded, encoded, fields, outline, pcm_of, run
 from tests.conftest import skip_if_nothing_can_be_built
@@ -210,3 +217,148 @@ def test_other_codecs_know_no_such_codes() -> None:
         pack_frames(np.full((1, 16), 2048), 1024)
     with Codec.load(DEMO_FOLDER) as codec, pytest.raises(ValueError, match=r"holds -1, allowed are 0 to 1023$"):
         codec.decode(np.full((4, 16), -1))
+
+
+# --- bench --------------------------------------------------------------------------------------------------------
+
+# In the peers' place: programs that are called as the real ones are, and note how.
+FAKE_PEERS = {
+    "told.py": """
+import json, os, sys
+def tell(**what):
+    with open(os.environ["PEERS_WERE_TOLD"], "a") as file:
+        print(json.dumps(what), file=file)
+""",
+    "rustymimi.py": """
+import os
+import numpy as np
+from told import tell
+class Tokenizer:
+    def __init__(self, path, *, num_codebooks=8, dtype="f32", max_seq_len=None):
+        self.codebooks = num_codebooks
+        tell(peer="rustymimi", file=os.path.basename(path), codebooks=num_codebooks,
+             threads=int(os.environ["RAYON_NUM_THREADS"]), lasts=max_seq_len > 8192)
+    def reset(self):
+        tell(peer="rustymimi", reset=True)
+    def decode_step(self, codes):
+        tell(peer="rustymimi", codes=[*codes.shape, str(codes.dtype)])
+        return np.zeros((1, 1, 1920 * codes.shape[2]), np.float32)
+    def encode_step(self, audio):
+        tell(peer="rustymimi", audio=[*audio.shape, str(audio.dtype)])
+        return np.zeros((1, self.codebooks, audio.shape[2] // 1920), np.uint32)
+""",
+    "torch.py": """
+from contextlib import contextmanager
+from told import tell
+class Tensor:
+    def __init__(self, array): self.array = array
+    def numpy(self):
+        assert not is_learning[0], "a tensor that is to be learnt from cannot become numpy"
+        return self.array
+is_learning = [True]
+from_numpy = Tensor
+def set_num_threads(threads): tell(peer="moshi", threads=threads)
+@contextmanager
+def no_grad():
+    is_learning[0] = False
+    yield
+    is_learning[0] = True
+""",
+    "moshi/models/loaders.py": """
+import os
+import numpy as np
+from told import tell
+from torch import Tensor
+class Mimi:
+    def streaming_forever(self, batch): tell(peer="moshi", streams=batch)
+    def reset_streaming(self): tell(peer="moshi", reset=True)
+    def decode(self, codes):
+        tell(peer="moshi", codes=[*codes.array.shape, str(codes.array.dtype)])
+        return Tensor(np.zeros((1, 1, 1920 * codes.array.shape[2]), np.float32))
+    def encode(self, audio):
+        tell(peer="moshi", audio=[*audio.array.shape, str(audio.array.dtype)])
+        return Tensor(np.zeros((1, 32, audio.array.shape[2] // 1920), np.int64))
+def get_mimi(path, mimi_config, device, *, num_codebooks):
+    assert mimi_config is None
+    tell(peer="moshi", file=os.path.basename(path), device=device, codebooks=num_codebooks)
+    return Mimi()
+""",
+}
+
+
+@pytest.fixture
+def peers_were_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[dict[str, Any]]]:
+    for name, program in FAKE_PEERS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PEERS_WERE_TOLD", str(tmp_path / "told.jsonl"))
+
+    def told(peer: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, (tmp_path / "told.jsonl").read_text().splitlines())
+        return [line for line in lines if line.pop("peer") == peer]
+
+    return told
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_decode_beside_us(
+    standin: Path, peers_were_told: Callable[[str], list[dict[str, Any]]], peer: str
+) -> None:
+    bundle = load_bundle(standin)
+    peers = peer_sides(bundle, [peer], sys.executable, None, encodes=False)
+    sides = sides_of(bundle, peers=peers)
+    assert [side.name for side in sides] == [peer, "our runtime"]
+    for side in sides:
+        with WorkerProcesses(bundle, 8).start(side, 3) as worker:
+            assert len(worker.ask("steps", chunk_frames=2, steps=4)) == 4
+            assert worker.ask("utterance", frames=2, chunk_frames=1) > 0
+            assert worker.facts["load_ms"] > 0
+    told = peers_were_told(peer)
+    facts: dict[str, Any] = {}
+    for line in told:
+        facts |= line
+    assert (facts["file"], facts["codebooks"], facts["threads"]) == ("tokenizer-standin.safetensors", 8, 3)
+    dtype = {"moshi": "int64", "rustymimi": "uint32"}[peer]
+    shapes = [line["codes"] for line in told if "codes" in line]
+    assert shapes == [[1, 8, 1, dtype]] + [[1, 8, 8, dtype]] * 2 + [[1, 8, 2, dtype]] * 4 + [[1, 8, 1, dtype]] * 2
+    assert told[-3] == {"reset": True}
+
+
+def test_peers_encode_beside_us(standin: Path, peers_were_told: Callable[[str], list[dict[str, Any]]]) -> None:
+    options = [word for peer in PEERS for word in ("--peer", peer)]
+    few = ["--threads", "1", "--chunks", "2", "--turns", "1", "--json"]
+    outcome = call_tool("bench", "--weights", standin, "--encode", *options, *few)
+    assert outcome.status == 0, outcome.err
+    cells = json.loads(outcome.out)["threads"]["1"]["steps_ms"]["2"]
+    assert [*cells] == [*PEERS, "encoding"]
+    assert cells["moshi"]["times"] == 1
+    for peer in PEERS:
+        assert [1, 1, 2 * FRAME_SAMPLES, "float32"] in [line.get("audio") for line in peers_were_told(peer)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--peer", "moshi", "--peer-python", "/no/python"], "--peer-python /no/python cannot be run: No such file"),
+        (["--peer", "rustymimi", "--peer-python", sys.executable], "rustymimi is not installed for"),
+        (["--peer", "moshi", "--weights", "demo"], "--peer is for Mimi, and"),
+        (["--peer-python", sys.executable], "are for --peer, which is not given"),
+        (["--peer", "moshi", "--process"], "leave --bits and --process out"),
+        (["--quantizers", "33"], "--quantizers is 33;"),
+        (["--quantizers", "8", "--encode"], "--quantizers is for decoding"),
+        (["--quantizers", "8", "--weights", "demo"], "the official loop decodes all 16 only"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(standin: Path, arguments: list[str], words: str) -> None:
+    outcome = call_tool("bench", "--weights", standin, *arguments)
+    assert outcome.status != 0
+    assert words in outcome.error_line
+
+
+def test_the_checkpoint_that_peers_read_is_found_or_named(standin: Path, tmp_path: Path) -> None:
+    bundle = replace(load_bundle(standin), folder=tmp_path)
+    with pytest.raises(UsageError, match="has 0 files"):
+        peer_sides(bundle, ["json"], sys.executable, None, encodes=False)
+    (side,) = peer_sides(bundle, ["json"], sys.executable, tmp_path / "x.safetensors", encodes=True)
+    assert (side.kind, side.weights) == ("json-encode", tmp_path / "x.safetensors")

@@ -1,14 +1,16 @@
-"""Measure, side by side: the official loop, our runtime on the official graph, the fast graph, the process.
+"""Measure, side by side: other programs, the official loop, our runtime on each of its graphs, the process.
 
   mossnano bench --weights DIR                  graphs: steps, utterances, starts, memory, streams, and the limit
   mossnano bench --weights DIR --against OTHER  another weights folder beside it
+  mossnano bench --weights DIR --peer moshi     of Mimi: PyPI's moshi, or rustymimi, or both, beside it, out of the
+                                                environment that --peer-python names
   mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
   mossnano bench --weights DIR --encode         streaming encoding beside decoding
   mossnano bench --bits                         packing an hour of codes; needs no weights
 
 Sides take turns in one run, each in processes of its own. Figures are medians, with the lowest and highest in
-brackets; "x" is how many times as good as the first side (the official loop) a side is. On a machine that does other
-things as well, believe the ratios and not the milliseconds.
+brackets; "x" is how many times as good as the first side (a peer, or else the official loop) a side is. On a machine
+that does other things as well, believe the ratios and not the milliseconds.
 
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 DEFAULT_CHUNKS = "1,2,4,8,17,23"
 DEFAULT_THREADS = "1,2"
 DEFAULT_TURNS = 7
+PEERS = ("moshi", "rustymimi")
 LIMITS_SECONDS = 5.0  # what measuring the machine was seen to take, for one number of threads
 
 START_TITLES = {
@@ -51,6 +54,16 @@ START_TITLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help="the weights folder to measure")
     parser.add_argument("--against", metavar="DIR", action="append", default=[], help="another one beside it")
+    parser.add_argument("--peer", choices=PEERS, action="append", default=[], help="of Mimi: another program beside it")
+    parser.add_argument(
+        "--peer-python", metavar="PYTHON", help="the Python of an environment that has the peers (this one)"
+    )
+    parser.add_argument(
+        "--peer-checkpoint", metavar="FILE", type=Path, help="what the peers read (the one in the weights folder)"
+    )
+    parser.add_argument(
+        "--quantizers", type=whole_number(1, 1000), metavar="N", help="codes of each frame that are decoded (all)"
+    )
     parser.add_argument("--threads", type=_whole_numbers, default=DEFAULT_THREADS, metavar="N,...", help="(1,2)")
     parser.add_argument(
         "--chunks", type=_whole_numbers, default=DEFAULT_CHUNKS, metavar="N,...", help="frames per step (%(default)s)"
@@ -124,6 +137,10 @@ def _lasting(seconds: float) -> str:
 
 def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Puts figures into the dict as they come, so that an interrupted run has what was measured by then."""
+    if not args.peer and (args.peer_python or args.peer_checkpoint):
+        raise UsageError("--peer-python and --peer-checkpoint are for --peer, which is not given")
+    if (args.bits or args.process) and (args.peer or args.quantizers):
+        raise UsageError("--peer and --quantizers are for graphs; leave --bits and --process out")
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
@@ -155,6 +172,7 @@ def _measure_process(bundle: Bundle, args: argparse.Namespace, figures: dict[str
 def _measure_graphs(
     bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace, figures: dict[str, Any]
 ) -> None:
+    from mossnano_stdio.tools.bench.peers import peer_sides
     from mossnano_stdio.tools.bench.sides import sides_of
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
@@ -163,15 +181,21 @@ def _measure_graphs(
         bench.starts(threads, found)
         bench.streams(threads, found)
 
-    _measure_sides(bundle, sides_of(bundle, against), args, measure, figures, has_limits=True)
+    peers = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=False)
+    _measure_sides(bundle, sides_of(bundle, against, peers), args, measure, figures, has_limits=True)
 
 
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    from mossnano_stdio.tools.bench.sides import Side
+    from mossnano_stdio.tools.bench.peers import peer_sides
+    from mossnano_stdio.tools.bench.sides import Side, kinds_of
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
-    sides = [Side("decoding", "fast" if bundle.has_graph("fast") else "official", bundle.folder)]
+    if args.quantizers is not None:
+        raise UsageError("--quantizers is for decoding: encoding gives all codes of a frame")
+    sides = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=True)
+    if not sides:
+        sides.append(Side("decoding", kinds_of(bundle)[-1], bundle.folder))
     sides.append(Side("encoding", "encode", bundle.folder))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
@@ -191,10 +215,12 @@ def _measure_sides(
 ) -> None:
     """Goes through all measurements twice: first to estimate how long they take, then to take them."""
     from mossnano_stdio.tools.bench.estimate import Estimate, try_pace
-    from mossnano_stdio.tools.bench.sides import GraphBench, WorkerProcesses
+    from mossnano_stdio.tools.bench.sides import GraphBench, WorkerProcesses, check_quantizers
 
     fps = bundle.format.frames_per_second
-    processes = WorkerProcesses(bundle)
+    if args.quantizers is not None:
+        check_quantizers(bundle, sides, args.quantizers)
+    processes = WorkerProcesses(bundle, args.quantizers)
     maybe_work = _maybe_work(bundle) if has_limits else None
     _say("trying each side, to tell how long this takes")
     paces = {
@@ -228,6 +254,9 @@ def _maybe_work(bundle: Bundle) -> _Work | None:
     """With full caches; None where the weights cannot be read from the graph."""
     from mossnano_stdio.errors import MossnanoError
 
+    if bundle.sidecar.maybe_codec is not None:
+        _say(f"no limit is computed: the arithmetic of {bundle.sidecar.maybe_codec.family} is not counted")
+        return None
     try:
         from mossnano_stdio.build.arithmetic import bytes_per_step, decoding_macs
         from mossnano_stdio.build.extract import extract_weights

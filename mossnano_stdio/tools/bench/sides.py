@@ -1,4 +1,4 @@
-"""Graphs side by side: the official loop, our runtime on the official graph, the fast graph.
+"""Graphs side by side: other programs, the official loop, our runtime on each graph that decodes in steps.
 
 Rules of this room:
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, Protocol
 
-from mossnano_stdio.errors import UsageError
+from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tools.bench.measured import Measured, measured
 from mossnano_stdio.weights import Bundle
 
@@ -43,29 +43,53 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run one weights folder."""
+    """One way to run one weights folder, or the checkpoint that it was built of."""
 
     name: str  # as the table has it
     kind: str  # as worker.py has it
-    folder: Path
+    weights: Path
+    is_peer: bool = False  # another program, which has one stream
+    python: str = sys.executable
 
 
-def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
-    """All sides; the official loop is first, as the others are measured against it."""
-    sides = [
-        Side("official loop", "loop", bundle.folder),
-        Side("our runtime, official graph", "official", bundle.folder),
-    ]
-    if bundle.has_graph("fast"):
+def sides_of(bundle: Bundle, against: Sequence[Bundle] = (), peers: Sequence[Side] = ()) -> list[Side]:
+    """All sides. The others are measured against the first: a peer, or else the official loop."""
+    sides = list(peers)
+    kinds = kinds_of(bundle)
+    if "official" in kinds:
+        sides.append(Side("official loop", "loop", bundle.folder))
+        sides.append(Side("our runtime, official graph", "official", bundle.folder))
+    if "fast" in kinds:
         sides.append(Side("fast graph", "fast", bundle.folder))
+    if "only" in kinds:
+        sides.append(Side("our runtime", "only", bundle.folder))
     for other in against:
-        kind = "fast" if other.has_graph("fast") else "official"
+        kind = kinds_of(other)[-1]
         taken = {side.name for side in sides}
         names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}, {kind}") not in taken]
         if not names:
             raise UsageError(f"{other.folder} is to be measured twice; name it once")
         sides.append(Side(names[0], kind, other.folder))
     return sides
+
+
+def kinds_of(bundle: Bundle) -> Sequence[str]:
+    """How worker.py calls the graphs that decode in steps, the quickest last."""
+    from mossnano_stdio.codecs import stepping_graphs
+
+    kinds = [kind or "only" for graph, kind in stepping_graphs(bundle).items() if bundle.has_graph(graph)]
+    if not kinds:
+        raise BundleError(f"{bundle.folder}: has no graph that decodes in steps; `mossnano build` makes one")
+    return kinds
+
+
+def check_quantizers(bundle: Bundle, sides: Sequence[Side], quantizers: int) -> None:
+    """Raises a UsageError where some side cannot decode so many codes of a frame."""
+    most = bundle.format.quantizers
+    if quantizers > most:
+        raise UsageError(f"--quantizers is {quantizers}; {bundle.folder} has {most}")
+    if quantizers < most and (of_all := [side.name for side in sides if side.kind in ("loop", "official")]):
+        raise UsageError(f"--quantizers is {quantizers}, but the {of_all[0]} decodes all {most} only; leave it out")
 
 
 class SideProcess(Protocol):
@@ -136,18 +160,20 @@ class GraphBench:
             }
 
     def streams(self, threads: int, found: dict[str, Any]) -> None:
-        """How many real-time streams one core decodes, and how much memory MANY_STREAMS take."""
+        """How many real-time streams one core decodes, and how much memory MANY_STREAMS take; of our sides only, as the
+        state of a peer's stream lies in its model.
+        """
 
         def of_count(count: int, worker: SideProcess) -> float:
             return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
 
         cells = found.setdefault("real_time_streams_per_core", {})
-        with self._workers(threads) as workers:
+        with self._workers(threads, with_peers=False) as workers:
             for count in STREAM_COUNTS:
                 self._report(f"{threads} threads, {count} streams at once")
                 for summary in self._in_turn(workers, partial(of_count, count), more_is_better=True):
                     cells[str(count)] = summary
-        with self._workers(threads) as workers:
+        with self._workers(threads, with_peers=False) as workers:
             self._report(f"{threads} threads, memory of {MANY_STREAMS} streams")
             for summary in self._in_turn(workers, lambda worker: worker.ask("memory", streams=MANY_STREAMS) / 1e6):
                 found["resident_mb_of_four_streams"] = summary
@@ -166,23 +192,28 @@ class GraphBench:
             yield _summary(figures, more_is_better)
 
     @contextmanager
-    def _workers(self, threads: int) -> Iterator[dict[str, SideProcess]]:
+    def _workers(self, threads: int, with_peers: bool = True) -> Iterator[dict[str, SideProcess]]:
+        sides = [side for side in self._sides if with_peers or not side.is_peer]
         with ExitStack() as stack:
-            yield {side.name: stack.enter_context(self._start(side, threads)) for side in self._sides}
+            yield {side.name: stack.enter_context(self._start(side, threads)) for side in sides}
 
 
 class WorkerProcesses:
     """Starts the worker processes that measure."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, maybe_quantizers: int | None = None) -> None:
         self.frames_to_fill = _frames_to_fill(bundle)
-        self._codebook_size = bundle.format.codebook_size
+        self._format = bundle.format
+        self._maybe_quantizers = maybe_quantizers
 
     @contextmanager
     def start(self, side: Side, threads: int) -> Iterator[SideProcess]:
-        numbers = map(str, (threads, self.frames_to_fill, self._codebook_size))
-        command = [sys.executable, str(WORKER), side.kind, str(side.folder), *numbers]
-        with measured(command, side.folder) as process:
+        codec = self._format
+        all_quantizers = codec.quantizers if side.is_peer else 0  # other weights of ours may have another number
+        quantizers = all_quantizers if self._maybe_quantizers is None else self._maybe_quantizers
+        numbers = (threads, self.frames_to_fill, codec.codebook_size, quantizers, codec.frame_samples)
+        command = [side.python, str(WORKER), side.kind, str(side.weights), *map(str, numbers)]
+        with measured(command, side.weights) as process:
             yield _WorkerProcess(process)
 
 
@@ -202,7 +233,7 @@ def _frames_to_fill(bundle: Bundle) -> int:
     """How many frames fill the longest cache, and eight more."""
     from mossnano_stdio.codecs import load_runtime
 
-    return max(load_runtime(bundle, graph="official").layer_context_frames, default=1) + 8
+    return max(load_runtime(bundle).layer_context_frames, default=1) + 8
 
 
 def _summary(figures: Mapping[str, Sequence[float]], more_is_better: bool = False) -> dict[str, Any]:
