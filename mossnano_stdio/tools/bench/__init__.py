@@ -4,6 +4,7 @@
   mossnano bench --weights DIR --against OTHER  another weights folder beside it
   mossnano bench --weights DIR --peer moshi     of Mimi: PyPI's moshi, or rustymimi, or both, beside it, out of the
                                                 environment that --peer-python names
+  mossnano bench --weights DIR --steps          of all that the steps only: minutes instead of many
   mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
   mossnano bench --weights DIR --encode         streaming encoding beside decoding
   mossnano bench --bits                         packing an hour of codes; needs no weights
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--turns", type=whole_number(1, 1000), default=DEFAULT_TURNS, metavar="N", help="repeats (%(default)s)"
     )
     what = parser.add_mutually_exclusive_group()
+    what.add_argument("--steps", action="store_true", help="measure steps only")
     what.add_argument("--process", action="store_true", help="measure mossnano-stdio itself")
     what.add_argument("--encode", action="store_true", help="measure streaming encoding")
     what.add_argument("--bits", action="store_true", help="measure packing")
@@ -177,12 +179,14 @@ def _measure_graphs(
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
         bench.steps(threads, args.chunks, found)
+        if args.steps:
+            return
         bench.utterances(threads, found)
         bench.starts(threads, found)
         bench.streams(threads, found)
 
     peers = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=False)
-    _measure_sides(bundle, sides_of(bundle, against, peers), args, measure, figures, has_limits=True)
+    _measure_sides(bundle, sides_of(bundle, against, peers), args, measure, figures, has_limits=not args.steps)
 
 
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
