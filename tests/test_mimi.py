@@ -19,6 +19,7 @@ from mossnano_stdio.build.mimi_model import MimiWeights
 from mossnano_stdio.codecs import mimi
 from mossnano_stdio.codecs.moss import FastDecoder, StreamEncoder
 from mossnano_stdio.errors import BundleError, CheckFailedError, DecodeError, TokenError, UsageError
+from mossnano_stdio.process.stats import peak_resident_bytes
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.weights import SIDECAR_NAME, load_bundle
 from tests.conftest import skip_if_nothing_can_be_built
@@ -247,6 +248,41 @@ def test_in_the_middle(runtime: mimi.MimiRuntime) -> None:
     assert furthest(decoder.step(CODES[20:]), sound_from(20, 4)) < 1e-5
     codecs.seek(decoder, CODES, 20, 2)
     assert furthest(decoder.step(CODES[20:]), sound_from(20, 4)) > 100 * PCM16_STEP
+
+
+# --- age ----------------------------------------------------------------------------------------------------------
+
+MINUTE_FRAMES = 750
+
+
+@pytest.mark.parametrize("minute", [1, 120])
+def test_a_stream_that_stands_late_sounds_the_same(decoder: FastDecoder, encoder: StreamEncoder, minute: int) -> None:
+    decoder.reset(minute * MINUTE_FRAMES)
+    assert furthest(in_chunks(decoder, CODES, 5), AUDIO) < TOLERANCE
+    encoder.reset(minute * MINUTE_FRAMES)
+    assert np.array_equal(encoded_in_chunks(encoder, WAVE, 5), ENCODED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_frames", [1, 8])
+def test_two_hours_in_one_stream(decoder: FastDecoder, encoder: StreamEncoder, chunk_frames: int) -> None:
+    """Past what decides what is heard, the same codes sound the same; with -s, it says how far from moshi's whole file.
+
+    No memory grows meanwhile.
+    """
+    reached, resident = {}, {}
+    look_back = 17  # frames, see test_in_the_middle
+    for minute in range(120):
+        for _ in range(MINUTE_FRAMES // FRAMES):
+            audio = in_chunks(decoder, CODES, chunk_frames)
+            found = encoded_in_chunks(encoder, WAVE, chunk_frames)
+        reached[minute] = furthest(audio[look_back * FRAME_SAMPLES :], sound_from(look_back, FRAMES - look_back))
+        assert np.array_equal(found[look_back:], ENCODED[look_back:])
+        resident[minute] = peak_resident_bytes() or 0
+    assert decoder.next_frame > 119 * MINUTE_FRAMES
+    print(f"after a minute {reached[0]:.2e}, after two hours {reached[119]:.2e}")
+    assert max(reached.values()) < TOLERANCE
+    assert resident[119] < resident[1] + (8 << 20)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
