@@ -317,7 +317,7 @@ SOME = "decoder.model.3.block.1.conv.conv.weight"
     ("changes", "said"),
     [
         ({SOME: None}, rf"the tensor {SOME} \[16, 32, 3\] is missing"),
-        ({SOME: np.zeros((16, 32, 5), np.float32)}, r"has shape \[16, 32, 5\], \[16, 32, 3\] is called for"),
+        ({SOME: np.zeros((16, 32, 5), np.float32)}, r"has shape \[16, 32, 5\], Mimi calls for \[16, 32, 3\]"),
         ({SOME: np.zeros((16, 32, 3), np.float16)}, "is F16; F32 is needed"),
         ({SOME: np.full((16, 32, 3), np.nan, np.float32)}, "holds NaN or infinity"),
         ({"another": np.zeros(1, np.float32)}, "unexpected tensor another"),
@@ -348,7 +348,9 @@ def test_the_published_file_needs_no_config(tmp_path: Path) -> None:
     assert (PUBLISHED_NUMBERS.format.frame_samples, PUBLISHED_NUMBERS.format.frame_bytes) == (1920, 44)
     path = spoilt_checkpoint(tmp_path, {})
     path.with_name("mimi_config.json").write_text('{"model_type": "csm"}')  # a language model's own
-    with pytest.raises(BundleError, match=r"encoder.model.0.conv.conv.weight has shape .*, \[64, 1, 7\] is called for"):
+    with pytest.raises(
+        BundleError, match=r"encoder.model.0.conv.conv.weight has shape .*, Mimi calls for \[64, 1, 7\]"
+    ):
         load_mimi(path)
 
 
