@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -118,6 +119,13 @@ def test_the_estimate_counts_the_frames_that_a_worker_decodes(
             calls[what](**details)  # type: ignore[operator]
             reckoning.ask(what, **details)
             assert estimate.seconds == frames, (what, details)
+
+
+def test_cpu_time_leaves_waiting_out(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoopStream, "step", lambda self, codes: time.sleep(0.05))
+    worker = RealWorker("loop", str(tiny_bundle), 1, 8, 1024, 16, 3840)
+    assert min(worker.steps(1, 2)) >= 50
+    assert max(worker.steps(1, 2, cpu_time=1)) < 40
 
 
 def test_the_estimate_counts_starts_sessions_and_rests(tiny_bundle: Path) -> None:

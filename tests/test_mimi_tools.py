@@ -351,8 +351,9 @@ def test_steps_are_measured(mimi_standin: Path) -> None:
 def test_peers_encode_beside_us(mimi_standin: Path, peers_were_told: Callable[[str], list[dict[str, Any]]]) -> None:
     options = [word for peer in PEERS for word in ("--peer", peer)]
     few = ["--threads", "1", "--chunks", "2", "--turns", "1", "--json"]
-    outcome = call_tool("bench", "--weights", mimi_standin, "--encode", *options, *few)
+    outcome = call_tool("bench", "--weights", mimi_standin, "--encode", "--cpu-time", *options, *few)
     assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["cpu_time"] is True
     cells = json.loads(outcome.out)["threads"]["1"]["steps_ms"]["2"]
     assert [*cells] == [*PEERS, "encoding"]
     assert cells["moshi"]["times"] == 1
@@ -368,6 +369,7 @@ def test_peers_encode_beside_us(mimi_standin: Path, peers_were_told: Callable[[s
         (["--peer", "moshi", "--weights", "demo"], "--peer is for Mimi, and"),
         (["--peer-python", sys.executable], "are for --peer, which is not given"),
         (["--peer", "moshi", "--process"], "leave --bits and --process out"),
+        (["--cpu-time"], "--cpu-time is for steps; add --steps or --encode"),
         (["--quantizers", "33"], "--quantizers is 33;"),
         (["--quantizers", "8", "--encode"], "--quantizers is for decoding"),
         (["--quantizers", "8", "--weights", "demo"], "the official loop decodes all 16 only"),

@@ -11,7 +11,7 @@
 
 Sides take turns in one run, each in processes of its own. Figures are medians, with the lowest and highest in
 brackets; "x" is how many times as good as the first side (a peer, or else the official loop) a side is. On a machine
-that does other things as well, believe the ratios and not the milliseconds.
+that does other things as well, believe the ratios and not the milliseconds, or measure steps in --cpu-time.
 
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--process", action="store_true", help="measure mossnano-stdio itself")
     what.add_argument("--encode", action="store_true", help="measure streaming encoding")
     what.add_argument("--bits", action="store_true", help="measure packing")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="with --steps or --encode: what all threads together computed"
+    )
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="a picture of the steps")
 
@@ -141,6 +144,8 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Puts figures into the dict as they come, so that an interrupted run has what was measured by then."""
     if not args.peer and (args.peer_python or args.peer_checkpoint):
         raise UsageError("--peer-python and --peer-checkpoint are for --peer, which is not given")
+    if args.cpu_time and not (args.steps or args.encode):
+        raise UsageError("--cpu-time is for steps; add --steps or --encode")
     if (args.bits or args.process) and (args.peer or args.quantizers):
         raise UsageError("--peer and --quantizers are for graphs; leave --bits and --process out")
     if args.bits:
@@ -178,7 +183,7 @@ def _measure_graphs(
     from mossnano_stdio.tools.bench.sides import sides_of
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
-        bench.steps(threads, args.chunks, found)
+        bench.steps(threads, args.chunks, found, cpu_time=args.cpu_time)
         if args.steps:
             return
         bench.utterances(threads, found)
@@ -203,7 +208,7 @@ def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[st
     sides.append(Side("encoding", "encode", bundle.folder))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
-        bench.steps(threads, args.chunks, found)
+        bench.steps(threads, args.chunks, found, cpu_time=args.cpu_time)
 
     _measure_sides(bundle, sides, args, measure, figures, has_limits=False)
 
@@ -237,7 +242,12 @@ def _measure_sides(
             estimate.report("limits")
             estimate.add(LIMITS_SECONDS)
     progress = _Progress(estimate.parts, estimate.seconds)
-    figures |= {"weights": bundle.name, **({} if maybe_work is None else maybe_work._asdict()), "threads": {}}
+    figures |= {
+        "weights": bundle.name,
+        "cpu_time": args.cpu_time,
+        **({} if maybe_work is None else maybe_work._asdict()),
+        "threads": {},
+    }
     for threads in args.threads:
         found: dict[str, Any] = {}
         figures["threads"][str(threads)] = found
@@ -297,7 +307,8 @@ def _tables(figures: Mapping[str, Any]) -> list[str]:
     for threads, found in figures["threads"].items():
         lines += ["", f"{threads} threads"]
         for frames, sides in found.get("steps_ms", {}).items():
-            lines += _rows(f"step of {frames}, caches full, ms", sides)
+            unit = "ms of CPU time" if figures.get("cpu_time") else "ms"
+            lines += _rows(f"step of {frames}, caches full, {unit}", sides)
         for seconds, sides in found.get("utterances_ms", {}).items():
             lines += _rows(f"{seconds} s from a reset, steps of 1, ms", sides)
         for part, sides in found.get("starts", {}).items():

@@ -5,7 +5,8 @@
 prints one JSON line when its first step is done (how long imports, loading and that step took), then answers each JSON
 line on stdin with one on stdout:
 
-    {"do": "steps", "chunk_frames": T, "steps": N}       milliseconds of each step, caches full
+    {"do": "steps", "chunk_frames": T, "steps": N}       milliseconds of each step, caches full; with "cpu_time": 1
+                                                         those that all threads together computed
     {"do": "utterance", "frames": F, "chunk_frames": T}  milliseconds from a reset to the last sample
     {"do": "streams", "count": N, "frames": F}           frames per second of N streams at once, a thread each
     {"do": "memory"}                                     resident bytes now
@@ -204,10 +205,10 @@ def input_for(side: AnySide, frames: int, codebook_size: int, frame_samples: int
     return random.integers(0, codebook_size, (frames, side.quantizers)).astype(dtype)
 
 
-def timed_ms(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def timed_ms(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    began = clock()
     call()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (clock() - began)
 
 
 def resident_bytes() -> int:
@@ -261,10 +262,11 @@ class Worker:
         while len(self.streams) < count:
             self.streams.append(self.side.open(len(self.streams)))
 
-    def steps(self, chunk_frames: int, steps: int) -> list[float]:
+    def steps(self, chunk_frames: int, steps: int, cpu_time: int = 0) -> list[float]:
         self.fill(0)
         codes = self.chunk(chunk_frames)
-        return [timed_ms(lambda: self.streams[0].step(codes)) for _ in range(steps)]
+        clock = time.process_time if cpu_time else time.perf_counter
+        return [timed_ms(lambda: self.streams[0].step(codes), clock) for _ in range(steps)]
 
     def utterance(self, frames: int, chunk_frames: int) -> float:
         codes = self.chunk(chunk_frames)
