@@ -134,7 +134,10 @@ def test_the_process_encodes(mimi_standin: Path, recording: Path) -> None:
     assert fields(messages[-1])["original_samples"] == SAMPLES
     packed = b"".join(message.payload for message in messages if message.kind == Kind.TOKENS)
     outcome = call_tool("encode", "--weights", mimi_standin, recording, "-")
-    assert packed == pack_frames(parse_artifact(outcome.out).codes, 2048)
+    whole = parse_artifact(outcome.out).codes
+    assert packed == pack_frames(whole, 2048)
+    outcome = call_tool("encode", "--weights", mimi_standin, "--quantizers", 8, recording, "-")
+    assert np.array_equal(parse_artifact(outcome.out).codes, whole[:, :8])
 
 
 def test_framed_artifacts(mimi_standin: Path, codes: Codes, tmp_path: Path) -> None:

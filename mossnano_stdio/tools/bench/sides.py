@@ -66,7 +66,8 @@ def sides_of(bundle: Bundle, against: Sequence[Bundle] = (), peers: Sequence[Sid
     for other in against:
         kind = kinds_of(other)[-1]
         taken = {side.name for side in sides}
-        names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}, {kind}") not in taken]
+        suffix = "" if kind == "only" else f", {kind}"
+        names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}{suffix}") not in taken]
         if not names:
             raise UsageError(f"{other.folder} is to be measured twice; name it once")
         sides.append(Side(names[0], kind, other.folder))
