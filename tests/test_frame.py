@@ -11,10 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.pcm import wav_header
-from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
+from mossnano_stdio.protocol.messages import (
+    Kind,
+    Message,
+    MessageReader,
+    encode_message,
+    in_stream,
+    out_of_stream,
+)
 from mossnano_stdio.tokens import Artifact, build_artifact, pack_frames
 from tests.child import DEMO
 from tests.tool import COMMAND, call_tool, run_tool
@@ -116,6 +124,50 @@ def test_frames_that_no_message_holds() -> None:
 def test_the_longest_message_is_allowed() -> None:
     arguments = ["frame", "-", "--as", "tokens", "--message-frames", 52428]
     assert call_tool(*arguments, stdin=ARTIFACT).status == 0
+
+
+def by_stream(messages: list[Message]) -> dict[int, list[Message]]:
+    """The messages of each numbered stream, as plain ones, in order."""
+    streams: dict[int, list[Message]] = {}
+    for message in messages:
+        number, inner = out_of_stream(message)
+        streams.setdefault(number, []).append(inner)
+    return streams
+
+
+@pytest.mark.parametrize("form", ["artifact", "tokens"])
+def test_numbered_streams_hold_what_plain_ones_do_and_take_turns(form: str, tmp_path: Path) -> None:
+    short = build_artifact(Artifact(48000, 2, 2 * 3840, 16, 2, 1024, CODES[:2]))
+    for name, data in (("a", short), ("b", ARTIFACT)):
+        (tmp_path / name).write_bytes(data)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    messages = messages_in(call_tool("frame", *paths, "--as", form, "--number-from", 5).out)
+    plain = [messages_in(call_tool("frame", path, "--as", form).out) for path in paths]
+    assert by_stream(messages) == {5: plain[0], 6: plain[1]}
+    numbers = [out_of_stream(message)[0] for message in messages]
+    assert numbers == ([5, 6] if form == "artifact" else [5, 6] * 4 + [6] * 5)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(-1, "allowed is 0 to 4294967294 for so many"), (0xFFFFFFFF, "allowed is 0 to 4294967294 for so many")],
+)
+def test_numbers_that_no_stream_has(number: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(ARTIFACT)
+    outcome = call_tool("frame", tmp_path / "a", tmp_path / "a", "--number-from", number)
+    assert (outcome.status, outcome.out) == (ExitStatus.USAGE, b"")
+    assert words in outcome.error_line
+    last = call_tool("frame", tmp_path / "a", "--number-from", 0xFFFFFFFF).out
+    assert list(by_stream(messages_in(last))) == [0xFFFFFFFF]
+
+
+def test_the_longest_message_of_a_numbered_stream_is_four_bytes_shorter() -> None:
+    wide = build_artifact(Artifact(48000, 2, 0, 524_288, 1, 65536, np.zeros((1, 524_288), dtype=np.uint16)))
+    assert call_tool("frame", "-", "--as", "tokens", stdin=wide).status == ExitStatus.BAD_INPUT
+    fits = build_artifact(Artifact(48000, 2, 0, 524_286, 1, 65536, np.zeros((1, 524_286), dtype=np.uint16)))
+    assert call_tool("frame", "-", "--as", "tokens", stdin=fits).status == 0
+    outcome = call_tool("frame", "-", "--as", "tokens", "--number-from", 1, stdin=fits)
+    assert "a frame of 524286 codes is 1048572 bytes, allowed are 1048571" in outcome.error_line
 
 
 # --- unframe -----------------------------------------------------------------------------------------------------
@@ -223,6 +275,115 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
     assert process.returncode == ExitStatus.READER_GONE
 
 
+# --- unframe: numbered streams, and every form --------------------------------------------------------------------
+
+FLOATS = np.linspace(-2, 2, 100, dtype="<f4").tobytes()
+
+
+def numbered(number: int, kind: int, payload: bytes | dict[str, Any]) -> tuple[int, bytes]:
+    data = json.dumps(payload).encode() if isinstance(payload, dict) else payload
+    message = in_stream(number, Message(kind, data))
+    return message.kind, message.payload
+
+
+SEVERAL = stream_of(
+    (0, HANDSHAKE),
+    numbered(7, 1, PCM[:100]),
+    (1, PCM),
+    numbered(8, 0, {"sample_rate": 16000, "channels": 1, "sample_format": "f32le"}),
+    numbered(8, 1, FLOATS),
+    numbered(7, 1, PCM[100:]),
+    numbered(8, 7, {}),
+    numbered(9, 7, {"cancelled": True}),
+    numbered(7, 7, {}),
+)
+
+
+def test_a_wav_of_each_stream(tmp_path: Path) -> None:
+    assert call_tool("unframe", "--each", tmp_path / "new" / "folder", stdin=SEVERAL) == (0, b"", "")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
+    assert files == {
+        "plain.wav": wav_header(48000, 2, 200) + PCM,
+        "7.wav": wav_header(48000, 2, 200) + PCM,
+        "8.wav": wav_header(16000, 1, 400, "f32le") + FLOATS,
+        "9.wav": wav_header(48000, 2, 0),
+    }
+
+
+@pytest.mark.parametrize(("number", "sound"), [(7, PCM), (8, FLOATS), (9, b"")])
+def test_one_stream_of_several(number: int, sound: bytes, tmp_path: Path) -> None:
+    assert call_tool("unframe", "--stream", number, stdin=SEVERAL) == (0, sound, "")
+    assert call_tool("unframe", "-", tmp_path / "x.wav", "--stream", number, stdin=SEVERAL).status == 0
+    assert (tmp_path / "x.wav").read_bytes().endswith(sound)
+    assert (tmp_path / "x.wav").read_bytes()[22] == (1 if number == 8 else 2)
+
+
+def test_floats_are_a_wav_of_floats(tmp_path: Path) -> None:
+    said = HANDSHAKE | {"sample_format": "f32le"}
+    call_tool("unframe", "-", tmp_path / "x.wav", stdin=stream_of((0, said), (1, FLOATS), (7, {})))
+    read, rate = soundfile.read(tmp_path / "x.wav", dtype="float32")
+    assert rate == 48000
+    assert read.tobytes() == FLOATS
+
+
+def test_numbered_streams_do_not_become_one_file(tmp_path: Path) -> None:
+    outcome = call_tool("unframe", "-", tmp_path / "x.wav", stdin=SEVERAL)
+    assert outcome.status == ExitStatus.USAGE
+    assert "numbered streams, 7 among them: choose one with --stream N, or --each DIR" in outcome.error_line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_that_is_not_there(tmp_path: Path) -> None:
+    outcome = call_tool("unframe", "-", tmp_path / "x", "--stream", 1, stdin=SEVERAL)
+    assert outcome.status == ExitStatus.BAD_INPUT
+    assert "no stream 1 is in the input; of numbered ones there are 7, 8" in outcome.error_line
+    assert list(tmp_path.iterdir()) == []
+    outcome = call_tool("unframe", "--stream", 1, stdin=stream_of((0, HANDSHAKE), (1, PCM)))
+    assert "of numbered ones none is" in outcome.error_line
+
+
+def test_a_stream_that_is_cut_leaves_those_that_are_whole(tmp_path: Path) -> None:
+    outcome = call_tool("unframe", "--each", tmp_path, stdin=SEVERAL[:-1])
+    assert outcome.status == ExitStatus.BAD_INPUT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["8.wav", "9.wav"]
+
+
+def test_errors_of_other_streams_are_not_this_ones() -> None:
+    error = {"code": "bad_tokens", "message": "why", "stream": 8}
+    stream = SEVERAL + stream_of(numbered(8, 5, error))
+    assert call_tool("unframe", "--stream", 7, stdin=stream) == (0, PCM, "")
+    outcome = call_tool("unframe", "--stream", 8, stdin=stream)
+    assert (outcome.status, outcome.out) == (ExitStatus.BAD_INPUT, FLOATS)
+    assert outcome.error_line == "mossnano unframe: ERROR in stream 8: bad_tokens: why"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream", "status", "words"),
+    [
+        (["--stream", "-1"], SEVERAL, ExitStatus.USAGE, "allowed is 0 to 4294967295"),
+        (["--each", "x", "--wav"], SEVERAL, ExitStatus.USAGE, "leave OUT and --wav out"),
+        (["-", "x.wav", "--each", "x"], SEVERAL, ExitStatus.USAGE, "leave OUT and --wav out"),
+        ([], stream_of((0x81, b"abc")), ExitStatus.BAD_INPUT, "payload of 3 bytes: it begins with the 4 bytes"),
+        (
+            ["--stream", "8"],
+            stream_of(numbered(8, 0, HANDSHAKE | {"sample_format": "u8"})),
+            ExitStatus.BAD_INPUT,
+            "sample_format 'u8', allowed is 's16le' or 'f32le'",
+        ),
+        (
+            [],
+            stream_of((0, HANDSHAKE), (0, HANDSHAKE | {"sample_format": "f32le"})),
+            ExitStatus.BAD_INPUT,
+            "from (48000, 2, 's16le') to (48000, 2, 'f32le') (sample_rate, channels, sample_format)",
+        ),
+    ],
+)
+def test_unframe_says_what_is_wrong(arguments: list[str], stream: bytes, status: int, words: str) -> None:
+    outcome = call_tool("unframe", *arguments, stdin=stream)
+    assert (outcome.status, outcome.out) == (status, b"")
+    assert words in outcome.error_line
+
+
 @pytest.mark.parametrize("form", ["artifact", "tokens"])
 def test_through_the_process(form: str) -> None:
     stdio = [*DEMO, "--chunk-frames", "4"]
@@ -235,3 +396,24 @@ def test_through_the_process(form: str) -> None:
     samples = 7 * 3840 - 100 if form == "artifact" else 7 * 3840
     assert len(raw.stdout) == 4 * samples
     assert np.any(np.frombuffer(raw.stdout, dtype="<i2"))
+
+
+@pytest.mark.parametrize("form", ["artifact", "tokens"])
+def test_numbered_streams_through_the_process(form: str, tmp_path: Path) -> None:
+    """Two voices over one pipe sound as each does alone."""
+    short = build_artifact(Artifact(48000, 2, 3 * 3840, 16, 3, 1024, CODES[2:5]))
+    for name, data in (("a", ARTIFACT), ("b", short)):
+        (tmp_path / name).write_bytes(data)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    stream = call_tool("frame", *paths, "--as", form, "--number-from", 1).out
+    framed = subprocess.run(DEMO, input=stream, stdout=subprocess.PIPE, timeout=60, check=True)
+    assert call_tool("unframe", "--each", tmp_path / "out", stdin=framed.stdout) == (0, b"", "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.wav", "2.wav"]
+    for number, path in enumerate(paths, start=1):
+        alone = call_tool("frame", path, "--as", form).out
+        wav = subprocess.run([*DEMO, "--output", "raw"], input=alone, stdout=subprocess.PIPE, timeout=60, check=True)
+        written = (tmp_path / "out" / f"{number}.wav").read_bytes()
+        assert written == wav_header(48000, 2, len(wav.stdout)) + wav.stdout
+    facts = json.loads(call_tool("info", "-", "--json", stdin=framed.stdout).out)
+    assert (facts["numbered_streams"], facts["frames"], facts["error_count"]) == (2, 10, 0)
+    assert [facts["streams"][number]["end"] for number in "12"] == ["whole", "whole"]

@@ -26,6 +26,7 @@ import numpy as np
 from mossnano_stdio import __version__
 from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder
 from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
+from mossnano_stdio.pcm import SoundForm
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
     add_chunk_arguments,
@@ -39,8 +40,10 @@ from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
 from mossnano_stdio.process.outputs import STDOUT_FORMS, Output, SeveralOutputs, SpeakerOutput
 from mossnano_stdio.process.stats import Durations, StepTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
+from mossnano_stdio.process.turns import Turns
 from mossnano_stdio.protocol import (
     MAX_MESSAGE_BYTES,
+    NUMBERED,
     VERSION,
     Kind,
     Message,
@@ -65,7 +68,8 @@ class Loaded:
     """A codec that has done its first step, the slowest of all."""
 
     direction: Direction
-    codec: Decoder | Encoder
+    new_codec: Callable[[], Decoder | Encoder]  # the first one has stepped already
+    format: CodecFormat
     identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
     ramp_second_frames: int = 2
 
@@ -73,16 +77,24 @@ class Loaded:
 Loader = Callable[[argparse.Namespace], Loaded]
 
 
-def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
+def ready_to_decode(new_decoder: Callable[[], Decoder], identity: Mapping[str, Any]) -> Loaded:
+    decoder = new_decoder()
     decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
     decoder.reset()
-    return Loaded(DECODE, decoder, identity)
+    return Loaded(DECODE, _first_then(decoder, new_decoder), decoder.format, identity)
 
 
-def ready_to_encode(encoder: Encoder, identity: Mapping[str, Any]) -> Loaded:
+def ready_to_encode(new_encoder: Callable[[], Encoder], identity: Mapping[str, Any]) -> Loaded:
+    encoder = new_encoder()
     encoder.step(np.zeros((encoder.format.frame_samples, encoder.format.channels), np.float32))
     encoder.reset()
-    return Loaded(ENCODE, encoder, identity)
+    return Loaded(ENCODE, _first_then(encoder, new_encoder), encoder.format, identity)
+
+
+def _first_then(first: Any, new_codec: Callable[[], Any]) -> Callable[[], Any]:
+    """Gives what was made already, and then new ones."""
+    made = [first]
+    return lambda: made.pop() if made else new_codec()
 
 
 def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
@@ -115,9 +127,9 @@ def load_codec(options: argparse.Namespace) -> Loaded:
     engine = {"provider": options.provider, "threads": options.threads}
     if options.encode:
         encoding = load_encoder_runtime(bundle, **engine)
-        return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
+        return ready_to_encode(encoding.new_encoder, _identity(bundle, "encode_step", encoding))
     decoding = load_runtime(bundle, graph=options.graph, **engine)
-    loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
+    loaded = ready_to_decode(decoding.new_decoder, _identity(bundle, decoding.graph_name, decoding))
     is_fixed = options.chunk_frames is not None or options.chunk_seconds is not None
     return loaded if is_fixed else replace(loaded, ramp_second_frames=ramp_second_frames(decoding))
 
@@ -150,6 +162,7 @@ class _Process:
         self._stops_on_error = options.on_error == "stop"
         self._maybe_connection: Connection | None = None
         self._maybe_times: StepTimes | None = None
+        self._turns = Turns()
         self._first_audio = Durations()
         self._ready_seconds = 0.0
 
@@ -166,15 +179,39 @@ class _Process:
             connection = self._maybe_connection = self._connect(load(self._options))
             if sys.platform == "win32":
                 reading.start()
-        self._output.start(connection.format)
+        self._output.start(connection.plain.settings.form)
         self._put(connection.handshake())
         self._ready_seconds = time.perf_counter()
         try:
-            while isinstance(event := self._next_event(connection), Arrival):
-                self._put_all(connection.handle(event.message, event.seconds))
+            ending = self._converse(connection)
         except _StopOnErrorError:
             return ExitStatus.BAD_INPUT
-        return self._close(connection, event)
+        return self._close(connection, ending)
+
+    def _converse(self, connection: Connection) -> Ending:
+        """Until no more messages come, and all that they made due is computed."""
+        maybe_ending: Ending | None = None
+        while True:
+            # All that has come goes to its stream first: what is computed next may depend on it.
+            while maybe_ending is None and not connection.is_full:
+                match self._inbox.maybe_next():
+                    case Arrival(message, seconds):
+                        self._put_all(connection.receive(message, seconds))
+                    case Ending() as ending:
+                        if ending.is_reader_gone:
+                            raise BrokenPipeError
+                        self._put_all(connection.end_input(is_faulty=ending.maybe_fault is not None))
+                        maybe_ending = ending
+                    case None:
+                        break
+            now = time.perf_counter()
+            if turns := self._turns.next(connection.due_lanes(), now):
+                self._put_all(connection.advance(turns))
+            elif maybe_ending is not None:
+                return maybe_ending
+            elif self._inbox.is_empty:
+                with self._signals.raising():
+                    self._inbox.wait(self._fd.check_reader)
 
     def stop_output(self) -> None:
         """Whatever still sounds is silent from now on."""
@@ -213,13 +250,13 @@ class _Process:
             outputs.append(SpeakerOutput(self._open_player, self._should_stop_playing))
         return SeveralOutputs(outputs)
 
-    def _open_player(self, codec_format: CodecFormat) -> Player:
+    def _open_player(self, form: SoundForm) -> Player:
         from mossnano_stdio.playback import Player
 
         options = self._options
         return Player(
-            codec_format.sample_rate,
-            codec_format.channels,
+            form.sample_rate,
+            form.channels,
             device=options.device,
             prebuffer_ms=options.prebuffer_ms,
             latency=options.latency,
@@ -233,8 +270,13 @@ class _Process:
 
     def _connect(self, loaded: Loaded) -> Connection:
         options = self._options
-        frames_per_second = loaded.codec.format.frames_per_second
+        frames_per_second = loaded.format.frames_per_second
         times = self._maybe_times = StepTimes(frames_per_second)
+
+        def note_step(frames: int, seconds: float) -> None:
+            times.add(frames, seconds)
+            self._turns.note_cost(frames, seconds)
+
         identity = {
             "protocol": VERSION,
             "name": PROGRAM,
@@ -244,20 +286,20 @@ class _Process:
         }
         return Connection(
             loaded.direction,
-            loaded.codec,
+            loaded.new_codec,
             chosen_schedule(options, frames_per_second, options.max_chunk_frames, loaded.ramp_second_frames),
             identity,
             ramp_max_frames=options.max_chunk_frames,
+            max_streams=options.max_streams,
+            maybe_no_numbers=(
+                f"--output {options.output} has no place for them: use --output framed"
+                if options.output in ("raw", "wav")
+                else None
+            ),
             cancel_waiting=self._inbox.cancel_waits,
-            on_step=times.add,
+            on_handled=self._inbox.release,
+            on_step=note_step,
         )
-
-    def _next_event(self, connection: Connection) -> Arrival | Ending:
-        """The next message, once every chunk is out that no waiting message could make larger."""
-        while connection.is_due and (connection.is_sated or self._inbox.is_empty):
-            self._put_all(connection.advance())
-        with self._signals.raising():
-            return self._inbox.get(self._fd.check_reader)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
         for answer in answers:
@@ -265,10 +307,12 @@ class _Process:
 
     def _put(self, answer: Message) -> None:
         self._output.put(answer)
-        stream = self._maybe_connection.open if self._maybe_connection else None
-        if answer.kind in (Kind.AUDIO, Kind.TOKENS) and stream is not None and not stream.has_answered:
-            stream.has_answered = True
-            self._first_audio.add(time.perf_counter() - max(stream.opened_seconds, self._ready_seconds))
+        if answer.kind & ~NUMBERED in (Kind.AUDIO, Kind.TOKENS) and self._maybe_connection is not None:
+            stream, now = self._maybe_connection.maybe_stream_of(answer), time.perf_counter()
+            if stream is not None:
+                if stream.heard_until_seconds is None:
+                    self._first_audio.add(now - max(stream.opened_seconds, self._ready_seconds))
+                stream.note_sent(now)
         if answer.kind == Kind.ERROR:
             log.error("%s", parse_json(answer)["message"])
             if self._stops_on_error:
@@ -276,14 +320,12 @@ class _Process:
         self._signals.check()
 
     def _close(self, connection: Connection, ending: Ending) -> int:
-        """Drain, and judge what came in."""
-        if ending.is_reader_gone:
-            raise BrokenPipeError
+        """Say the last, and judge what came in."""
         fault = ending.maybe_fault
         if fault is not None and not isinstance(fault, MossnanoError):
             raise fault
         self._stops_on_error = False
-        is_cut = connection.open is not None and connection.open.maybe_cut() is not None
+        is_cut = connection.is_cut
         self._put_all(connection.close(fault))
         self._output.finish()
         if fault is not None:
@@ -327,6 +369,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=RAMP_MAX_FRAMES,
         metavar="N",
         help=f"without a fixed size, chunks take what waits: 1, 2, 4, ... and at most N frames ({RAMP_MAX_FRAMES})",
+    )
+    parser.add_argument(
+        "--max-streams",
+        type=whole_number(0, 1000),
+        default=32,
+        metavar="N",
+        help="how many numbered streams may be open at once (32)",
     )
     parser.add_argument("--max-message-bytes", type=whole_number(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
     parser.add_argument(

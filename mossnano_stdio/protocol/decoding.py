@@ -4,20 +4,30 @@ Rules of this room:
 
 - `DECODING` is the whole protocol: for every state and every inbound kind, the one action that is taken. It is
   printed in protocol.md, and a test compares the two.
-- Each AUDIO message is at most one chunk.
+- Each AUDIO message is at most one chunk, and what is before its end in the stream stands before it: MARKs and LEVELS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from mossnano_stdio.chunks import Chunks, Decoder, DecodingChunks
-from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, TokenError
-from mossnano_stdio.protocol.connection import Action, Connection, Direction
-from mossnano_stdio.protocol.messages import Kind, Message
-from mossnano_stdio.protocol.stream import Answers, Owner, State, Stream
-from mossnano_stdio.tokens import MAGIC, ArtifactReader, unpack_frames
+from mossnano_stdio.chunks import Chunks, DecodedChunk, Decoder, DecodingChunks
+from mossnano_stdio.errors import ArtifactError, BacklogError, MossnanoError, PayloadError, SettingsError, TokenError
+from mossnano_stdio.pcm import Shaper
+from mossnano_stdio.protocol.connection import (
+    MAX_ARTIFACTS_BYTES,
+    Action,
+    Connection,
+    Direction,
+    max_audio_bytes,
+)
+from mossnano_stdio.protocol.messages import MESSAGE_COST_BYTES, Kind, Message
+from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
+from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat, frame_bytes, unpack_frames
+
+MAX_MARK_BYTES: Final = 1000
 
 
 class DecodingStream(Stream):
@@ -25,93 +35,222 @@ class DecodingStream(Stream):
 
     chunks: DecodingChunks
 
-    def __init__(self, number: int, state: State, chunks: Chunks[Any], opened_seconds: float) -> None:
-        super().__init__(number, state, chunks, opened_seconds)
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat) -> None:
+        super().__init__(number, lane, chunks, opened_seconds)
         self.artifact = ArtifactReader()
+        self._codec = codec
+        self._shaper = Shaper(codec, self.settings.form)
+        self._pushed_frames = 0
+        self._marks: deque[tuple[int, bytes]] = deque()  # before which frame, in order
+        self._marks_bytes = 0
+        self._clipped_samples = 0
 
-    def step(self, owner: Owner) -> Answers:
-        chunk = self.chunks.step()
+    @property
+    def samples_per_second(self) -> int:
+        return self.settings.form.sample_rate
+
+    @property
+    def backlog_bytes(self) -> int:
+        waiting_frames = self._pushed_frames - self.frames
+        return waiting_frames * frame_bytes(self.settings.quantizers, self._codec.codebook_size) + self._marks_bytes
+
+    @property
+    def artifact_bytes(self) -> int:
+        header = self.artifact.maybe_header
+        return header.file_bytes - self.artifact.missing_bytes if header else 0
+
+    def fits(self, frames: int) -> bool:
+        granted = self.maybe_granted_samples
+        return granted is None or self._samples_after(frames) <= granted
+
+    def can_end(self) -> bool:
+        return self.state is State.SKIP or self.is_dropped or self.fits(0)
+
+    def _samples_after(self, frames: int) -> int:
+        """How many samples were sent in all after a chunk of so many frames."""
+        codec_samples, left = frames * self._codec.frame_samples, self.chunks.samples_left
+        after = self._shaper.codec_samples + (codec_samples if left is None else min(codec_samples, left))
+        is_last = left is not None and codec_samples >= left
+        return self._shaper.output_position(after) if is_last else self._shaper.samples_after(after)
+
+    def push(self, codes: Any) -> None:
+        self.chunks.push(codes)
+        self._pushed_frames += len(codes)
+
+    def push_mark(self, text: bytes, frame: int | None = None) -> None:
+        self._marks.append((self._pushed_frames if frame is None else frame, text))
+        self._marks_bytes += len(text) + MESSAGE_COST_BYTES
+
+    def checked_marks(self, value: Any) -> Sequence[tuple[int, bytes]]:
+        if not isinstance(value, list):
+            raise SettingsError(f"marks is {value!r}; a list of [frame, text] is allowed")
+        marks = []
+        for entry in value:
+            match entry:
+                case [int() as frame, str() as text] if type(frame) is int and frame >= 0:
+                    marks.append((frame, _checked_mark(text.encode())))
+                case _:
+                    raise SettingsError(f"marks has {entry!r}; [frame, text] is allowed, frames counted from 0")
+        if marks != sorted(marks, key=lambda mark: mark[0]):
+            raise SettingsError("marks are not in the order of their frames, as they must be")
+        return marks
+
+    def compute(self, most_frames: int) -> DecodedChunk | None:
+        return self.chunks.step(most_frames)
+
+    def deliver(self, owner: Owner, chunk: DecodedChunk | None) -> Answers:
         if chunk is None:
             return
         self.frames += chunk.frames
-        self.samples += len(chunk.pcm) // owner.format.sample_bytes
         if chunk.error is not None:
-            yield owner.error(chunk.error)
-        most_bytes = owner.max_audio_bytes
-        for start in range(0, len(chunk.pcm), most_bytes):
-            yield Message(Kind.AUDIO, chunk.pcm[start : start + most_bytes])
+            yield owner.error(chunk.error, self.lane)
+        shaped = self._shaper.push(chunk.audio)
+        yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
+        if self.chunks.samples_left == 0 and self._shaper.delay_samples:
+            yield from self.last_sound(owner)
 
-    def finish_input(self) -> None:
-        if self.state is State.TOKENS:  # an artifact's chunks were finished when its last byte came
+    def last_sound(self, owner: Owner) -> Answers:
+        shaped = self._shaper.finish()
+        yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
+        yield from self._marks_before(None)
+
+    def _sound(self, sound: bytes, levels: bytes, clipped_samples: int) -> Answers:
+        self._clipped_samples += clipped_samples
+        sample_bytes = self.settings.form.sample_bytes
+        most_bytes = max_audio_bytes(self.settings, self._codec, is_numbered=self.lane.maybe_number is not None)
+        if levels:
+            yield Message(Kind.LEVELS, levels)
+        for start in range(0, len(sound), most_bytes):
+            piece = sound[start : start + most_bytes]
+            yield from self._marks_before(self.samples + len(piece) // sample_bytes)
+            self.samples += len(piece) // sample_bytes
+            yield Message(Kind.AUDIO, piece)
+
+    def _marks_before(self, maybe_sample: int | None) -> Answers:
+        """Those that stand before a sample of the sound; at its end, all that are left."""
+        while self._marks:
+            frame, text = self._marks[0]
+            position = self._shaper.output_position(frame * self._codec.frame_samples)
+            if maybe_sample is None:
+                position = min(position, self.samples)
+            elif position >= maybe_sample:
+                return
+            self._marks.popleft()
+            self._marks_bytes -= len(text) + MESSAGE_COST_BYTES
+            yield Message(Kind.MARK, position.to_bytes(8, "little") + text)
+
+    def complete_input(self) -> None:
+        if self.state is not State.ARTIFACT:  # its chunks were finished when its last byte came
             self.chunks.finish()
 
     def forget_input(self) -> None:
         self.artifact = ArtifactReader()
+        self._marks.clear()
+        self._marks_bytes = 0
+        self._pushed_frames = self.frames
 
     def maybe_cut(self) -> MossnanoError | None:
-        return self.artifact_cut() if self.state is State.ARTIFACT else None
+        return self.artifact_cut() if self.state is State.ARTIFACT and self.artifact.missing_bytes else None
 
     def artifact_cut(self) -> ArtifactError:
         return ArtifactError(
             f"the artifact ended {self.artifact.missing_bytes} bytes before its end: send all of it, then no END"
         )
 
+    def counts(self) -> dict[str, Any]:
+        return {"clipped_samples": self._clipped_samples}
 
-def open_tokens(connection: Connection, stream: None, message: Message) -> Answers:
-    opened = connection.open_stream(State.TOKENS)
-    if connection.maybe_misfit is not None:
-        yield from connection.fail(
-            opened, TokenError(f"{connection.maybe_misfit}; send one that fits, then the tokens")
-        )
+
+def _checked_mark(text: bytes) -> bytes:
+    if len(text) > MAX_MARK_BYTES:
+        raise PayloadError(f"a MARK of {len(text)} bytes; up to {MAX_MARK_BYTES} are allowed")
+    return text
+
+
+def open_tokens(connection: Connection, lane: Lane, message: Message) -> Answers:
+    connection.open_stream(lane)
+    yield from begin_tokens(connection, lane, message)
+
+
+def begin_tokens(connection: Connection, lane: Lane, message: Message) -> Answers:
+    stream = _decoding(lane)
+    stream.state = State.TOKENS
+    if lane.maybe_misfit is not None:
+        yield from connection.fail(lane, TokenError(f"{lane.maybe_misfit}; send one that fits, then the tokens"))
         return
-    yield from push_tokens(connection, opened, message)
+    yield from push_tokens(connection, lane, message)
 
 
-def push_tokens(connection: Connection, stream: Stream, message: Message) -> Answers:
+def push_tokens(connection: Connection, lane: Lane, message: Message) -> Answers:
+    stream = _decoding(lane)
     if stream.is_dropped:
         return
     try:
-        codes = unpack_frames(message.payload, connection.quantizers, connection.format.codebook_size)
+        codes = unpack_frames(message.payload, stream.settings.quantizers, connection.format.codebook_size)
     except TokenError as error:
-        yield from connection.compute_due()  # what came before it is whole
-        yield from connection.fail(stream, error)
+        connection.fail_after_chunks(lane, error)
     else:
-        stream.chunks.push(codes)
+        stream.push(codes)
+    yield from ()
 
 
-def open_artifact(connection: Connection, stream: None, message: Message) -> Answers:
-    yield from grow_artifact(connection, connection.open_stream(State.ARTIFACT), message)
+def open_mark(connection: Connection, lane: Lane, message: Message) -> Answers:
+    connection.open_stream(lane)
+    yield from mark(connection, lane, message)
 
 
-def grow_artifact(connection: Connection, stream: Any, message: Message) -> Answers:
+def mark(connection: Connection, lane: Lane, message: Message) -> Answers:
+    stream = _decoding(lane)
+    if stream.is_dropped:
+        return
+    try:
+        stream.push_mark(_checked_mark(message.payload))
+    except PayloadError as error:
+        yield connection.error(error, lane)
+
+
+def open_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
+    connection.open_stream(lane)
+    yield from begin_artifact(connection, lane, message)
+
+
+def begin_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
+    _decoding(lane).state = State.ARTIFACT
+    yield from grow_artifact(connection, lane, message)
+
+
+def grow_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
+    stream = _decoding(lane)
     try:
         missing_bytes = stream.artifact.push(message.payload)
         if stream.artifact.maybe_header is not None:  # what does not fit is refused before its body takes memory
-            stream.artifact.maybe_header.check_fits(connection.format, connection.codec.decodes_prefix)
+            stream.artifact.maybe_header.check_fits(connection.format, lane.codec.decodes_prefix)
+        if lane.maybe_number is not None and connection.artifacts_bytes() > MAX_ARTIFACTS_BYTES:
+            raise BacklogError(
+                f"artifacts of more than {MAX_ARTIFACTS_BYTES} bytes in all wait in numbered streams: "
+                "send this one when others are over"
+            )
         if missing_bytes:
             return
         artifact = stream.artifact.artifact()
-    except ArtifactError as error:
-        yield from connection.fail(stream, error)
+    except PayloadError as error:
+        yield from connection.fail(lane, error)
         return
     if not stream.is_dropped:
-        stream.chunks.push(artifact.codes)
+        stream.push(artifact.codes)
         stream.chunks.finish(artifact.original_samples)
-        yield from connection.compute_due()
-    yield from connection.finish(stream, Message(Kind.END))
+    yield from connection.finish(lane, Message(Kind.END))
 
 
-def cut_artifact(connection: Connection, stream: DecodingStream, message: Message) -> Answers:
-    stream.state = State.SKIP
-    yield connection.error(stream.artifact_cut())
-    yield from connection.finish(stream, message)
+def cut_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
+    yield from connection.cut(lane, _decoding(lane).artifact_cut())
 
 
-def skip_artifact(connection: Connection, stream: DecodingStream, message: Message) -> Answers:
+def skip_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
     """The rest of a bad stream, unless it begins like a new artifact."""
     if message.payload.startswith(MAGIC):
-        yield from connection.finish(stream, Message(Kind.END))
-        yield from open_artifact(connection, None, message)
+        yield from connection.finish(lane, Message(Kind.END))
+        connection.put_back(lane, message)
 
 
 def check_quantizers(decoder: Decoder, quantizers: int) -> None:
@@ -123,6 +262,11 @@ def check_quantizers(decoder: Decoder, quantizers: int) -> None:
         )
 
 
+def _decoding(lane: Lane) -> DecodingStream:
+    assert isinstance(lane.stream, DecodingStream), "the table has this action only where such a stream is open"
+    return lane.stream
+
+
 DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.IDLE, Kind.HANDSHAKE): Connection.compare_formats,
     (State.IDLE, Kind.ARTIFACT): open_artifact,
@@ -132,6 +276,16 @@ DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.IDLE, Kind.END): Connection.refuse_no_stream,
     (State.IDLE, Kind.CANCEL): Connection.cancel,
     (State.IDLE, Kind.SETTINGS): Connection.settle,
+    (State.IDLE, Kind.MARK): open_mark,
+    (State.OPEN, Kind.HANDSHAKE): Connection.compare_formats,
+    (State.OPEN, Kind.ARTIFACT): begin_artifact,
+    (State.OPEN, Kind.TOKENS): begin_tokens,
+    (State.OPEN, Kind.ERROR): Connection.report_peer_error,
+    (State.OPEN, Kind.PING): Connection.echo,
+    (State.OPEN, Kind.END): Connection.finish,
+    (State.OPEN, Kind.CANCEL): Connection.cancel,
+    (State.OPEN, Kind.SETTINGS): Connection.settle_stream,
+    (State.OPEN, Kind.MARK): mark,
     (State.TOKENS, Kind.HANDSHAKE): Connection.refuse_out_of_place,
     (State.TOKENS, Kind.ARTIFACT): Connection.refuse_out_of_place,
     (State.TOKENS, Kind.TOKENS): push_tokens,
@@ -140,6 +294,7 @@ DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.TOKENS, Kind.END): Connection.finish,
     (State.TOKENS, Kind.CANCEL): Connection.cancel,
     (State.TOKENS, Kind.SETTINGS): Connection.refuse_out_of_place,
+    (State.TOKENS, Kind.MARK): mark,
     (State.ARTIFACT, Kind.HANDSHAKE): Connection.refuse_out_of_place,
     (State.ARTIFACT, Kind.ARTIFACT): grow_artifact,
     (State.ARTIFACT, Kind.TOKENS): Connection.refuse_out_of_place,
@@ -148,6 +303,7 @@ DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.ARTIFACT, Kind.END): cut_artifact,
     (State.ARTIFACT, Kind.CANCEL): Connection.cancel,
     (State.ARTIFACT, Kind.SETTINGS): Connection.refuse_out_of_place,
+    (State.ARTIFACT, Kind.MARK): Connection.refuse_out_of_place,
     (State.SKIP, Kind.HANDSHAKE): Connection.refuse_out_of_place,
     (State.SKIP, Kind.ARTIFACT): skip_artifact,
     (State.SKIP, Kind.TOKENS): Connection.ignore,
@@ -156,6 +312,17 @@ DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.SKIP, Kind.END): Connection.finish,
     (State.SKIP, Kind.CANCEL): Connection.cancel,
     (State.SKIP, Kind.SETTINGS): Connection.refuse_out_of_place,
+    (State.SKIP, Kind.MARK): Connection.ignore,
 }
 
-DECODE: Final = Direction("decode", "TOKENS or ARTIFACT", DECODING, DecodingStream, DecodingChunks, check_quantizers)
+DECODE: Final = Direction(
+    "decode",
+    "TOKENS or ARTIFACT",
+    DECODING,
+    frozenset({Kind.TOKENS, Kind.MARK}),
+    frozenset({Kind.TOKENS, Kind.ARTIFACT, Kind.SETTINGS, Kind.MARK}),
+    False,
+    DecodingStream,
+    DecodingChunks,
+    check_quantizers,
+)

@@ -1,7 +1,8 @@
 """Say what a file or a folder is, by its first bytes, and what is in it.
 
   an artifact         its header, its sizes, its bit rate, and how its codes are spread
-  a framed stream     what mossnano-stdio reads or writes: messages by kind, frames, seconds, and whether it is whole
+  a framed stream     what mossnano-stdio reads or writes: messages by kind, frames, seconds, and whether it is whole;
+                      the same of each numbered stream, up to 32
   a weights folder    its numbers, its graphs, and where they come from
 
 `-` is stdin. Status 65: cut or malformed, after the facts that could be read. 76: a framed stream that has an

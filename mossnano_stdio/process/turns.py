@@ -1,0 +1,70 @@
+"""Which streams compute next, and how many frames: earliest deadline first.
+
+Rules of this room:
+
+- The stream whose listener has the least left to hear goes first; one that has sent nothing yet goes before all others,
+  with one frame. Urgency decides only among those that hold less than URGENT_SECONDS.
+- A chunk is cut so that no other due stream runs dry while it is computed. One that would run dry all the same is left
+  out of account: under overload chunks grow, which is what helps.
+- A chunk costs what such chunks took lately.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from mossnano_stdio.protocol.connection import Turn
+from mossnano_stdio.protocol.stream import Lane, Stream, smaller_chunks
+
+URGENT_SECONDS: Final = 0.5
+LATELY: Final = 0.2  # how much the newest cost counts
+
+
+class Turns:
+    """`at_once` is how many streams are computed side by side."""
+
+    def __init__(self, at_once: int = 1) -> None:
+        self._at_once = at_once
+        self._costs: dict[int, float] = {}  # seconds, by frames
+
+    def note_cost(self, frames: int, seconds: float) -> None:
+        known = self._costs.get(frames, seconds)
+        self._costs[frames] = known + LATELY * (seconds - known)
+
+    def cost_seconds(self, frames: int) -> float:
+        """Of a chunk; where there was none so long, that of the nearest, in proportion."""
+        if not self._costs:
+            return 0.0
+        nearest = min(self._costs, key=lambda known: abs(math.log(known / frames)))
+        return self._costs[nearest] * frames / nearest
+
+    def next(self, due: Sequence[Lane], seconds: float) -> list[Turn]:
+        """The lanes that are next, at `seconds` of the clock."""
+        streams = {lane: lane.stream for lane in due if lane.stream is not None}
+        order = sorted(streams, key=lambda lane: _precedence(streams[lane], seconds))
+        chosen = order[: self._at_once]
+        left = [streams[lane].held_seconds(seconds) for lane in order[self._at_once :]]
+        return [Turn(lane, self._frames(streams[lane], left, is_lone=len(order) == 1)) for lane in chosen]
+
+    def _frames(self, stream: Stream, left: Sequence[float], *, is_lone: bool) -> int:
+        frames = stream.allowed_frames
+        if is_lone or stream.chunks.schedule.maybe_chunk_frames is not None:
+            return frames
+        if stream.heard_until_seconds is None:
+            return 1
+        savable = [seconds for seconds in left if seconds > self.cost_seconds(1)]
+        for fewer in (frames, *smaller_chunks(frames)):
+            if all(self.cost_seconds(fewer) <= seconds for seconds in savable):
+                return fewer
+        return 1
+
+
+def _precedence(stream: Stream, seconds: float) -> tuple[float, ...]:
+    if stream.heard_until_seconds is None:
+        return (0, stream.settings.urgency, stream.opened_seconds)
+    held = stream.held_seconds(seconds)
+    if held < URGENT_SECONDS:
+        return (1, stream.settings.urgency, held, stream.heard_until_seconds)  # of two that are dry, the one longer so
+    return (2, 0, held, stream.heard_until_seconds)
