@@ -85,8 +85,15 @@ def build_c(folder: Path) -> list[object]:
     return [folder / "voices"]
 
 
+def build_csharp(folder: Path) -> list[object]:
+    needs("mcs", "mono")
+    sources = [DRIVERS / "Voices.cs", CLIENTS / "csharp" / "Mossnano.cs"]
+    subprocess.run(["mcs", "-warnaserror", "-warn:4", f"-out:{folder / 'voices.exe'}", *sources], check=True)
+    return ["mono", "--debug", folder / "voices.exe"]
+
+
 Program = Callable[[Sequence[object]], Driver]
-BUILDERS = {"c": build_c}
+BUILDERS = {"c": build_c, "csharp": build_csharp}
 
 
 @pytest.fixture(scope="module", params=[*BUILDERS])
