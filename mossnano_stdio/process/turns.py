@@ -25,7 +25,7 @@ LATELY: Final = 0.2  # how much the newest cost counts
 
 
 class Turns:
-    """`at_once` is how many streams are computed side by side."""
+    """`at_once` is how many streams are computed side by side. A lone one keeps all threads of its session."""
 
     def __init__(self, at_once: int = 1) -> None:
         self._at_once = at_once
@@ -78,7 +78,7 @@ def _waits_until(stream: Stream) -> float:
 
 def _precedence(stream: Stream, seconds: float) -> tuple[float, ...]:
     if stream.heard_until_seconds is None:
-        return (0, stream.settings.urgency, stream.opened_seconds)
+        return (0, stream.settings.urgency, stream.due_seconds or 0.0)
     held = stream.held_seconds(seconds)
     if held < URGENT_SECONDS:
         return (1, stream.settings.urgency, held, stream.heard_until_seconds)  # of two that are dry, the one longer so
