@@ -174,7 +174,7 @@ class _Process:
         self._stops_on_error = options.on_error == "stop"
         self._maybe_connection: Connection | None = None
         self._maybe_times: StepTimes | None = None
-        self._turns = Turns()
+        self._turns: Turns  # when it is known how long a frame is
         self._maybe_pool: ThreadPoolExecutor | None = None  # where several streams are computed side by side
         self._stream_times = StreamTimes()
         self._first_audio = Durations()
@@ -309,14 +309,14 @@ class _Process:
             at_once = default_threads()
         else:
             at_once = 1
-        self._turns = Turns(at_once)
+        turns = self._turns = Turns(1 / frames_per_second, at_once)
         self._maybe_pool = ThreadPoolExecutor(at_once) if at_once > 1 else None
         one_at_a_time = threading.Lock()
 
         def note_step(frames: int, seconds: float) -> None:
             with one_at_a_time:
                 times.add(frames, seconds)
-                self._turns.note_cost(frames, seconds)
+                turns.note_cost(frames, seconds)
 
         identity = {
             "protocol": VERSION,
