@@ -245,9 +245,11 @@ def test_sixteen_voices_whose_tokens_come_ahead_never_pause_and_leave_cores_idle
     scene = RealTime()
     for number in range(16):
         scene.ahead(number, 0.05 * number, times)
+    scene.run(5)  # by now all windows are full
+    until_then = scene.busy_seconds
     scene.run(times - 1)
     assert [voice.gap_seconds for voice in scene.voices.values()] == [0.0] * 16
-    assert scene.busy_seconds / (times - 1) < 0.8
+    assert (scene.busy_seconds - until_then) / (times - 6) < 0.8
 
 
 def test_a_sixteenth_voice_that_joins_fifteen_is_heard_at_once() -> None:
