@@ -24,12 +24,10 @@ from mossnano_stdio.protocol.connection import (
     Direction,
     max_audio_bytes,
 )
-from mossnano_stdio.protocol.messages import MESSAGE_COST_BYTES, Kind, Message
+from mossnano_stdio.protocol.messages import MAX_MARK_BYTES, MESSAGE_COST_BYTES, Kind, Message
 from mossnano_stdio.protocol.settings import Settings
 from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
 from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat, frame_bytes, unpack_frames
-
-MAX_MARK_BYTES: Final = 1000
 
 
 class DecodingStream(Stream):
