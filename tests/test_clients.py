@@ -207,8 +207,8 @@ GODOT_CALLS = {
     "AudioStreamPlayer": {"play", "get_stream_playback"},
     "AudioStreamGeneratorPlayback": {"push_buffer", "get_frames_available"},
     "Object": {"new"},
-    "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "ceili", "range", "Vector2",
-               "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray", "warning_ignore"},
+    "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "ceili", "range",
+               "Vector2", "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray", "warning_ignore"},
 }  # fmt: skip
 CLOSING = {")": "(", "]": "[", "}": "{"}
 
