@@ -208,7 +208,8 @@ GODOT_CALLS = {
     "AudioStreamGeneratorPlayback": {"push_buffer", "get_frames_available"},
     "Object": {"new"},
     "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "ceili", "range",
-               "Vector2", "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray", "warning_ignore"},
+               "Vector2", "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray",
+               "warning_ignore"},
 }  # fmt: skip
 CLOSING = {")": "(", "]": "[", "}": "{"}
 
