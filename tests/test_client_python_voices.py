@@ -353,8 +353,13 @@ def test_a_storm_of_cancels_leaves_every_place_free(client: str) -> None:
 @both
 def test_voices_that_nobody_holds_are_cancelled(client: str) -> None:
     face = start(client, double({}, "--max-streams", "4"))
-    for _ in range(20):
-        face.open_voice().feed(some_frames(100))
+    for number in range(20):
+        voice = face.open_voice()
+        if number % 2:
+            voice.feed(some_frames(100))
+        else:
+            face.ping()  # nothing more will come of it
+        del voice
         face.ping()  # so that its END has come, if there was one
     voices = [face.open_voice() for _ in range(3)]
     assert len(voices) == 3
@@ -756,3 +761,16 @@ def test_a_voice_that_the_process_did_not_open_is_over(code: str) -> None:
     sent_by(exchange)
     assert exchange.is_at_rest
     assert [exchange.open_voice({}).number for _ in range(2)] == [1, 2]
+
+
+def test_a_voice_whose_settings_were_refused_is_open_in_the_process_and_cancelled_there() -> None:
+    exchange = conversation()
+    voice = exchange.open_voice({"gain_db": 99})
+    sent_by(exchange)
+    hear(exchange, 0, json_message(Kind.ERROR, {"code": "bad_settings", "message": "no", "stream": 0, "fatal": False}))
+    with pytest.raises(DecoderError, match="bad_settings"):
+        exchange.maybe_take(voice)
+    assert exchange.maybe_take(voice) == b""
+    assert sent_by(exchange) == [(0, Message(Kind.CANCEL))]
+    hear(exchange, 0, json_message(Kind.END, {"frames": 0, "samples": 0, "errors": 1, "cancelled": True}))
+    assert exchange.is_at_rest
