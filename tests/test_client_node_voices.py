@@ -193,19 +193,24 @@ def test_marks_are_told_when_their_sample_is_pulled(spoken: tuple[Path, list[byt
     assert all(pulled <= sample < pulled + 100 for _, _, sample, pulled in told[:-2])
 
 
-def test_the_process_itself_has_marks_too(spoken: tuple[Path, list[bytes]]) -> None:
+def test_a_mark_at_the_end_is_told_with_it_though_nobody_pulls_any_more(spoken: tuple[Path, list[bytes]]) -> None:
     said = speak(
         spoken[0],
         """
-        const first = await Mossnano.start({ command, onError, onMark: (mark) => say("mark", mark) });
-        first.feed(frames(0));
-        first.mark("end");
-        first.finish();
-        await pullAll([first]);
+        const first = await Mossnano.start({ command, fadeMs: 0, onError, onMark: (mark) => say("itself", mark) });
+        const other = first.openVoice({ fadeMs: 0, onMark: (mark) => say("other", mark) });
+        for (const voice of [first, other]) {
+          voice.feed(frames(0));
+          let pulled = 0;
+          await until(() => (pulled += voice.pullInto(new Int16Array(2000))) >= 20 * 3840);
+          voice.mark("end");
+          voice.finish();
+          await until(() => !voice.isSpeaking);
+        }
         await first.stop();
         """,
     )
-    assert said == [["mark", {"stream": 0, "sample": 20 * FRAME_SAMPLES, "text": "end"}]]
+    assert said == [[who, {"stream": 0, "sample": 20 * FRAME_SAMPLES, "text": "end"}] for who in ("itself", "other")]
 
 
 def test_cancel_ends_one_voice_and_says_what_was_heard(spoken: tuple[Path, list[bytes]]) -> None:
@@ -350,6 +355,16 @@ def test_settings_that_are_refused_are_told_and_nothing_sounds(spoken: tuple[Pat
         bad.feed(frames(1));
         await until(() => told.length === 2 && !bad.isSpeaking);
         say("told", told);
+        for (let times = 0; times < 5; times++) { // each leaves its place
+          await until(() => {
+            try {
+              return bad.feed(frames(0));
+            } catch {
+              return false; // its END is on the way
+            }
+          });
+          await until(() => told.length === 3 + times);
+        }
         say("sound", bad.pull(480).some(Boolean));
         first.openVoice({ settings: { gain_db: 99 } }).feed(frames(0)); // whose errors the process hears
         const voice = first.openVoice({ fadeMs: 0 });
@@ -365,6 +380,7 @@ def test_settings_that_are_refused_are_told_and_nothing_sounds(spoken: tuple[Pat
         }
         await first.stop();
         """,
+        [*CHUNKED, "--max-streams", "3"],
     )
     assert said == [
         ["told", [["bad_settings", False]] * 2],
@@ -485,3 +501,63 @@ def test_stop_with_voices_open_leaves_nothing(spoken: tuple[Path, list[bytes]]) 
         """,
     )
     assert said == [["took less than it may", True], ["speaking", False], ["fed", False], ["gone", "ESRCH"]]
+
+
+def test_what_came_of_a_stream_before_a_crash_sounds_and_nothing_behind_it(spoken: tuple[Path, list[bytes]]) -> None:
+    folder, pcm = spoken
+    said = speak(
+        folder,
+        """
+        const first = await Mossnano.start({ command, fadeMs: 0, log: () => {} });
+        const voice = first.openVoice({ fadeMs: 0 });
+        const marks = [];
+        for (const number of [15, 14]) { // longer than what comes ahead of a pull
+          voice.feed(frames(number));
+          voice.finish();
+        }
+        await until(() => voice._pcmBytes > 4 * 180000); // of both
+        process.kill(first.pid, "SIGKILL");
+        await until(() => first.state === "failed");
+        const [heard] = await pullAll([voice]);
+        say("heard", Buffer.concat(heard).toString("base64"));
+        say("played", voice.played.stream);
+        await first.stop();
+        """,
+    )
+    heard = base64.b64decode(said[0][1])
+    assert len(heard) > 4 * 48000
+    assert pcm[15].startswith(heard)
+    assert said[1] == ["played", 0]
+
+
+def test_what_has_not_left_is_forgotten_and_the_rest_of_it_is_not(spoken: tuple[Path, list[bytes]]) -> None:
+    """To a process that hangs and whose pipe is full."""
+    folder, pcm = spoken
+    said = speak(
+        folder,
+        """
+        const first = await Mossnano.start({ command, fadeMs: 0, onError });
+        const voices = Array.from({ length: 3 }, () => first.openVoice({ fadeMs: 0 }));
+        voices[0].feed(frames(0));
+        process.kill(first.pid, "SIGSTOP");
+        for (let times = 0; times < 3; times++) first.feed(Buffer.alloc(20 * 8000));
+        voices[1].feed(frames(1));
+        voices[1].finish();
+        for (let times = 0; times < 100; times++) { // the process is told of none, so none takes a place
+          voices[2].feed(frames(2));
+          voices[2].finish();
+          voices[2].cancel();
+        }
+        say("speaking", voices.map((voice) => voice.isSpeaking));
+        voices[0].cancel();
+        first.cancel();
+        first.feed(frames(3));
+        first.finish();
+        process.kill(first.pid, "SIGCONT");
+        say("heard", (await pullAll([voices[1], first])).map(sha256));
+        await until(() => !voices[0].isSpeaking);
+        await first.stop();
+        """,
+        [*CHUNKED, "--max-streams", "4"],
+    )
+    assert said == [["speaking", [True, True, False]], ["heard", [digest(pcm[1]), digest(pcm[3])]]]
