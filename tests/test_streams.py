@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -21,6 +23,7 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.protocol.messages import Kind, Message, in_stream, json_message, out_of_stream
 from mossnano_stdio.tokens import CodecFormat
+from tests.conftest import repeated
 from tests.doubles import (
     NANO,
     SMALL,
@@ -419,15 +422,16 @@ def test_a_player_with_the_least_window_hears_all_of_every_stream(
         voices.say(1, Message(Kind.ARTIFACT, artifact_bytes(codes, codec, samples)))
     else:
         voices.say(1, Message(Kind.TOKENS, tokens_payload(codes)), END)
-    played = 0
+    played_samples = -1
     while voices.connection.numbered:
         voices.compute()
-        sent = len(voices.pcm(1)) // 4
-        assert played <= sent <= played + window
-        assert sent > played or not voices.connection.numbered, "a stream that stands still"
-        played = sent
-        voices.say(1, credit(window + played))
-    assert fields(voices.heard[1][-1])["samples"] == played == half_up(Fraction(samples * rate, 48000))
+        sent_samples = len(voices.pcm(1)) // 4
+        assert max(0, played_samples) <= sent_samples <= max(0, played_samples) + window
+        assert sent_samples > played_samples or not voices.connection.numbered, "it stands still"
+        played_samples = sent_samples
+        voices.say(1, credit(window + played_samples))
+    total_samples = half_up(Fraction(samples * rate, 48000))
+    assert fields(voices.heard[1][-1])["samples"] == len(voices.pcm(1)) // 4 == total_samples
 
 
 def half_up(number: Fraction) -> int:
@@ -483,7 +487,8 @@ def test_artifacts_of_all_streams_together_are_bounded(monkeypatch: pytest.Monke
 
 def placed(answers: Sequence[Message]) -> list[tuple[int, int, str]]:
     """Marks: the samples that were heard before, the position that they name, and their text."""
-    heard, marks = 0, []
+    heard = 0
+    marks: list[tuple[int, int, str]] = []
     for answer in answers:
         if answer.kind == Kind.AUDIO:
             heard += len(answer.payload) // 4
@@ -513,8 +518,8 @@ def test_after_resampling_a_mark_is_at_most_a_sample_away(rate: int) -> None:
     voices.compute()
     marks = placed(voices.heard[1])
     assert len(marks) == len(FRAMES)
-    for frame, (heard, position, _) in enumerate(marks):
-        assert abs(position - Fraction(frame * SMALL.frame_samples * rate, 48000)) <= 1
+    for before_frame, (heard, position, _) in enumerate(marks):
+        assert abs(position - Fraction(before_frame * SMALL.frame_samples * rate, 48000)) <= 1
         assert heard <= position
 
 
@@ -643,3 +648,35 @@ def test_numbers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
     for number in range(100):
         assert outline(voices.say(number, TOKENS)) == ["late_stream"]
     assert len(voices.connection._late_numbers) == 10
+
+
+@repeated(2_000, 100_000)
+def test_streams_that_are_over_leave_nothing(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "MAX_REMEMBERED", 10)
+    connection = Connection(DECODE, CountingDecoder, Ramp(), {}, max_streams=4)
+
+    def say(number: int, message: Message) -> None:
+        for _ in connection.receive(in_stream(number, message)):
+            pass
+
+    def open_and_close(number: int) -> None:
+        say(number, settle(window_samples=100, levels_ms=10))
+        for message in (mark("m"), TOKENS, PING, *([END] if number % 3 else []), credit(1000)):
+            say(number, message)
+        if number % 2:
+            for lane in connection.due_lanes():
+                assert lane.stream is not None
+                list(connection.advance([Turn(lane, lane.stream.allowed_frames)]))
+        for message in (CANCEL, TOKENS, credit(2000), json_message(Kind.HANDSHAKE, {"sample_rate": 1})):
+            say(number, message)
+
+    for number in range(100):
+        open_and_close(number)
+    gc.collect()
+    blocks = sys.getallocatedblocks()
+    for number in range(100, 100 + times):
+        open_and_close(number)
+    gc.collect()
+    assert sys.getallocatedblocks() - blocks < times / 10
+    assert connection.numbered == {}
+    assert connection.numbered_opened == 100 + times
