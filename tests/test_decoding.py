@@ -613,3 +613,15 @@ def test_after_any_abuse_every_stream_was_ended_once_and_the_next_is_as_in_a_fre
 
 def test_decode_errors_know_their_code() -> None:
     assert DecodeError.code == "decode_failed"
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3840, 5000, 3 * 3840])
+def test_the_tail_of_a_trimmed_artifact_comes_once(samples: int) -> None:
+    """At another rate, where the resampler keeps some of it back."""
+    connection = Connection(DECODE, lambda: CountingDecoder(NANO), Fixed(1), {}, settings={"sample_rate": 16000})
+    data = artifact_bytes(some_frames(3, NANO), NANO, samples)
+    *sound, end = handle(connection, Message(Kind.ARTIFACT, data))
+    wanted = (2 * samples + 3) // 6  # samples / 3, half up
+    assert sum(len(message.payload) for message in sound) == 4 * wanted
+    assert json.loads(end.payload)["samples"] == wanted
+    assert json.loads(end.payload)["frames"] == 3

@@ -12,6 +12,7 @@ Rules of this room:
 from mossnano_stdio.protocol.messages import (
     INBOX_BYTES,
     LENGTH_BYTES,
+    MAX_MARK_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_NUMBER,
     MESSAGE_COST_BYTES,
@@ -32,6 +33,7 @@ from mossnano_stdio.protocol.messages import (
 __all__ = [
     "INBOX_BYTES",
     "LENGTH_BYTES",
+    "MAX_MARK_BYTES",
     "MAX_MESSAGE_BYTES",
     "MAX_NUMBER",
     "MESSAGE_COST_BYTES",

@@ -23,11 +23,9 @@ from mossnano_stdio.protocol.connection import (
     Direction,
     max_audio_bytes,
 )
-from mossnano_stdio.protocol.messages import MESSAGE_COST_BYTES, Kind, Message
+from mossnano_stdio.protocol.messages import MAX_MARK_BYTES, MESSAGE_COST_BYTES, Kind, Message
 from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
 from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat, frame_bytes, unpack_frames
-
-MAX_MARK_BYTES: Final = 1000
 
 
 class DecodingStream(Stream):
@@ -40,6 +38,7 @@ class DecodingStream(Stream):
         self.artifact = ArtifactReader()
         self._codec = codec
         self._shaper = Shaper(codec, self.settings.form)
+        self._has_last_sound = False
         self._pushed_frames = 0
         self._marks: deque[tuple[int, bytes]] = deque()  # before which frame, in order
         self._marks_bytes = 0
@@ -104,14 +103,18 @@ class DecodingStream(Stream):
         self.frames += chunk.frames
         if chunk.error is not None:
             yield owner.error(chunk.error, self.lane)
+        if self._has_last_sound:  # an artifact has more frames than its samples need
+            return
         shaped = self._shaper.push(chunk.audio)
         yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
         if self.chunks.samples_left == 0 and self._shaper.delay_samples:
             yield from self.last_sound(owner)
 
     def last_sound(self, owner: Owner) -> Answers:
-        shaped = self._shaper.finish()
-        yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
+        if not self._has_last_sound:
+            self._has_last_sound = True
+            shaped = self._shaper.finish()
+            yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
         yield from self._marks_before(None)
 
     def _sound(self, sound: bytes, levels: bytes, clipped_samples: int) -> Answers:

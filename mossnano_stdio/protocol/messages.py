@@ -27,6 +27,7 @@ MESSAGE_COST_BYTES: Final = 64  # what each waiting message counts on top of its
 NUMBERED: Final = 0x80  # added to the kind of a message whose payload begins with the number of its stream
 NUMBER_BYTES: Final = 4
 MAX_NUMBER: Final = (1 << 32) - 1
+MAX_MARK_BYTES: Final = 1000  # of the text of one MARK
 
 LENGTH_BYTES: Final = 4
 _HEADER = struct.Struct("<IB")
