@@ -170,6 +170,95 @@ def test_the_longest_message_of_a_numbered_stream_is_four_bytes_shorter() -> Non
     assert "a frame of 524286 codes is 1048572 bytes, allowed are 1048571" in outcome.error_line
 
 
+# --- frame: settings, marks and credit ----------------------------------------------------------------------------
+
+
+def test_settings_stand_before_all_streams() -> None:
+    sets = ["sample_rate=16000", "sample_format=f32le", "chunk_frames=null", "gain_db=-3.5", "odd=NaN", "far=1e999"]
+    arguments = [word for setting in sets for word in ("--set", setting)]
+    for numbering in ([], ["--number-from", 3]):
+        first, *rest = messages_in(call_tool("frame", "-", *arguments, *numbering, stdin=ARTIFACT).out)
+        assert first.kind == Kind.SETTINGS
+        assert json.loads(first.payload) == {
+            "sample_rate": 16000,
+            "sample_format": "f32le",
+            "chunk_frames": None,
+            "gain_db": -3.5,
+            "odd": "NaN",
+            "far": "1e999",
+        }
+        assert rest == messages_in(call_tool("frame", "-", *numbering, stdin=ARTIFACT).out)
+
+
+MARKS = ["--mark", "5=five", "--mark", "0=\N{SNOWMAN}", "--mark", "7=end", "--mark", "5=again="]
+
+
+@pytest.mark.parametrize("numbering", [[], ["--number-from", 3]])
+def test_marks_stand_among_tokens(numbering: list[Any]) -> None:
+    arguments = ["frame", "-", "--as", "tokens", "--message-frames", 3, *numbering]
+    messages = messages_in(call_tool(*arguments, *MARKS, stdin=ARTIFACT).out)
+    if numbering:
+        ((number, messages),) = by_stream(messages).items()
+        assert number == 3
+    told = [
+        len(message.payload) // 20 if message.kind == Kind.TOKENS else message.payload.decode()
+        for message in messages[1:-1]
+    ]
+    assert told == ["\N{SNOWMAN}", 3, 2, "five", "again=", 1, 1, "end"]
+    assert {message.kind for message in messages[1:-1]} == {Kind.TOKENS, Kind.MARK}
+    assert b"".join(message.payload for message in messages if message.kind == Kind.TOKENS) == pack_frames(CODES, 1024)
+
+
+def test_marks_of_no_frames() -> None:
+    empty = build_artifact(Artifact(48000, 2, 0, 8, 0, 1024, CODES[:0, :8]))
+    messages = messages_in(call_tool("frame", "-", "--as", "tokens", "--mark", "0=x", stdin=empty).out)
+    assert messages[1:] == [Message(Kind.MARK, b"x"), Message(Kind.TOKENS), Message(Kind.END)]
+
+
+def test_marks_of_an_artifact_are_settings_of_its_stream() -> None:
+    messages = messages_in(call_tool("frame", "-", "--number-from", 3, *MARKS, stdin=ARTIFACT).out)
+    settings, artifact = by_stream(messages)[3]
+    assert settings.kind == Kind.SETTINGS
+    assert json.loads(settings.payload) == {"marks": [[0, "\N{SNOWMAN}"], [5, "five"], [5, "again="], [7, "end"]]}
+    assert artifact == Message(Kind.ARTIFACT, ARTIFACT)
+
+
+@pytest.mark.parametrize(
+    ("form", "first"), [(["artifact"], Kind.ARTIFACT), (["artifact", *MARKS], Kind.SETTINGS), (["tokens"], Kind.TOKENS)]
+)
+def test_credit_follows_what_opens_its_stream(form: list[str], first: Kind, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(ARTIFACT)
+    paths = [tmp_path / "a"] * (1 if MARKS[0] in form else 2)
+    messages = messages_in(call_tool("frame", *paths, "--as", *form, "--number-from", 0, "--credit", 96000).out)
+    for stream in by_stream(messages).values():
+        kinds = [message.kind for message in stream if message.kind != Kind.HANDSHAKE]
+        assert kinds[0] == first
+        (credit,) = (message for message in stream if message.kind == Kind.CREDIT)
+        assert credit.payload == struct.pack("<Q", 96000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--credit", "1"], "--credit is for numbered streams: add --number-from N"),
+        (["--credit", "0", "--number-from", "1"], "--credit is 0, allowed is 1 to 18446744073709551615"),
+        (["--mark", "1=x"], "add one of --as tokens, --number-from N"),
+        (["-", "--mark", "1=x", "--as", "tokens"], "--mark is for one artifact, not 2"),
+        (["--mark", "8=x", "--as", "tokens"], "--mark is at frame 8, allowed is 0 to 7, the artifact's end"),
+        (["--mark", "x"], "'x': FRAME=TEXT is allowed, frames counted from 0"),
+        (["--mark=-1=x"], "'-1=x': FRAME=TEXT is allowed"),
+        (["--mark", "1=" + "x" * 1001], "a text of 1001 bytes: up to 1000 are allowed in a MARK"),
+        (["--mark", "1=\udcff"], "the text is no UTF-8"),
+        (["--set", "x"], "'x': NAME=VALUE is allowed"),
+        (["--set", "=1"], "'=1': NAME=VALUE is allowed"),
+    ],
+)
+def test_what_frame_does_not_write(arguments: list[str], words: str) -> None:
+    outcome = call_tool("frame", "-", *arguments, stdin=ARTIFACT)
+    assert (outcome.status, outcome.out) == (ExitStatus.USAGE, b"")
+    assert words in outcome.err
+
+
 # --- unframe -----------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +471,114 @@ def test_unframe_says_what_is_wrong(arguments: list[str], stream: bytes, status:
     outcome = call_tool("unframe", *arguments, stdin=stream)
     assert (outcome.status, outcome.out) == (status, b"")
     assert words in outcome.error_line
+
+
+# --- unframe: marks and levels ------------------------------------------------------------------------------------
+
+
+def mark(sample: int, text: bytes) -> bytes:
+    return struct.pack("<Q", sample) + text
+
+
+def levels(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}H", *values)
+
+
+EVENTFUL = stream_of(
+    (0, HANDSHAKE | {"levels_ms": 20}),
+    numbered(7, 11, mark(0, b"so")),
+    (12, levels(1, 2)),
+    (1, PCM),
+    numbered(7, 12, levels(65535)),
+    numbered(7, 1, PCM),
+    (11, mark(24000, "\N{SNOWMAN}".encode())),
+    (12, levels(3)),
+    (7, {"stream": 0, "next_stream": 4}),
+    numbered(7, 12, levels(0, 9)),
+    numbered(7, 11, mark(1 << 40, b"\xff")),
+    numbered(8, 0, HANDSHAKE | {"sample_rate": 8000, "levels_ms": 10}),
+    numbered(8, 11, mark(1000, b"")),
+    numbered(8, 7, {}),
+    numbered(7, 7, {}),
+    (12, levels(5)),
+    (7, {"stream": 4, "next_stream": 5}),
+)
+PLAIN_EVENTS = [
+    {"stream": 0, "numbered": False, "seconds": 0.0, "levels_ms": 20, "levels": [1, 2]},
+    {"stream": 0, "numbered": False, "seconds": 0.5, "sample": 24000, "mark": "\N{SNOWMAN}"},
+    {"stream": 0, "numbered": False, "seconds": 0.04, "levels_ms": 20, "levels": [3]},
+    {"stream": 4, "numbered": False, "seconds": 0.0, "levels_ms": 20, "levels": [5]},
+]
+EVENTS_OF_7 = [
+    {"stream": 7, "numbered": True, "seconds": 0.0, "sample": 0, "mark": "so"},
+    {"stream": 7, "numbered": True, "seconds": 0.0, "levels_ms": 20, "levels": [65535]},
+    {"stream": 7, "numbered": True, "seconds": 0.02, "levels_ms": 20, "levels": [0, 9]},
+    {"stream": 7, "numbered": True, "seconds": 22906492.245333, "sample": 1 << 40, "mark_hex": "ff"},
+]
+EVENTS_OF_8 = [{"stream": 8, "numbered": True, "seconds": 0.125, "sample": 1000, "mark": ""}]
+
+
+def lines(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_marks_and_levels_of_one_stream(tmp_path: Path) -> None:
+    files = ["-", tmp_path / "x.pcm", "--events"]
+    assert lines(call_tool("unframe", *files, "-", "--stream", 7, stdin=EVENTFUL).out) == EVENTS_OF_7
+    assert (tmp_path / "x.pcm").read_bytes() == PCM
+    plain = EVENTFUL.replace(stream_of(numbered(7, 1, PCM)), b"")  # with a numbered stream's sound we would be asked
+    assert call_tool("unframe", *files, tmp_path / "x.jsonl", stdin=plain).status == 0
+    assert lines((tmp_path / "x.jsonl").read_bytes()) == PLAIN_EVENTS
+
+
+def test_marks_and_levels_of_each_stream(tmp_path: Path) -> None:
+    assert call_tool("unframe", "--each", tmp_path, stdin=EVENTFUL) == (0, b"", "")
+    found = {path.name: lines(path.read_bytes()) for path in tmp_path.glob("*.jsonl")}
+    assert found == {"plain.jsonl": PLAIN_EVENTS, "7.jsonl": EVENTS_OF_7, "8.jsonl": EVENTS_OF_8}
+    assert {path.stem for path in tmp_path.glob("*.wav")} == {"plain", "7", "8"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream", "status", "words"),
+    [
+        (["--events", "-"], EVENTFUL, ExitStatus.USAGE, "stdout has the sound: give --events a file, or OUT"),
+        (["--each", "x", "--events", "y"], EVENTFUL, ExitStatus.USAGE, "leave --events out"),
+        (["--events", "y"], stream_of((11, bytes(7))), ExitStatus.BAD_INPUT, "a MARK of 7 bytes"),
+        (["--events", "y"], stream_of((0, HANDSHAKE | {"levels_ms": 10}), (12, b"abc")), 65, "LEVELS of 3 bytes"),
+        (["--events", "y"], stream_of((0, HANDSHAKE), (12, b"ab")), 65, "the HANDSHAKE says levels_ms None"),
+    ],
+)
+def test_what_unframe_cannot_write(
+    arguments: list[str], stream: bytes, status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = call_tool("unframe", *arguments, stdin=stream)
+    assert (outcome.status, outcome.out) == (status, b"")
+    assert words in outcome.error_line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_marks_and_levels_through_the_process(tmp_path: Path) -> None:
+    """From --mark and --set to the lines, at another rate, for tokens and an artifact."""
+    arguments = ["--set", "sample_rate=16000", "--set", "channels=1", "--set", "levels_ms=40", *MARKS]
+    lengths = {"tokens": 7 * 1280, "artifact": round((7 * 3840 - 100) / 3)}
+    for number, form in enumerate(lengths, start=1):
+        stream = call_tool("frame", "-", "--as", form, "--number-from", number, *arguments, stdin=ARTIFACT).out
+        framed = subprocess.run(DEMO, input=stream, stdout=subprocess.PIPE, timeout=60, check=True)
+        assert call_tool("unframe", "--each", tmp_path, stdin=framed.stdout) == (0, b"", "")
+        events = lines((tmp_path / f"{number}.jsonl").read_bytes())
+        marks = [(event["sample"], event["mark"]) for event in events if "mark" in event]
+        places = [0, 5 * 1280, 5 * 1280, lengths[form]]
+        assert marks == list(zip(places, ["\N{SNOWMAN}", "five", "again=", "end"], strict=True))
+        found = [level for event in events if "mark" not in event for level in event["levels"]]
+        sound, rate = soundfile.read(tmp_path / f"{number}.wav", dtype="int16")
+        assert (rate, sound.shape) == (16000, (lengths[form],))
+        windows = [sound[start : start + 640] / 32767 for start in range(0, len(sound), 640)]
+        expected = [np.sqrt(np.mean(np.square(window))) * 65535 for window in windows]
+        np.testing.assert_allclose(found, expected, atol=4)
+
+
+# --- unframe: through the process ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["artifact", "tokens"])
