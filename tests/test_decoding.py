@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mossnano_stdio.chunks import Fixed, Ramp, Schedule
 from mossnano_stdio.errors import DecodeError, ProtocolError
-from mossnano_stdio.protocol.connection import MAX_AUDIO_BYTES, MAX_SENT_BYTES, Connection
+from mossnano_stdio.protocol.connection import MAX_SENT_BYTES, Connection
 from mossnano_stdio.protocol.decoding import DECODE, DECODING
 from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from mossnano_stdio.protocol.stream import State
@@ -193,7 +193,7 @@ def test_a_chunk_larger_than_an_audio_message_may_be_is_split() -> None:
     frames = some_frames(140, NANO)
     answers = Talk(CountingDecoder(NANO), Fixed(140)).say(Message(Kind.TOKENS, tokens_payload(frames)), END)
     sizes = [len(answer.payload) for answer in answers[:-1]]
-    most = MAX_AUDIO_BYTES // 4 * 4
+    most = MAX_SENT_BYTES // 4 * 4
     assert sizes == [most, most, 140 * NANO.frame_pcm_bytes - 2 * most]
     assert pcm(answers) == expected_pcm(frames, NANO)
 
@@ -244,8 +244,11 @@ def test_the_handshake_says_what_holds() -> None:
         "max_chunk_frames": 8,
         "codec_sample_rate": 48000,
         "codec_channels": 2,
+        "max_streams": 0,
+        "urgency": 3,
         "gain_db": 0.0,
         "levels_ms": 0,
+        "window_samples": None,
     }
 
 

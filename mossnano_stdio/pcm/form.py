@@ -88,6 +88,18 @@ class SoundForm:
         """Does it ask for nothing?"""
         return self == SoundForm.of_codec(codec)
 
+    def most_samples(self, codec_samples: int, codec: CodecFormat) -> int:
+        """How many samples may leave at once where `codec_samples` come, wherever in the stream; or at its end.
+
+        >>> codec = CodecFormat(48000, 2, 3840, 16, 1024)
+        >>> SoundForm.of_codec(codec).most_samples(3840, codec), SoundForm(16000, 1).most_samples(1, codec) > 1
+        (3840, True)
+        """
+        if self.sample_rate == codec.sample_rate:
+            return codec_samples
+        longest = -(-codec_samples * self.sample_rate // codec.sample_rate)
+        return max(longest, _delay_samples(codec.sample_rate, self.sample_rate))
+
     def changed(self, name: str, value: Any, codec: CodecFormat) -> SoundForm:
         """This form with another value of the setting `name`, one of FORM_SETTINGS; a SettingsError where that cannot
         be.
@@ -211,11 +223,6 @@ class Shaper:
     def samples_after(self, codec_samples: int) -> int:
         """How many samples have left when so many came in all and more are expected."""
         return max(0, self.output_position(codec_samples) - self.delay_samples)
-
-    def most_samples(self, codec_samples: int) -> int:
-        """How many samples may leave at once where `codec_samples` come, wherever in the stream; or with `finish`."""
-        longest = -(-codec_samples * self.form.sample_rate // self._codec.sample_rate)
-        return max(longest, self.delay_samples)
 
     def push(self, audio: Audio) -> ShapedSound:
         """[samples, channels] of the codec -> what can leave. Where it is not finite nothing has changed: push

@@ -11,6 +11,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -92,9 +93,12 @@ class Inbox:
         with self._changed:
             return self._waiting.popleft() if self._waiting else self._maybe_ending
 
-    def wait(self, look_round: Callable[[], object] = lambda: None) -> None:
-        """Sleep until there is a next one. Looks round WAKE_SECONDS apart."""
+    def wait(self, look_round: Callable[[], object] = lambda: None, until_seconds: float = math.inf) -> None:
+        """Sleep until there is a next one, or the clock says `until_seconds`. Looks round WAKE_SECONDS apart."""
         with self._changed:
             while not self._waiting and self._maybe_ending is None:
-                if not self._changed.wait(WAKE_SECONDS):
+                left_seconds = until_seconds - time.perf_counter()
+                if left_seconds <= 0:
+                    return
+                if not self._changed.wait(min(left_seconds, WAKE_SECONDS)):
                     look_round()

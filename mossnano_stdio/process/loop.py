@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mossnano_stdio import __version__
-from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp
 from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
 from mossnano_stdio.pcm import SoundForm
 from mossnano_stdio.process.flags import (
@@ -204,14 +204,14 @@ class _Process:
                         maybe_ending = ending
                     case None:
                         break
-            now = time.perf_counter()
-            if turns := self._turns.next(connection.due_lanes(), now):
+            due = connection.due_lanes()
+            if turns := self._turns.next(due, time.perf_counter()):
                 self._put_all(connection.advance(turns))
             elif maybe_ending is not None:
                 return maybe_ending
             elif self._inbox.is_empty:
                 with self._signals.raising():
-                    self._inbox.wait(self._fd.check_reader)
+                    self._inbox.wait(self._fd.check_reader, self._turns.wakes_at(due))
 
     def stop_output(self) -> None:
         """Whatever still sounds is silent from now on."""
@@ -289,7 +289,7 @@ class _Process:
             loaded.new_codec,
             chosen_schedule(options, frames_per_second, options.max_chunk_frames, loaded.ramp_second_frames),
             identity,
-            ramp_max_frames=options.max_chunk_frames,
+            ramp=Ramp(options.max_chunk_frames, loaded.ramp_second_frames),
             max_streams=options.max_streams,
             maybe_no_numbers=(
                 f"--output {options.output} has no place for them: use --output framed"

@@ -6,7 +6,9 @@ Rules of this room:
   with one frame. Urgency decides only among those that hold less than URGENT_SECONDS.
 - A chunk is cut so that no other due stream runs dry while it is computed. One that would run dry all the same is left
   out of account: under overload chunks grow, which is what helps.
-- A chunk costs what such chunks took lately.
+- A chunk that its credit cuts short waits for more of it, as a whole one costs less a frame, but no longer than until
+  its listener has only URGENT_SECONDS left. One that does not play yet may need just that chunk.
+- A chunk costs what such chunks took lately. No clock is read here: who asks says when it is.
 """
 
 from __future__ import annotations
@@ -42,11 +44,17 @@ class Turns:
 
     def next(self, due: Sequence[Lane], seconds: float) -> list[Turn]:
         """The lanes that are next, at `seconds` of the clock."""
-        streams = {lane: lane.stream for lane in due if lane.stream is not None}
+        streams = {
+            lane: lane.stream for lane in due if lane.stream is not None and _waits_until(lane.stream) <= seconds
+        }
         order = sorted(streams, key=lambda lane: _precedence(streams[lane], seconds))
         chosen = order[: self._at_once]
         left = [streams[lane].held_seconds(seconds) for lane in order[self._at_once :]]
         return [Turn(lane, self._frames(streams[lane], left, is_lone=len(order) == 1)) for lane in chosen]
+
+    def wakes_at(self, due: Sequence[Lane]) -> float:
+        """When the first of the lanes that wait for more credit stops to do so, if none comes."""
+        return min((_waits_until(lane.stream) for lane in due if lane.stream is not None), default=math.inf)
 
     def _frames(self, stream: Stream, left: Sequence[float], *, is_lone: bool) -> int:
         frames = stream.allowed_frames
@@ -59,6 +67,13 @@ class Turns:
             if all(self.cost_seconds(fewer) <= seconds for seconds in savable):
                 return fewer
         return 1
+
+
+def _waits_until(stream: Stream) -> float:
+    is_cut = stream.allowed_frames < stream.chunks.due_frames
+    if stream.heard_until_seconds is None or not is_cut or not stream.is_played:
+        return -math.inf
+    return stream.heard_until_seconds - URGENT_SECONDS
 
 
 def _precedence(stream: Stream, seconds: float) -> tuple[float, ...]:

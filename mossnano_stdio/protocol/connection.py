@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Chunks, Schedule
+from mossnano_stdio.chunks import Chunks, Ramp, Schedule
 from mossnano_stdio.errors import (
     BacklogError,
     HandshakeError,
@@ -52,7 +52,6 @@ from mossnano_stdio.protocol.stream import Answers, Lane, Received, State, Strea
 from mossnano_stdio.tokens import CodecFormat, frame_bytes
 
 MAX_SENT_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of any payload of ours: a reader like ours takes it
-MAX_AUDIO_BYTES: Final = MAX_SENT_BYTES  # of one AUDIO payload, whatever the chunk
 ERROR_CHARACTERS: Final = 2000  # of what is said of an error: a peer's text in it could be as long as a message
 REPEATED_CHARACTERS: Final = 1000  # of a peer's text that goes back to it
 MAX_BACKLOG_BYTES: Final = 1 << 20  # that may wait in one numbered stream
@@ -71,7 +70,7 @@ class Direction(NamedTuple):
     transitions: Mapping[tuple[State, Kind], Action]
     adding: frozenset[Kind]  # what only adds to a stream, and so waits for none of its chunks
     opening: frozenset[Kind]  # what opens a numbered stream
-    stops_reading: bool  # what does a numbered stream do that is full: stop the reading, or go bad?
+    encodes: bool  # then there is no credit: a numbered stream that is full stops the reading, and does not go bad
     new_stream: Callable[[int, Lane, Chunks[Any], float, CodecFormat], Stream]
     new_chunks: Callable[[Any, Schedule, Callable[[int, float], object]], Chunks[Any]]  # over a decoder, or an encoder
     check_quantizers: Callable[[Any, int], None]  # a SettingsError where this codec does not do with so few
@@ -88,9 +87,9 @@ class Connection:
     """One peer's conversation with one codec.
 
     `new_codec` makes a decoder, or an encoder, for each stream that is open at the same time. `identity` is what a
-    HANDSHAKE says beyond the numbers that are known here; `ramp_max_frames` is where the live ramp stops when SETTINGS
-    asks for it; `cancel_waiting` says whether a plain CANCEL was read and is not handled yet. Where `maybe_no_numbers`
-    says why, there are no numbered streams.
+    HANDSHAKE says beyond the numbers that are known here. Where SETTINGS ask for no fixed size, chunks are those of
+    `ramp`. `cancel_waiting` says whether a plain CANCEL was read and is not handled yet. Where `maybe_no_numbers` says
+    why, there are no numbered streams; where `maybe_fixed_form` does, SETTINGS do not change the form of the sound.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class Connection:
         max_streams: int = 0,
         maybe_no_numbers: str | None = None,
         maybe_fixed_form: str | None = None,
-        ramp_max_frames: int = RAMP_MAX_FRAMES,
+        ramp: Schedule | None = None,
         cancel_waiting: Callable[[], bool] = lambda: False,
         on_handled: Callable[[Message], object] = lambda message: None,
         on_step: Callable[[int, float], object] = lambda frames, seconds: None,
@@ -115,10 +114,7 @@ class Connection:
         self.streams_opened = 0
         self.error_count = 0
         self._rules = Rules(
-            self.format,
-            ramp_max_frames,
-            partial(direction.check_quantizers, codec),
-            encodes=direction.stops_reading,
+            self.format, ramp or Ramp(), partial(direction.check_quantizers, codec), encodes=direction.encodes
         )
         asked_for = self._rules.changed(Settings.of_codec(self.format, schedule), settings or {})
         self._rules = replace(self._rules, maybe_fixed_form=maybe_fixed_form)
@@ -156,8 +152,8 @@ class Connection:
     @property
     def is_full(self) -> bool:
         """Must reading stop until something is computed?"""
-        return self.direction.stops_reading and any(
-            lane.backlog_bytes > MAX_BACKLOG_BYTES for lane in self.numbered.values()
+        return self.direction.encodes and any(
+            lane.is_due and lane.backlog_bytes > MAX_BACKLOG_BYTES for lane in self.numbered.values()
         )
 
     @property
@@ -174,8 +170,14 @@ class Connection:
 
     def handshake(self, lane: Lane | None = None) -> Message:
         """Who we are and what holds now."""
-        codec, settings = self.format, (lane or self.plain).settings
+        lane, codec = lane or self.plain, self.format
+        settings = lane.settings
         schedule, form = settings.schedule, settings.form
+        of_decoding = {
+            "gain_db": form.gain_db,
+            "levels_ms": form.levels_ms,
+            "window_samples": settings.window_samples,
+        }
         return json_message(
             Kind.HANDSHAKE,
             {
@@ -188,43 +190,35 @@ class Connection:
                 "quantizers": settings.quantizers,
                 "codebook_size": codec.codebook_size,
                 "frame_bytes": frame_bytes(settings.quantizers, codec.codebook_size),
-                "max_audio_bytes": max_audio_bytes(settings, codec, is_numbered=bool(lane and lane.maybe_number)),
+                "max_audio_bytes": max_audio_bytes(lane, codec),
                 "chunk_frames": schedule.maybe_chunk_frames,
                 "max_chunk_frames": schedule.max_frames,
                 "codec_sample_rate": codec.sample_rate,
                 "codec_channels": codec.channels,
-                **({"gain_db": form.gain_db, "levels_ms": form.levels_ms} if not self.direction.stops_reading else {}),
-                **({"max_streams": self.max_streams, "urgency": settings.urgency} if self.max_streams else {}),
-                **(
-                    {"window_samples": settings.window_samples}
-                    if self.max_streams and not self.direction.stops_reading
-                    else {}
-                ),
+                "max_streams": self.max_streams,
+                "urgency": settings.urgency,
+                **({} if self.direction.encodes else of_decoding),
             },
         )
 
     def receive(self, message: Message, seconds: float = 0.0) -> Answers:
         """Deal with one message, which was there at `seconds` of the caller's clock, or let it wait in its lane."""
         if not message.kind & NUMBERED or not self._knows(message.kind & ~NUMBERED):
-            self._wait(self.plain, Received(message, seconds))
+            self.plain.wait(message, seconds)
             yield from self._progress(self.plain)
             return
-        if self._maybe_no_numbers is not None or not self.max_streams:
-            why = self._maybe_no_numbers or "--max-streams is 0"
-            yield self.error(UnknownKindError(f"there are no numbered streams here: {why}"), None)
-            self._on_handled(message)
-            return
         try:
-            number, inner = out_of_stream(message)
+            number, inner = self._numbered(message)
         except PayloadError as error:
-            yield self.error(error, None)
             self._on_handled(message)
+            yield self.error(error, None)
             return
         lane = self.numbered.get(number)
         if lane is None and number > self._highest_number and self._settings_wait():
             self._behind_settings.append(Received(message, seconds))  # what holds for it is not settled yet
             return
         self._on_handled(message)
+        self._received_seconds = seconds
         if lane is None:
             lane = yield from self._receive_unopened(number, inner)
         if lane is not None:
@@ -253,7 +247,7 @@ class Connection:
             if lane.stream is not None:
                 lane.stream.grant_all()
             if lane.maybe_number is not None and not is_faulty and not lane.has_all_input:
-                self._wait(lane, Received(Message(Kind.END), 0.0))
+                lane.wait(Message(Kind.END), 0.0)
             yield from self._progress(lane)
 
     def close(self, maybe_fault: MossnanoError | None = None) -> Answers:
@@ -269,41 +263,40 @@ class Connection:
 
     # --- lanes ----------------------------------------------------------------------------------------
 
-    def _wait(self, lane: Lane, received: Received) -> None:
-        lane.waiting.append(received)
-        lane.waiting_bytes += received.message.cost_bytes
-
     def _progress(self, lane: Lane) -> Answers:
-        """Deal with the messages of a lane that wait for no chunk."""
-        while True:
-            self._look_for_cancel(lane)
-            if lane.after_chunks is not None:
-                if lane.is_due or (lane.stream is not None and not lane.stream.can_end()):
-                    return
-                then, lane.after_chunks = lane.after_chunks, None
-                yield from lane.addressed(then())
-            elif lane.waiting:
-                message, seconds = lane.waiting[0]
-                if lane.is_due and (
-                    message.kind not in self.direction.adding
-                    or (lane.maybe_number is None and _open(lane).chunks.is_sated)
-                ):
-                    return
-                lane.waiting.popleft()
-                lane.waiting_bytes -= message.cost_bytes
-                if lane.maybe_number is None:
-                    self._on_handled(message)
-                yield from lane.addressed(self._handle(lane, message, seconds))
-            elif self._input_ended and lane.stream is not None and not lane.stream.is_complete:
-                lane.stream.is_complete = True
-                if lane.stream.state is not State.SKIP:
-                    lane.stream.complete_input()  # no chunk fills up any more
-            else:
-                break
-        if lane.maybe_number is None and self._behind_settings and not self._settings_wait():
+        """Deal with what waits in a lane, as far as it waits for no chunk."""
+        while (maybe_answers := self._maybe_next(lane)) is not None:
+            yield from lane.addressed(maybe_answers)
+        if lane.stream is not None:
+            lane.stream.note_due(self._received_seconds)
+        if lane is self.plain and self._behind_settings and not self._settings_wait():
             opening, self._behind_settings = self._behind_settings, deque()
             for message, seconds in opening:
                 yield from self.receive(message, seconds)
+
+    def _maybe_next(self, lane: Lane) -> Answers | None:
+        """What the next thing that can be dealt with leads to."""
+        self._look_for_cancel(lane)
+        if lane.after_chunks is not None:
+            if lane.is_due or (lane.stream is not None and not lane.stream.can_end()):
+                return None
+            then, lane.after_chunks = lane.after_chunks, None
+            return then()
+        if lane.waiting:
+            message, seconds = lane.waiting[0]
+            if lane.is_due and (
+                message.kind not in self.direction.adding
+                or (lane is self.plain and _open(lane).chunks.is_sated)  # what waits there is bounded by the inbox
+            ):
+                return None
+            lane.waiting.popleft()
+            lane.waiting_bytes -= message.cost_bytes
+            if lane is self.plain:
+                self._on_handled(message)
+            return self._handle(lane, message, seconds)
+        if self._input_ended and lane.stream is not None:
+            lane.stream.complete_input()  # no chunk fills up any more
+        return None
 
     def _handle(self, lane: Lane, message: Message, seconds: float) -> Answers:
         self._received_seconds = seconds
@@ -326,107 +319,83 @@ class Connection:
         return any(message.kind in (Kind.SETTINGS, Kind.HANDSHAKE) for message, _ in self.plain.waiting)
 
     def _knows(self, kind: int) -> bool:
-        return kind in self.direction.opening or kind in (
-            *(kind for _, kind in self.direction.transitions),
-            *(() if self.direction.stops_reading else (Kind.CREDIT,)),
-        )
+        """Is it a kind that may have a number?"""
+        known = {known for _, known in self.direction.transitions}
+        return kind in known or (kind == Kind.CREDIT and not self.direction.encodes)
+
+    def _numbered(self, message: Message) -> tuple[int, Message]:
+        """The number of a message's stream, and the message without it."""
+        if self._maybe_no_numbers is not None or not self.max_streams:
+            why = self._maybe_no_numbers or "--max-streams is 0"
+            raise UnknownKindError(f"there are no numbered streams here: {why}")
+        return out_of_stream(message)
 
     def _receive_unopened(self, number: int, message: Message) -> Generator[Message, None, Lane | None]:
         """A message for a number that is not open. Returns the lane where it opens one."""
+        lane = Lane(number, self.plain.settings, None)
         kind = message.kind
-        if kind in (Kind.PING, Kind.ERROR, Kind.HANDSHAKE):
-            act = {
-                Kind.PING: self.echo,
-                Kind.ERROR: self.report_peer_error,
-                Kind.HANDSHAKE: self.compare_formats,
-            }[Kind(kind)]
-            visitor = Lane(number, self.plain.settings, self.plain.codec)
-            yield from visitor.addressed(act(visitor, message))
+        maybe_refusal: PayloadError | None = None
+        if kind in AT_ANY_TIME:
+            yield from lane.addressed(AT_ANY_TIME[Kind(kind)](self, lane, message))
             if kind == Kind.HANDSHAKE and number > self._highest_number:
-                _remember(self._misfits, number, visitor.maybe_misfit)
+                _remember(self._misfits, number, lane.maybe_misfit)
             return None
         if number <= self._highest_number:
-            yield from self._refuse_late(number, kind)
-            return None
-        if kind not in self.direction.opening:
+            maybe_refusal = self._maybe_too_late(number, kind)
+        elif kind not in self.direction.opening:
             opened_by = f"{self.direction.opened_by}, SETTINGS or MARK".replace(" or ", ", ", 1)
-            yield in_stream(
-                number,
-                self.error(
-                    NoStreamError(
-                        f"{kind_name(kind)} came for stream {number}, which is not open: {opened_by} opens one"
-                    ),
-                    None,
-                    number=number,
-                ),
+            maybe_refusal = NoStreamError(
+                f"{kind_name(kind)} came for stream {number}, which is not open: {opened_by} opens one"
             )
-            return None
-        self._highest_number = number
-        if len(self.numbered) >= self.max_streams:
-            yield in_stream(
-                number,
-                self.error(
-                    TooManyStreamsError(
-                        f"stream {number} is not opened: {self.max_streams} streams are open, and --max-streams allows "
-                        "no more; wait for an END"
-                    ),
-                    None,
-                    number=number,
-                ),
+        else:
+            self._highest_number = number
+            if len(self.numbered) < self.max_streams:
+                lane.codec = self._spare_codecs.pop() if self._spare_codecs else self._new_codec()
+                lane.maybe_misfit = self._misfits.pop(number, self.plain.maybe_misfit)
+                self.numbered[number] = lane
+                self.open_stream(lane)
+                return lane
+            maybe_refusal = TooManyStreamsError(
+                f"stream {number} is not opened: {self.max_streams} streams are open, and --max-streams allows no "
+                "more; wait for an END"
             )
-            return None
-        codec = self._spare_codecs.pop() if self._spare_codecs else self._new_codec()
-        lane = self.numbered[number] = Lane(number, self.plain.settings, codec)
-        lane.maybe_misfit = self._misfits.pop(number, self.plain.maybe_misfit)
-        return lane
+        if maybe_refusal is not None:
+            yield in_stream(number, self.error(maybe_refusal, lane))
+        return None
 
-    def _refuse_late(self, number: int, kind: int) -> Answers:
-        """A number that is over. What may always cross an END on its way is dropped without a word."""
+    def _maybe_too_late(self, number: int, kind: int) -> LateStreamError | None:
+        """What is said, once, to input for a stream that has all of it. What may always cross an END on its way is
+        dropped without a word."""
         if kind in (Kind.CREDIT, Kind.CANCEL, Kind.END, Kind.MARK) or number in self._late_numbers:
-            return
+            return None
         _remember(self._late_numbers, number, None)
-        yield in_stream(
-            number,
-            self.error(
-                LateStreamError(
-                    f"{kind_name(kind)} came for stream {number}, which is over or was passed over: a new stream "
-                    f"takes a number above {self._highest_number}"
-                ),
-                None,
-                number=number,
-            ),
+        return LateStreamError(
+            f"{kind_name(kind)} came for stream {number}, which is over or was passed over: a new stream takes a "
+            f"number above {self._highest_number}"
         )
 
     def _receive_in(self, lane: Lane, message: Message, seconds: float) -> Answers:
-        """A message for a numbered stream that is open, or opens now."""
+        """A message for a numbered stream that is open."""
         assert lane.maybe_number is not None
-        if lane.stream is None:
-            self._received_seconds = seconds
-            self.open_stream(lane)
-        assert lane.stream is not None
-        match message.kind:
-            case Kind.CREDIT:
-                yield from lane.addressed(self.grant(lane, message))
-            case Kind.CANCEL:
-                yield from lane.addressed(self.cancel_numbered(lane, message))
-            case Kind.TOKENS | Kind.ARTIFACT | Kind.AUDIO | Kind.SETTINGS | Kind.MARK | Kind.END if lane.has_all_input:
-                yield from self._refuse_late(lane.maybe_number, message.kind)
-            case _:
-                lane.has_all_input = message.kind == Kind.END
-                self._wait(lane, Received(message, seconds))
-                if not self.direction.stops_reading and lane.backlog_bytes > MAX_BACKLOG_BYTES + message.cost_bytes:
-                    yield from lane.addressed(self._refuse_backlog(lane))
+        if message.kind == Kind.CREDIT:
+            yield from lane.addressed(self.grant(lane, message))
+        elif message.kind == Kind.CANCEL:
+            yield from lane.addressed(self.cancel_numbered(lane, message))
+        elif lane.has_all_input and message.kind not in AT_ANY_TIME:
+            maybe_refusal = self._maybe_too_late(lane.maybe_number, message.kind)
+            if maybe_refusal is not None:
+                yield from lane.addressed(iter([self.error(maybe_refusal, lane)]))
+        else:
+            if message.kind == Kind.END:
+                lane.has_all_input = True
+            elif not self.direction.encodes and lane.backlog_bytes > MAX_BACKLOG_BYTES:
+                error = BacklogError(
+                    f"more than {MAX_BACKLOG_BYTES} bytes wait in stream {lane.maybe_number}: send no more than is "
+                    "played, or grant more CREDIT"
+                )
+                yield from lane.addressed(self.fail(lane, error))
+            lane.wait(message, seconds)
         yield from self._progress(lane)
-
-    def _refuse_backlog(self, lane: Lane) -> Answers:
-        lane.after_chunks = None
-        yield from self.fail(
-            lane,
-            BacklogError(
-                f"more than {MAX_BACKLOG_BYTES} bytes wait in stream {lane.maybe_number}: send no more than is played, "
-                "or grant more CREDIT"
-            ),
-        )
 
     # --- what a message leads to, in both directions --------------------------------------------------
 
@@ -456,7 +425,7 @@ class Connection:
         yield from ()
 
     def echo(self, lane: Lane, message: Message) -> Answers:
-        most_bytes = MAX_SENT_BYTES - (NUMBER_BYTES if lane.maybe_number is not None else 0)
+        most_bytes = _most_bytes(lane)
         if len(message.payload) > most_bytes:  # whatever --max-message-bytes lets in
             yield self.error(
                 PayloadError(
@@ -475,15 +444,12 @@ class Connection:
             maybe_rest = stream.maybe_rest()
             if maybe_rest is not None:
                 yield self.error(maybe_rest, lane)
-            stream.is_complete = True
-            if stream.state is not State.SKIP:
-                stream.complete_input()
+            stream.complete_input()
         lane.after_chunks = partial(self._finish_computed, lane, stream)
 
     def _finish_computed(self, lane: Lane, stream: Stream) -> Answers:
         if not stream.is_dropped:  # a CANCEL may have come while the rest was computed
-            if stream.state is not State.SKIP:
-                yield from stream.last_sound(self)
+            yield from stream.last_sound()
             yield from self._end(stream, lane, cancelled=False, **stream.end_extras())
         yield from self._close(lane)
 
@@ -493,11 +459,8 @@ class Connection:
         yield from self._close(lane)
 
     def cancel_numbered(self, lane: Lane, message: Message) -> Answers:
-        """At once, whatever waits in it; but a PING is always answered."""
-        for waiting, _ in lane.waiting:
-            if waiting.kind == Kind.PING:
-                yield from self.echo(lane, waiting)
-        lane.waiting.clear()
+        """At once, whatever waits in it."""
+        yield from self._deal_with_the_rest(lane)
         yield from self._end(lane.stream, lane, cancelled=True, echo=_repeated(message))
         yield from self._close(lane)
 
@@ -517,14 +480,12 @@ class Connection:
         stream = _open(lane)
         try:
             fields = parse_json(message)
-            marks = stream.checked_marks(fields.pop("marks", []))
+            marks = stream.checked_marks(fields.pop("marks")) if "marks" in fields else ()
             lane.settings = self._rules.changed(lane.settings, fields)
         except PayloadError as error:
             yield self.error(error, lane)
             return
-        errors, opened_seconds = stream.errors, stream.opened_seconds
-        stream = self.open_stream(lane)  # anew, as these settings have it
-        stream.errors, stream.opened_seconds = errors, opened_seconds
+        stream.settle(lane.settings, self._new_chunks(lane))
         for frame, text in marks:
             stream.push_mark(text, frame)
         yield self.handshake(lane)
@@ -540,8 +501,8 @@ class Connection:
         elif stream.maybe_window_samples is None and samples < least:
             yield self.error(
                 PayloadError(
-                    f"the first CREDIT grants {samples} samples; the smallest chunk gives {least} and would never fit: "
-                    f"allowed is {least} or more"
+                    f"the first CREDIT grants {samples} samples; {least} may have to be sent at once and would never "
+                    f"fit: allowed is {least} or more"
                 ),
                 lane,
             )
@@ -577,11 +538,16 @@ class Connection:
         if number is None:
             number = self.streams_opened
             self.streams_opened += 1
-        schedule = copy.copy(lane.settings.schedule)
-        chunks = self.direction.new_chunks(lane.codec, schedule, self._on_step)
-        lane.stream = self.direction.new_stream(number, lane, chunks, self._received_seconds, self.format)
+        lane.stream = self.direction.new_stream(
+            number, lane, self._new_chunks(lane), self._received_seconds, self.format
+        )
+        if self._input_ended:
+            lane.stream.grant_all()
         self._look_for_cancel(lane)
         return lane.stream
+
+    def _new_chunks(self, lane: Lane) -> Chunks[Any]:
+        return self.direction.new_chunks(lane.codec, copy.copy(lane.settings.schedule), self._on_step)
 
     def cut(self, lane: Lane, error: MossnanoError) -> Answers:
         """The stream's input ended inside what is to be whole."""
@@ -608,16 +574,14 @@ class Connection:
         stream.forget_input()
         stream.chunks.reset()
 
-    def error(
-        self, error: MossnanoError, lane: Lane | None, *, number: int | None = None, fatal: bool = False
-    ) -> Message:
+    def error(self, error: MossnanoError, lane: Lane | None, *, fatal: bool = False) -> Message:
         """What the peer is told of it. It counts, for the stream that is open in `lane` too."""
         self.error_count += 1
-        if lane is not None:
-            number = lane.stream.number if lane.stream else lane.maybe_number
-            if lane.stream is not None:
-                lane.stream.errors += 1
-        return error_message(error, stream=number, fatal=fatal)
+        maybe_number = lane.maybe_number if lane is not None else None
+        if lane is not None and lane.stream is not None:
+            maybe_number = lane.stream.number
+            lane.stream.errors += 1
+        return error_message(error, stream=maybe_number, fatal=fatal)
 
     def artifacts_bytes(self) -> int:
         """What artifacts of numbered streams hold."""
@@ -639,10 +603,14 @@ class Connection:
             return
         del self.numbered[lane.maybe_number]
         self._spare_codecs.append(lane.codec)
-        behind, lane.waiting = lane.waiting, deque()
-        for message, _ in behind:
-            if message.kind == Kind.PING:
-                yield from self.echo(lane, message)
+        yield from self._deal_with_the_rest(lane)
+
+    def _deal_with_the_rest(self, lane: Lane) -> Answers:
+        """What waits in a numbered stream at its end is dropped, but for what is answered at any time."""
+        rest, lane.waiting = lane.waiting, deque()
+        for message, _ in rest:
+            if message.kind in AT_ANY_TIME:
+                yield from AT_ANY_TIME[Kind(message.kind)](self, lane, message)
 
     def _end(self, stream: Stream | None, lane: Lane, *, cancelled: bool, **extra: Any) -> Answers:
         if stream is not None:
@@ -662,12 +630,24 @@ class Connection:
         )
 
 
-def max_audio_bytes(settings: Settings, codec: CodecFormat, *, is_numbered: bool) -> int:
+# What is dealt with whatever is open.
+AT_ANY_TIME: Final[Mapping[Kind, Action]] = {
+    Kind.PING: Connection.echo,
+    Kind.ERROR: Connection.report_peer_error,
+    Kind.HANDSHAKE: Connection.compare_formats,
+}
+
+
+def _most_bytes(lane: Lane) -> int:
+    """What a payload of ours may hold, beside the number."""
+    return MAX_SENT_BYTES - (NUMBER_BYTES if lane.maybe_number is not None else 0)
+
+
+def max_audio_bytes(lane: Lane, codec: CodecFormat) -> int:
     """The longest payload of AUDIO, whole samples."""
-    form = settings.form
-    samples = -(-settings.schedule.max_frames * codec.frame_samples * form.sample_rate // codec.sample_rate)
-    most_bytes = MAX_AUDIO_BYTES - (NUMBER_BYTES if is_numbered else 0)
-    return min(samples * form.sample_bytes, most_bytes // form.sample_bytes * form.sample_bytes)
+    form = lane.settings.form
+    samples = form.most_samples(lane.settings.schedule.max_frames * codec.frame_samples, codec)
+    return min(samples, _most_bytes(lane) // form.sample_bytes) * form.sample_bytes
 
 
 def error_message(error: MossnanoError, *, stream: int | None = None, fatal: bool = False) -> Message:

@@ -9,13 +9,13 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 from typing import Any, Final
 
 from mossnano_stdio.chunks import Chunks, DecodedChunk, Decoder, DecodingChunks
 from mossnano_stdio.errors import ArtifactError, BacklogError, MossnanoError, PayloadError, SettingsError, TokenError
-from mossnano_stdio.pcm import Shaper
+from mossnano_stdio.pcm import ShapedSound, Shaper
 from mossnano_stdio.protocol.connection import (
     MAX_ARTIFACTS_BYTES,
     Action,
@@ -24,6 +24,7 @@ from mossnano_stdio.protocol.connection import (
     max_audio_bytes,
 )
 from mossnano_stdio.protocol.messages import MAX_MARK_BYTES, MESSAGE_COST_BYTES, Kind, Message
+from mossnano_stdio.protocol.settings import Settings
 from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
 from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat, frame_bytes, unpack_frames
 
@@ -34,15 +35,18 @@ class DecodingStream(Stream):
     chunks: DecodingChunks
 
     def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat) -> None:
+        self._codec = codec
         super().__init__(number, lane, chunks, opened_seconds)
         self.artifact = ArtifactReader()
-        self._codec = codec
-        self._shaper = Shaper(codec, self.settings.form)
-        self._has_last_sound = False
         self._pushed_frames = 0
-        self._marks: deque[tuple[int, bytes]] = deque()  # before which frame, in order
+        self._marks: list[tuple[int, int, bytes]] = []  # a heap: before which frame, the how-manieth, and its text
+        self._marks_pushed = 0
         self._marks_bytes = 0
         self._clipped_samples = 0
+
+    def settle(self, settings: Settings, chunks: Chunks[Any]) -> None:
+        super().settle(settings, chunks)
+        self._shaper = Shaper(self._codec, settings.form)
 
     @property
     def samples_per_second(self) -> int:
@@ -50,7 +54,8 @@ class DecodingStream(Stream):
 
     @property
     def backlog_bytes(self) -> int:
-        waiting_frames = self._pushed_frames - self.frames
+        # What an artifact holds is counted by itself.
+        waiting_frames = 0 if self.state is State.ARTIFACT else self._pushed_frames - self.frames
         return waiting_frames * frame_bytes(self.settings.quantizers, self._codec.codebook_size) + self._marks_bytes
 
     @property
@@ -59,25 +64,24 @@ class DecodingStream(Stream):
         return header.file_bytes - self.artifact.missing_bytes if header else 0
 
     def fits(self, frames: int) -> bool:
-        granted = self.maybe_granted_samples
-        return granted is None or self._samples_after(frames) <= granted
+        codec_samples, maybe_left = frames * self._codec.frame_samples, self.chunks.samples_left
+        if maybe_left is not None:
+            codec_samples = min(codec_samples, maybe_left)
+        return self._may_have_sent(self._shaper.samples_after(self._shaper.codec_samples + codec_samples))
 
     def can_end(self) -> bool:
-        return self.state is State.SKIP or self.is_dropped or self.fits(0)
+        return self.is_dropped or self._may_have_sent(self._shaper.output_position(self._shaper.codec_samples))
 
-    def _samples_after(self, frames: int) -> int:
-        """How many samples were sent in all after a chunk of so many frames."""
-        codec_samples, left = frames * self._codec.frame_samples, self.chunks.samples_left
-        after = self._shaper.codec_samples + (codec_samples if left is None else min(codec_samples, left))
-        is_last = left is not None and codec_samples >= left
-        return self._shaper.output_position(after) if is_last else self._shaper.samples_after(after)
+    def _may_have_sent(self, samples: int) -> bool:
+        return self.maybe_granted_samples is None or samples <= self.maybe_granted_samples
 
     def push(self, codes: Any) -> None:
         self.chunks.push(codes)
         self._pushed_frames += len(codes)
 
     def push_mark(self, text: bytes, frame: int | None = None) -> None:
-        self._marks.append((self._pushed_frames if frame is None else frame, text))
+        heappush(self._marks, (self._pushed_frames if frame is None else frame, self._marks_pushed, text))
+        self._marks_pushed += 1
         self._marks_bytes += len(text) + MESSAGE_COST_BYTES
 
     def checked_marks(self, value: Any) -> Sequence[tuple[int, bytes]]:
@@ -90,8 +94,6 @@ class DecodingStream(Stream):
                     marks.append((frame, _checked_mark(text.encode())))
                 case _:
                     raise SettingsError(f"marks has {entry!r}; [frame, text] is allowed, frames counted from 0")
-        if marks != sorted(marks, key=lambda mark: mark[0]):
-            raise SettingsError("marks are not in the order of their frames, as they must be")
         return marks
 
     def compute(self, most_frames: int) -> DecodedChunk | None:
@@ -103,28 +105,20 @@ class DecodingStream(Stream):
         self.frames += chunk.frames
         if chunk.error is not None:
             yield owner.error(chunk.error, self.lane)
-        if self._has_last_sound:  # an artifact has more frames than its samples need
-            return
-        shaped = self._shaper.push(chunk.audio)
-        yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
-        if self.chunks.samples_left == 0 and self._shaper.delay_samples:
-            yield from self.last_sound(owner)
+        yield from self._sound(self._shaper.push(chunk.audio))
 
-    def last_sound(self, owner: Owner) -> Answers:
-        if not self._has_last_sound:
-            self._has_last_sound = True
-            shaped = self._shaper.finish()
-            yield from self._sound(shaped.sound, shaped.levels, shaped.clipped_samples)
+    def last_sound(self) -> Answers:
+        yield from self._sound(self._shaper.finish())
         yield from self._marks_before(None)
 
-    def _sound(self, sound: bytes, levels: bytes, clipped_samples: int) -> Answers:
-        self._clipped_samples += clipped_samples
+    def _sound(self, shaped: ShapedSound) -> Answers:
+        self._clipped_samples += shaped.clipped_samples
         sample_bytes = self.settings.form.sample_bytes
-        most_bytes = max_audio_bytes(self.settings, self._codec, is_numbered=self.lane.maybe_number is not None)
-        if levels:
-            yield Message(Kind.LEVELS, levels)
-        for start in range(0, len(sound), most_bytes):
-            piece = sound[start : start + most_bytes]
+        most_bytes = max_audio_bytes(self.lane, self._codec)
+        if shaped.levels:
+            yield Message(Kind.LEVELS, shaped.levels)
+        for start in range(0, len(shaped.sound), most_bytes):
+            piece = shaped.sound[start : start + most_bytes]
             yield from self._marks_before(self.samples + len(piece) // sample_bytes)
             self.samples += len(piece) // sample_bytes
             yield Message(Kind.AUDIO, piece)
@@ -132,13 +126,13 @@ class DecodingStream(Stream):
     def _marks_before(self, maybe_sample: int | None) -> Answers:
         """Those that stand before a sample of the sound; at its end, all that are left."""
         while self._marks:
-            frame, text = self._marks[0]
+            frame, _, text = self._marks[0]
             position = self._shaper.output_position(frame * self._codec.frame_samples)
             if maybe_sample is None:
                 position = min(position, self.samples)
             elif position >= maybe_sample:
                 return
-            self._marks.popleft()
+            heappop(self._marks)
             self._marks_bytes -= len(text) + MESSAGE_COST_BYTES
             yield Message(Kind.MARK, position.to_bytes(8, "little") + text)
 
@@ -250,8 +244,8 @@ def cut_artifact(connection: Connection, lane: Lane, message: Message) -> Answer
 
 
 def skip_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
-    """The rest of a bad stream, unless it begins like a new artifact."""
-    if message.payload.startswith(MAGIC):
+    """The rest of a bad stream, unless it begins like a new artifact. A numbered stream is one artifact at most."""
+    if lane.maybe_number is None and message.payload.startswith(MAGIC):
         yield from connection.finish(lane, Message(Kind.END))
         connection.put_back(lane, message)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, Fixed, Ramp, Schedule
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, Fixed, Schedule
 from mossnano_stdio.errors import SettingsError
 from mossnano_stdio.pcm import FORM_SETTINGS, SoundForm
 from mossnano_stdio.tokens import CodecFormat
@@ -37,9 +37,9 @@ class Settings:
         return cls(codec.quantizers, schedule, SoundForm.of_codec(codec))
 
     def least_window_samples(self, codec: CodecFormat) -> int:
-        """With less granted, a stream could never begin: its smallest chunk would not fit."""
-        codec_samples = (self.schedule.maybe_chunk_frames or 1) * codec.frame_samples
-        return -(-codec_samples * self.form.sample_rate // codec.sample_rate)
+        """With less granted, a stream would stop for good: before its smallest chunk, or before what the resampler has
+        kept until the end."""
+        return self.form.most_samples((self.schedule.maybe_chunk_frames or 1) * codec.frame_samples, codec)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Rules:
     """What may be set in a conversation."""
 
     codec: CodecFormat
-    ramp_max_frames: int
+    ramp: Schedule  # where no size of chunks is set
     check_quantizers: Callable[[int], None]  # a SettingsError where this codec does not do with so few
     encodes: bool = False
     maybe_fixed_form: str | None = None  # why the form of the sound cannot be changed
@@ -88,7 +88,7 @@ class Rules:
         least = settings.least_window_samples(self.codec)
         if settings.window_samples is not None and settings.window_samples < least:
             raise SettingsError(
-                f"window_samples is {settings.window_samples}; the smallest chunk gives {least} samples and would "
+                f"window_samples is {settings.window_samples}; {least} samples may have to be sent at once and would "
                 f"never fit: allowed is {least} or more"
             )
         return settings
@@ -102,7 +102,7 @@ class Rules:
 
     def _checked_schedule(self, value: Any) -> Schedule:
         if value is None:
-            return Ramp(self.ramp_max_frames)
+            return self.ramp
         if type(value) is not int or not 1 <= value <= MAX_CHUNK_FRAMES:
             raise SettingsError(
                 f"chunk_frames is {value!r}; a whole number from 1 to {MAX_CHUNK_FRAMES} is allowed, "

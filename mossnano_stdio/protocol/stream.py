@@ -59,6 +59,10 @@ class Lane:
         self.maybe_misfit: str | None = None  # why the peer's last HANDSHAKE does not fit
         self.has_all_input = False  # of a numbered stream: what comes now is late
 
+    def wait(self, message: Message, seconds: float) -> None:
+        self.waiting.append(Received(message, seconds))
+        self.waiting_bytes += message.cost_bytes
+
     @property
     def state(self) -> State:
         return State.IDLE if self.stream is None else self.stream.state
@@ -96,22 +100,29 @@ class Stream(ABC):
     def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float) -> None:
         self.number = number
         self.lane = lane
-        self.settings = lane.settings
         self.state = State.OPEN
-        self.chunks = chunks
         self.opened_seconds = opened_seconds
+        self.due_seconds: float | None = None  # since when it has a chunk that may be computed
         self.is_dropped = False  # a CANCEL waits further back: what stands before it is counted and not done
-        self.is_complete = False  # no more input will come
         self.frames = 0
         self.samples = 0  # that were sent
         self.errors = 0
         # Credit, in samples that may have been sent in all. None: everything.
-        self.maybe_window_samples = None if lane.maybe_number is None else lane.settings.window_samples
-        self.maybe_granted_samples = self.maybe_window_samples
+        self.maybe_window_samples: int | None = None
+        self.maybe_granted_samples: int | None = None
+        self._was_granted = False  # by more than its settings
         # Who listens at once and without a pause has sound until then.
         self.heard_until_seconds: float | None = None
         self._heard_samples = 0
+        self.settle(lane.settings, chunks)
+
+    def settle(self, settings: Settings, chunks: Chunks[Any]) -> None:
+        """How it will be computed. It may change until the first input comes."""
+        self.settings = settings
+        self.chunks = chunks
         chunks.reset()
+        if self.lane.maybe_number is not None and not self._was_granted:
+            self.maybe_window_samples = self.maybe_granted_samples = settings.window_samples
 
     # --- what it may send, and how urgent that is ---------------------------------------------------
 
@@ -141,12 +152,19 @@ class Stream(ABC):
 
     def grant(self, samples: int) -> None:
         """So many samples may have been sent in all. The first grant is the window."""
+        self._was_granted = True
         if self.maybe_window_samples is None:
             self.maybe_window_samples = samples
         self.maybe_granted_samples = max(samples, self.maybe_granted_samples or 0)
 
     def grant_all(self) -> None:
+        self._was_granted = True
         self.maybe_granted_samples = None
+
+    @property
+    def is_played(self) -> bool:
+        """Did its listener grant more than the window, as it goes on to do while it plays?"""
+        return (self.maybe_granted_samples or 0) > (self.maybe_window_samples or 0)
 
     def held_seconds(self, seconds: float) -> float:
         """How much sound its listener has not played yet."""
@@ -154,6 +172,13 @@ class Stream(ABC):
             played = self.maybe_granted_samples - self.maybe_window_samples
             return max(0, self.samples - played) / self.samples_per_second
         return max(0.0, (self.heard_until_seconds or 0.0) - seconds)
+
+    def note_due(self, seconds: float) -> None:
+        """If a chunk may be computed now, it is due since then, or since earlier."""
+        if not self.allowed_frames:
+            self.due_seconds = None
+        elif self.due_seconds is None:
+            self.due_seconds = seconds
 
     def note_sent(self, seconds: float) -> None:
         """What was counted as sent has left by now."""
@@ -204,7 +229,7 @@ class Stream(ABC):
         """May what is sent between the last chunk and the END be sent?"""
         return True
 
-    def last_sound(self, owner: Owner) -> Answers:
+    def last_sound(self) -> Answers:
         """What follows the last chunk of a stream that was not dropped."""
         yield from ()
 
