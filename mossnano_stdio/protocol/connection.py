@@ -56,6 +56,7 @@ ERROR_CHARACTERS: Final = 2000  # of what is said of an error: a peer's text in 
 REPEATED_CHARACTERS: Final = 1000  # of a peer's text that goes back to it
 MAX_BACKLOG_BYTES: Final = 1 << 20  # that may wait in one numbered stream
 MAX_ARTIFACTS_BYTES: Final = 32 << 20  # of all artifacts of numbered streams that are not decoded yet
+SETTLING: Final = (Kind.SETTINGS, Kind.HANDSHAKE)  # what numbered streams that open later go by
 MAX_REMEMBERED: Final = 4096  # numbers of late streams, and of handshakes for streams that are not open
 
 # What a message makes us do in the lane that it came along.
@@ -125,7 +126,10 @@ class Connection:
         self._highest_number = -1
         self._late_numbers: dict[int, None] = {}  # that were told so
         self._misfits: dict[int, str] = {}  # of streams that are not open yet
-        self._behind_settings: deque[Received] = deque()  # numbered streams that would open
+        # Plain messages that change what numbered streams open with, and messages that would open one behind them, each
+        # with how many of the former came before it.
+        self._settings_received = self._settings_handled = 0
+        self._behind_settings: deque[tuple[int, Received]] = deque()
         self._new_codec = new_codec
         self._spare_codecs: list[Any] = []
         self._identity = identity
@@ -204,6 +208,7 @@ class Connection:
     def receive(self, message: Message, seconds: float = 0.0) -> Answers:
         """Deal with one message, which was there at `seconds` of the caller's clock, or let it wait in its lane."""
         if not message.kind & NUMBERED or not self._knows(message.kind & ~NUMBERED):
+            self._settings_received += message.kind in SETTLING
             self.plain.wait(message, seconds)
             yield from self._progress(self.plain)
             return
@@ -213,16 +218,32 @@ class Connection:
             self._on_handled(message)
             yield self.error(error, None)
             return
+        is_new = number not in self.numbered and number > self._highest_number
+        if is_new and self._settings_handled < self._settings_received:
+            self._behind_settings.append((self._settings_received, Received(message, seconds)))
+        else:
+            yield from self._receive_numbered(number, inner, Received(message, seconds))
+
+    def _receive_numbered(self, number: int, inner: Message, received: Received) -> Answers:
+        self._on_handled(received.message)
+        self._received_seconds = received.seconds
         lane = self.numbered.get(number)
-        if lane is None and number > self._highest_number and self._settings_wait():
-            self._behind_settings.append(Received(message, seconds))  # what holds for it is not settled yet
-            return
-        self._on_handled(message)
-        self._received_seconds = seconds
         if lane is None:
             lane = yield from self._receive_unopened(number, inner)
         if lane is not None:
-            yield from self._receive_in(lane, inner, seconds)
+            yield from self._receive_in(lane, inner, received.seconds)
+
+    def _receive_behind_settings(self) -> Answers:
+        """Open the streams whose settings are settled now, as their peer wrote them: none goes by later SETTINGS."""
+        if not self._behind_settings or self._behind_settings[0][0] > self._settings_handled:
+            return
+        waiting, self._behind_settings = self._behind_settings, deque()
+        for place, received in waiting:
+            number, inner = out_of_stream(received.message)
+            if place > self._settings_handled and number > self._highest_number:
+                self._behind_settings.append((place, received))
+            else:
+                yield from self._receive_numbered(number, inner, received)
 
     def advance(
         self,
@@ -267,12 +288,10 @@ class Connection:
         """Deal with what waits in a lane, as far as it waits for no chunk."""
         while (maybe_answers := self._maybe_next(lane)) is not None:
             yield from lane.addressed(maybe_answers)
+            if lane is self.plain:
+                yield from self._receive_behind_settings()
         if lane.stream is not None:
             lane.stream.note_due(self._received_seconds)
-        if lane is self.plain and self._behind_settings and not self._settings_wait():
-            opening, self._behind_settings = self._behind_settings, deque()
-            for message, seconds in opening:
-                yield from self.receive(message, seconds)
 
     def _maybe_next(self, lane: Lane) -> Answers | None:
         """What the next thing that can be dealt with leads to."""
@@ -293,6 +312,7 @@ class Connection:
             lane.waiting_bytes -= message.cost_bytes
             if lane is self.plain:
                 self._on_handled(message)
+                self._settings_handled += message.kind in SETTLING
             return self._handle(lane, message, seconds)
         if self._input_ended and lane.stream is not None:
             lane.stream.complete_input()  # no chunk fills up any more
@@ -313,10 +333,6 @@ class Connection:
             )
             return
         yield from act(self, lane, message)
-
-    def _settings_wait(self) -> bool:
-        """Would what a new numbered stream goes by still change?"""
-        return any(message.kind in (Kind.SETTINGS, Kind.HANDSHAKE) for message, _ in self.plain.waiting)
 
     def _knows(self, kind: int) -> bool:
         """Is it a kind that may have a number?"""
@@ -412,7 +428,7 @@ class Connection:
             yield self.error(error, lane)
             return
         differences = [
-            f"{name} is {theirs[name]!r} there and {value} here"
+            f"{name} is {repr(theirs[name])[:REPEATED_CHARACTERS]} there and {value} here"
             for name, value in ours.items()
             if name in theirs and theirs[name] != value
         ]
@@ -481,10 +497,12 @@ class Connection:
         try:
             fields = parse_json(message)
             marks = stream.checked_marks(fields.pop("marks")) if "marks" in fields else ()
-            lane.settings = self._rules.changed(lane.settings, fields)
+            settings = self._rules.changed(lane.settings, fields)
+            stream.check_window(settings.least_window_samples(self.format))
         except PayloadError as error:
             yield self.error(error, lane)
             return
+        lane.settings = settings
         stream.settle(lane.settings, self._new_chunks(lane))
         for frame, text in marks:
             stream.push_mark(text, frame)
@@ -598,7 +616,7 @@ class Connection:
     def _close(self, lane: Lane) -> Answers:
         if lane.stream is not None:
             lane.stream.chunks.reset()
-        lane.stream = None
+        lane.stream = lane.after_chunks = None
         if lane.maybe_number is None:
             return
         del self.numbered[lane.maybe_number]

@@ -18,6 +18,7 @@ from mossnano_stdio.errors import ArtifactError, BacklogError, MossnanoError, Pa
 from mossnano_stdio.pcm import ShapedSound, Shaper
 from mossnano_stdio.protocol.connection import (
     MAX_ARTIFACTS_BYTES,
+    MAX_BACKLOG_BYTES,
     Action,
     Connection,
     Direction,
@@ -41,7 +42,7 @@ class DecodingStream(Stream):
         self._pushed_frames = 0
         self._marks: list[tuple[int, int, bytes]] = []  # a heap: before which frame, the how-manieth, and its text
         self._marks_pushed = 0
-        self._marks_bytes = 0
+        self.marks_bytes = 0
         self._clipped_samples = 0
 
     def settle(self, settings: Settings, chunks: Chunks[Any]) -> None:
@@ -56,7 +57,7 @@ class DecodingStream(Stream):
     def backlog_bytes(self) -> int:
         # What an artifact holds is counted by itself.
         waiting_frames = 0 if self.state is State.ARTIFACT else self._pushed_frames - self.frames
-        return waiting_frames * frame_bytes(self.settings.quantizers, self._codec.codebook_size) + self._marks_bytes
+        return waiting_frames * frame_bytes(self.settings.quantizers, self._codec.codebook_size) + self.marks_bytes
 
     @property
     def artifact_bytes(self) -> int:
@@ -70,7 +71,9 @@ class DecodingStream(Stream):
         return self._may_have_sent(self._shaper.samples_after(self._shaper.codec_samples + codec_samples))
 
     def can_end(self) -> bool:
-        return self.is_dropped or self._may_have_sent(self._shaper.output_position(self._shaper.codec_samples))
+        samples = self._shaper.output_position(self._shaper.codec_samples)
+        has_sent_all = samples == self.samples  # which may be more than a first CREDIT grants that came late
+        return self.is_dropped or has_sent_all or self._may_have_sent(samples)
 
     def _may_have_sent(self, samples: int) -> bool:
         return self.maybe_granted_samples is None or samples <= self.maybe_granted_samples
@@ -82,7 +85,7 @@ class DecodingStream(Stream):
     def push_mark(self, text: bytes, frame: int | None = None) -> None:
         heappush(self._marks, (self._pushed_frames if frame is None else frame, self._marks_pushed, text))
         self._marks_pushed += 1
-        self._marks_bytes += len(text) + MESSAGE_COST_BYTES
+        self.marks_bytes += len(text) + MESSAGE_COST_BYTES
 
     def checked_marks(self, value: Any) -> Sequence[tuple[int, bytes]]:
         if not isinstance(value, list):
@@ -91,7 +94,10 @@ class DecodingStream(Stream):
         for entry in value:
             match entry:
                 case [int() as frame, str() as text] if type(frame) is int and frame >= 0:
-                    marks.append((frame, _checked_mark(text.encode())))
+                    try:
+                        marks.append((frame, _checked_mark(text.encode())))
+                    except (PayloadError, UnicodeEncodeError) as error:
+                        raise SettingsError(f"marks has a text that no MARK holds: {error}") from None
                 case _:
                     raise SettingsError(f"marks has {entry!r}; [frame, text] is allowed, frames counted from 0")
         return marks
@@ -133,7 +139,7 @@ class DecodingStream(Stream):
             elif position >= maybe_sample:
                 return
             heappop(self._marks)
-            self._marks_bytes -= len(text) + MESSAGE_COST_BYTES
+            self.marks_bytes -= len(text) + MESSAGE_COST_BYTES
             yield Message(Kind.MARK, position.to_bytes(8, "little") + text)
 
     def complete_input(self) -> None:
@@ -143,7 +149,7 @@ class DecodingStream(Stream):
     def forget_input(self) -> None:
         self.artifact = ArtifactReader()
         self._marks.clear()
-        self._marks_bytes = 0
+        self.marks_bytes = 0
         self._pushed_frames = self.frames
 
     def maybe_cut(self) -> MossnanoError | None:
@@ -204,6 +210,9 @@ def mark(connection: Connection, lane: Lane, message: Message) -> Answers:
         stream.push_mark(_checked_mark(message.payload))
     except PayloadError as error:
         yield connection.error(error, lane)
+    if lane.maybe_number is None and stream.marks_bytes > MAX_BACKLOG_BYTES:  # no inbox counts them any more
+        error = BacklogError(f"MARKs of more than {MAX_BACKLOG_BYTES} bytes wait for their place in the sound")
+        yield from connection.fail(lane, error)
 
 
 def open_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:

@@ -157,6 +157,15 @@ class Stream(ABC):
             self.maybe_window_samples = samples
         self.maybe_granted_samples = max(samples, self.maybe_granted_samples or 0)
 
+    def check_window(self, least_samples: int) -> None:
+        """Would settings do that may make it send so many samples at once? A window that was granted stays."""
+        window = self.maybe_window_samples
+        if self._was_granted and window is not None and window < least_samples:
+            raise SettingsError(
+                f"{window} samples are the window that CREDIT gave this stream; with these settings {least_samples} may "
+                "have to be sent at once and would never fit"
+            )
+
     def grant_all(self) -> None:
         self._was_granted = True
         self.maybe_granted_samples = None
