@@ -159,6 +159,11 @@ class Child:
         """How much of a message that is not whole has come out."""
         return self._reader.incomplete_bytes
 
+    @property
+    def has_read(self) -> bool:
+        """Is a next message there already?"""
+        return bool(self._read)
+
     def write(self, wire: bytes) -> None:
         left = memoryview(wire)
         while left:
