@@ -180,7 +180,7 @@ class Child:
             self._read.extend(self._reader.feed(data))
         return self._read.pop(0)
 
-    def until(self, kind: Kind) -> list[Message]:
+    def until(self, kind: int) -> list[Message]:
         """All messages up to the next one of this kind, which is the last."""
         messages = [self.next()]
         while messages[-1].kind != kind:

@@ -8,6 +8,11 @@ Rules of this room:
 
 from mossnano_stdio.pcm.form import (
     FORM_SETTINGS,
+    LEAST_GAIN_DB,
+    LEAST_SAMPLE_RATE,
+    LEVELS_MS,
+    MOST_GAIN_DB,
+    MOST_SAMPLE_RATE,
     SAMPLE_FORMATS,
     SampleFormat,
     ShapedSound,
@@ -30,6 +35,11 @@ __all__ = [
     "BLOCK_SAMPLES",
     "FORM_SETTINGS",
     "FULL_SCALE",
+    "LEAST_GAIN_DB",
+    "LEAST_SAMPLE_RATE",
+    "LEVELS_MS",
+    "MOST_GAIN_DB",
+    "MOST_SAMPLE_RATE",
     "SAMPLE_FORMATS",
     "Mixer",
     "SampleFormat",

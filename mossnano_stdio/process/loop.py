@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import json
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,20 +27,30 @@ import numpy as np
 
 from mossnano_stdio import __version__
 from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp
-from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
+from mossnano_stdio.errors import (
+    BugError,
+    ExitStatus,
+    MossnanoError,
+    OutOfMemoryError,
+    OutputError,
+    SettingsError,
+    UsageError,
+)
 from mossnano_stdio.pcm import SoundForm
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
+    SOUND_OPTIONS,
     add_chunk_arguments,
     add_decoder_arguments,
     add_player_arguments,
+    add_sound_arguments,
     chosen_schedule,
     whole_number,
 )
 from mossnano_stdio.process.inbox import Arrival, Ending, Inbox
 from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
 from mossnano_stdio.process.outputs import STDOUT_FORMS, Output, SeveralOutputs, SpeakerOutput
-from mossnano_stdio.process.stats import Durations, StepTimes, peak_resident_bytes
+from mossnano_stdio.process.stats import Durations, StepTimes, StreamTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
 from mossnano_stdio.process.turns import Turns
 from mossnano_stdio.protocol import (
@@ -162,7 +174,9 @@ class _Process:
         self._stops_on_error = options.on_error == "stop"
         self._maybe_connection: Connection | None = None
         self._maybe_times: StepTimes | None = None
-        self._turns = Turns()
+        self._turns: Turns  # when it is known how long a frame is
+        self._maybe_pool: ThreadPoolExecutor | None = None  # where several streams are computed side by side
+        self._stream_times = StreamTimes()
         self._first_audio = Durations()
         self._ready_seconds = 0.0
 
@@ -176,7 +190,11 @@ class _Process:
             # input can lock out the loading of libraries.
             if sys.platform != "win32":
                 reading.start()
-            connection = self._maybe_connection = self._connect(load(self._options))
+            loaded = load(self._options)
+            try:
+                connection = self._maybe_connection = self._connect(loaded)
+            except SettingsError as error:
+                raise UsageError(f"{error} (asked for by a flag)") from error
             if sys.platform == "win32":
                 reading.start()
         self._output.start(connection.plain.settings.form)
@@ -206,7 +224,7 @@ class _Process:
                         break
             due = connection.due_lanes()
             if turns := self._turns.next(due, time.perf_counter()):
-                self._put_all(connection.advance(turns))
+                self._put_all(connection.advance(turns, self._maybe_pool.map if self._maybe_pool else map))
             elif maybe_ending is not None:
                 return maybe_ending
             elif self._inbox.is_empty:
@@ -221,11 +239,13 @@ class _Process:
         """One JSON line on stderr: what was done so far."""
         stats = {
             "streams": self._maybe_connection.streams_opened if self._maybe_connection else 0,
+            "numbered_streams": self._maybe_connection.numbered_opened if self._maybe_connection else 0,
             **(self._maybe_times.snapshot() if self._maybe_times else {}),
             "first_audio_p50_ms": self._first_audio.percentile_ms(50),
             "first_audio_p95_ms": self._first_audio.percentile_ms(95),
             "peak_resident_bytes": peak_resident_bytes(),
             "errors": self._maybe_connection.error_count if self._maybe_connection else 0,
+            **self._stream_times.snapshot(),
         }
         write_stderr(json.dumps(stats))
 
@@ -268,14 +288,35 @@ class _Process:
         self._signals.check()
         return self._inbox.cancel_waits()
 
+    @property
+    def _has_one_form(self) -> bool:
+        return self._options.output in ("raw", "wav")
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What flags set."""
+        options = {name: getattr(self._options, name) for name in (*SOUND_OPTIONS, "window_samples")}
+        return {name: value for name, value in options.items() if value is not None}
+
     def _connect(self, loaded: Loaded) -> Connection:
         options = self._options
         frames_per_second = loaded.format.frames_per_second
         times = self._maybe_times = StepTimes(frames_per_second)
+        # A session's threads are fixed. Where a step has one of several, streams share the CPUs; else each step does.
+        if options.threads == 1:
+            from mossnano_stdio.codecs import default_threads
+
+            at_once = default_threads()
+        else:
+            at_once = 1
+        turns = self._turns = Turns(1 / frames_per_second, at_once)
+        self._maybe_pool = ThreadPoolExecutor(at_once) if at_once > 1 else None
+        one_at_a_time = threading.Lock()
 
         def note_step(frames: int, seconds: float) -> None:
-            times.add(frames, seconds)
-            self._turns.note_cost(frames, seconds)
+            with one_at_a_time:
+                times.add(frames, seconds)
+                turns.note_cost(frames, seconds)
 
         identity = {
             "protocol": VERSION,
@@ -289,11 +330,16 @@ class _Process:
             loaded.new_codec,
             chosen_schedule(options, frames_per_second, options.max_chunk_frames, loaded.ramp_second_frames),
             identity,
+            settings=self._settings,
             ramp=Ramp(options.max_chunk_frames, loaded.ramp_second_frames),
             max_streams=options.max_streams,
             maybe_no_numbers=(
-                f"--output {options.output} has no place for them: use --output framed"
-                if options.output in ("raw", "wav")
+                f"--output {options.output} has no place for them: use --output framed" if self._has_one_form else None
+            ),
+            maybe_fixed_form=(
+                f"{'--play' if options.play else f'--output {options.output}'} has one form for the whole run: "
+                "set it with flags of the same names, --sample-rate for instance"
+                if options.play or self._has_one_form
                 else None
             ),
             cancel_waiting=self._inbox.cancel_waits,
@@ -311,7 +357,8 @@ class _Process:
             stream, now = self._maybe_connection.maybe_stream_of(answer), time.perf_counter()
             if stream is not None:
                 if stream.heard_until_seconds is None:
-                    self._first_audio.add(now - max(stream.opened_seconds, self._ready_seconds))
+                    self._first_audio.add(now - max(stream.due_seconds or 0.0, self._ready_seconds))
+                self._stream_times.add(stream, now)
                 stream.note_sent(now)
         if answer.kind == Kind.ERROR:
             log.error("%s", parse_json(answer)["message"])
@@ -377,10 +424,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="how many numbered streams may be open at once (32)",
     )
+    parser.add_argument(
+        "--window-samples",
+        type=whole_number(1, 2**32),
+        metavar="N",
+        help="how many samples a numbered stream may send before its first CREDIT (all)",
+    )
     parser.add_argument("--max-message-bytes", type=whole_number(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="stop: the first ERROR ends us with 65"
     )
+    add_sound_arguments(parser.add_argument_group("the form of the sound, which SETTINGS may change"))
     player = parser.add_argument_group("sound card, as well as stdout or, with --output none, instead")
     player.add_argument("--play", action="store_true", help="play the PCM")
     add_player_arguments(player)
@@ -398,4 +452,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is for the sound card, which is used with --play only: add that")
     if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
         parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
+    for name in (*SOUND_OPTIONS, "window_samples"):
+        if options.encode and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is for decoding: --encode writes no sound")
     return options

@@ -4,8 +4,8 @@ Rules of this room:
 
 - The stream whose listener has the least left to hear goes first; one that has sent nothing yet goes before all others,
   with one frame. Urgency decides only among those that hold less than URGENT_SECONDS.
-- A chunk is cut so that no other due stream runs dry while it is computed. One that would run dry all the same is left
-  out of account: under overload chunks grow, which is what helps.
+- A chunk is cut so that no other due stream runs dry while it is computed; but not to a size at which all that are due
+  could not go on in real time: more streams make chunks grow, as a frame of a larger one costs less.
 - A chunk that its credit cuts short waits for more of it, as a whole one costs less a frame, but no longer than until
   its listener has only URGENT_SECONDS left. One that does not play yet may need just that chunk.
 - A chunk costs what such chunks took lately. No clock is read here: who asks says when it is.
@@ -25,9 +25,10 @@ LATELY: Final = 0.2  # how much the newest cost counts
 
 
 class Turns:
-    """`at_once` is how many streams are computed side by side."""
+    """`at_once` is how many streams are computed side by side. A lone one keeps all threads of its session."""
 
-    def __init__(self, at_once: int = 1) -> None:
+    def __init__(self, frame_seconds: float, at_once: int = 1) -> None:
+        self._frame_seconds = frame_seconds
         self._at_once = at_once
         self._costs: dict[int, float] = {}  # seconds, by frames
 
@@ -49,24 +50,27 @@ class Turns:
         }
         order = sorted(streams, key=lambda lane: _precedence(streams[lane], seconds))
         chosen = order[: self._at_once]
-        left = [streams[lane].held_seconds(seconds) for lane in order[self._at_once :]]
-        return [Turn(lane, self._frames(streams[lane], left, is_lone=len(order) == 1)) for lane in chosen]
+        others_hold = [streams[lane].held_seconds(seconds) for lane in order[self._at_once :]]
+        return [Turn(lane, self._frames(streams[lane], others_hold)) for lane in chosen]
 
     def wakes_at(self, due: Sequence[Lane]) -> float:
         """When the first of the lanes that wait for more credit stops to do so, if none comes."""
         return min((_waits_until(lane.stream) for lane in due if lane.stream is not None), default=math.inf)
 
-    def _frames(self, stream: Stream, left: Sequence[float], *, is_lone: bool) -> int:
+    def _frames(self, stream: Stream, others_hold: Sequence[float]) -> int:
         frames = stream.allowed_frames
-        if is_lone or stream.chunks.schedule.maybe_chunk_frames is not None:
+        if not others_hold or stream.chunks.schedule.maybe_chunk_frames is not None:
             return frames
         if stream.heard_until_seconds is None:
             return 1
-        savable = [seconds for seconds in left if seconds > self.cost_seconds(1)]
-        for fewer in (frames, *smaller_chunks(frames)):
-            if all(self.cost_seconds(fewer) <= seconds for seconds in savable):
-                return fewer
-        return 1
+        all_due = (self._at_once + len(others_hold)) / self._at_once
+        for fewer in smaller_chunks(frames):
+            if all_due * self.cost_seconds(fewer) > fewer * self._frame_seconds:
+                break
+            if self.cost_seconds(frames) <= min(others_hold):
+                break
+            frames = fewer
+        return frames
 
 
 def _waits_until(stream: Stream) -> float:
@@ -78,7 +82,7 @@ def _waits_until(stream: Stream) -> float:
 
 def _precedence(stream: Stream, seconds: float) -> tuple[float, ...]:
     if stream.heard_until_seconds is None:
-        return (0, stream.settings.urgency, stream.opened_seconds)
+        return (0, stream.settings.urgency, stream.due_seconds or 0.0)
     held = stream.held_seconds(seconds)
     if held < URGENT_SECONDS:
         return (1, stream.settings.urgency, held, stream.heard_until_seconds)  # of two that are dry, the one longer so

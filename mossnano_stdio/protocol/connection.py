@@ -72,7 +72,7 @@ class Direction(NamedTuple):
     adding: frozenset[Kind]  # what only adds to a stream, and so waits for none of its chunks
     opening: frozenset[Kind]  # what opens a numbered stream
     encodes: bool  # then there is no credit: a numbered stream that is full stops the reading, and does not go bad
-    new_stream: Callable[[int, Lane, Chunks[Any], float, CodecFormat], Stream]
+    new_stream: Callable[[int, Lane, Chunks[Any], CodecFormat], Stream]
     new_chunks: Callable[[Any, Schedule, Callable[[int, float], object]], Chunks[Any]]  # over a decoder, or an encoder
     check_quantizers: Callable[[Any, int], None]  # a SettingsError where this codec does not do with so few
 
@@ -112,7 +112,8 @@ class Connection:
         codec = new_codec()
         self.direction = direction
         self.format: CodecFormat = codec.format
-        self.streams_opened = 0
+        self.streams_opened = 0  # plain ones
+        self.numbered_opened = 0
         self.error_count = 0
         self._rules = Rules(
             self.format, ramp or Ramp(), partial(direction.check_quantizers, codec), encodes=direction.encodes
@@ -253,8 +254,9 @@ class Connection:
         """Compute one chunk in each of some lanes that are due. `run` is `map`, or one that does several at once."""
         self._look_for_cancel(self.plain)
         turns = [turn for turn in turns if turn.lane.is_due]
-        for (lane, _), chunk in zip(turns, run(_computed, turns), strict=True):
+        for (lane, frames), chunk in zip(turns, run(_computed, turns), strict=True):
             assert lane.stream is not None
+            lane.stream.chunk_counts[frames] += 1
             if isinstance(chunk, MossnanoError):
                 yield from lane.addressed(self.fail(lane, chunk))
             else:
@@ -369,6 +371,7 @@ class Connection:
                 lane.codec = self._spare_codecs.pop() if self._spare_codecs else self._new_codec()
                 lane.maybe_misfit = self._misfits.pop(number, self.plain.maybe_misfit)
                 self.numbered[number] = lane
+                self.numbered_opened += 1
                 self.open_stream(lane)
                 return lane
             maybe_refusal = TooManyStreamsError(
@@ -556,9 +559,7 @@ class Connection:
         if number is None:
             number = self.streams_opened
             self.streams_opened += 1
-        lane.stream = self.direction.new_stream(
-            number, lane, self._new_chunks(lane), self._received_seconds, self.format
-        )
+        lane.stream = self.direction.new_stream(number, lane, self._new_chunks(lane), self.format)
         if self._input_ended:
             lane.stream.grant_all()
         self._look_for_cancel(lane)

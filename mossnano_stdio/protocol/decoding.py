@@ -35,9 +35,9 @@ class DecodingStream(Stream):
 
     chunks: DecodingChunks
 
-    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat) -> None:
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], codec: CodecFormat) -> None:
         self._codec = codec
-        super().__init__(number, lane, chunks, opened_seconds)
+        super().__init__(number, lane, chunks)
         self.artifact = ArtifactReader()
         self._pushed_frames = 0
         self._marks: list[tuple[int, int, bytes]] = []  # a heap: before which frame, the how-manieth, and its text

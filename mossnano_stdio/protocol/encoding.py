@@ -28,8 +28,8 @@ class EncodingStream(Stream):
 
     chunks: EncodingChunks
 
-    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float, codec: CodecFormat) -> None:
-        super().__init__(number, lane, chunks, opened_seconds)
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], codec: CodecFormat) -> None:
+        super().__init__(number, lane, chunks)
         self._codec = codec
         self.partial_sample = b""
 

@@ -13,7 +13,7 @@ Rules of this room:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
@@ -97,16 +97,16 @@ class Owner(Protocol):
 class Stream(ABC):
     """`number` is what its answers call it."""
 
-    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], opened_seconds: float) -> None:
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any]) -> None:
         self.number = number
         self.lane = lane
         self.state = State.OPEN
-        self.opened_seconds = opened_seconds
         self.due_seconds: float | None = None  # since when it has a chunk that may be computed
         self.is_dropped = False  # a CANCEL waits further back: what stands before it is counted and not done
         self.frames = 0
         self.samples = 0  # that were sent
         self.errors = 0
+        self.chunk_counts: Counter[int] = Counter()  # of those that were computed, by their frames
         # Credit, in samples that may have been sent in all. None: everything.
         self.maybe_window_samples: int | None = None
         self.maybe_granted_samples: int | None = None
@@ -188,6 +188,12 @@ class Stream(ABC):
             self.due_seconds = None
         elif self.due_seconds is None:
             self.due_seconds = seconds
+
+    def late_seconds(self, seconds: float) -> float:
+        """How long its listener has had nothing to hear although a chunk was due."""
+        if self.heard_until_seconds is None or self.due_seconds is None:
+            return 0.0
+        return max(0.0, seconds - max(self.heard_until_seconds, self.due_seconds))
 
     def note_sent(self, seconds: float) -> None:
         """What was counted as sent has left by now."""
