@@ -211,8 +211,8 @@ def mark(connection: Connection, lane: Lane, message: Message) -> Answers:
     except PayloadError as error:
         yield connection.error(error, lane)
     if lane.maybe_number is None and stream.marks_bytes > MAX_BACKLOG_BYTES:  # no inbox counts them any more
-        error = BacklogError(f"MARKs of more than {MAX_BACKLOG_BYTES} bytes wait for their place in the sound")
-        yield from connection.fail(lane, error)
+        full = BacklogError(f"MARKs of more than {MAX_BACKLOG_BYTES} bytes wait for their place in the sound")
+        yield from connection.fail(lane, full)
 
 
 def open_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:

@@ -162,7 +162,7 @@ class Stream(ABC):
         window = self.maybe_window_samples
         if self._was_granted and window is not None and window < least_samples:
             raise SettingsError(
-                f"{window} samples are the window that CREDIT gave this stream; with these settings {least_samples} may "
+                f"{window} samples are the window that CREDIT gave this stream; by these settings {least_samples} may "
                 "have to be sent at once and would never fit"
             )
 
