@@ -115,10 +115,6 @@ def stages_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".building-")]
 
 
-needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="no folder can be locked there: what lies there stays")
-
-
-@needs_locks
 def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     arguments = [*COMMAND, "standin", str(tmp_path), "--size", "nano"]
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
@@ -132,7 +128,6 @@ def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     assert stages_in(tmp_path) == stages_in(tmp_path / "checkpoint") == []
 
 
-@needs_locks
 def test_a_build_removes_nothing_of_one_that_runs(tmp_path: Path) -> None:
     abandoned = tmp_path / ".building-0_abcxyz"
     own = tmp_path / ".building-site"
@@ -149,7 +144,6 @@ def test_a_build_removes_nothing_of_one_that_runs(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {own.name, "file", "half"}
 
 
-@needs_locks
 def test_a_stage_that_another_build_took_away_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its making and its lock it looks abandoned."""
     made: list[str] = []
@@ -172,11 +166,10 @@ def test_a_folder_that_cannot_be_locked_is_built_in_too(tmp_path: Path, monkeypa
     left = tmp_path / ".building-abcdefgh"
     left.mkdir()
 
-    def unsupported(opened: int, operation: int) -> None:
+    def unsupported(opened: int, operation: int, size: int = 0) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    if sys.platform != "win32":  # there it is always so
-        monkeypatch.setattr("fcntl.flock", unsupported)
+    monkeypatch.setattr("msvcrt.locking" if sys.platform == "win32" else "fcntl.flock", unsupported)
     with staged(tmp_path) as stage:
         (stage / "file").touch()
     assert {path.name for path in tmp_path.iterdir()} == {left.name, "file"}

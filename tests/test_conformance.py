@@ -280,10 +280,19 @@ def test_who_says_no_handshake_of_use_is_asked_nothing_more(says: str, expected:
     assert verdict.expected == expected
 
 
-def test_what_a_child_starts_ends_with_it() -> None:
-    spawner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    (verdict,) = try_cases(CASES, [sys.executable, "-c", spawner], start_seconds=1, case_seconds=1, jobs=1)
-    assert verdict.seconds < 10
+def test_what_a_child_starts_ends_with_it(tmp_path: Path) -> None:
+    """Or it would keep the pipe open, and we would read for as long as it lives."""
+    started = tmp_path / "started"
+    grandchild = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    # On Windows it has the pipe only where it is given.
+    spawner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}], stdout=sys.stdout)"
+    for start_seconds in (1, 4, 16):  # until it has been long enough for both to start
+        command = [sys.executable, "-c", spawner]
+        (verdict,) = try_cases(CASES, command, start_seconds=start_seconds, case_seconds=1, jobs=1)
+        if started.exists():
+            break
+    assert started.exists()
+    assert verdict.seconds < start_seconds + 20
 
 
 # --- the tool --------------------------------------------------------------------------------------

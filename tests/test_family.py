@@ -125,7 +125,7 @@ def test_every_ring_is_heard(member: Member) -> None:
             windows = list(snapshot.windows)
             windows[transformer] = window.copy()
             windows[transformer][ring] = 0
-            decoder.restore(type(snapshot)(snapshot.first_frame, snapshot.next_frame, tuple(windows)))
+            decoder.restore(replace(snapshot, windows=tuple(windows)))
             assert furthest(decoder.step(member.codes[10:14]), expected) > 4 * PCM16_STEP, (transformer, ring)
 
 

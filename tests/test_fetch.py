@@ -32,6 +32,8 @@ CHECKPOINT, CHECKPOINT_REVISION = "somebody/MOSS-Audio-Tokenizer-Nano", "c" * 40
 SHARDED, SHARDED_REVISION = "somebody/sharded", "d" * 40
 MIMI, MIMI_REVISION = "somebody/with-mimi-inside", "e" * 40
 SHARED_BYTES = 300_000
+# Where Windows has none, huggingface_hub finds out by itself; wine has none and says that it made one.
+WITHOUT_SYMLINKS = {"HF_HUB_DISABLE_SYMLINKS": "1"} if sys.platform == "win32" else {}
 
 # The tool itself, with other pinned facts, without waiting between attempts, and with files written in small pieces.
 DRIVER = """
@@ -111,6 +113,7 @@ class Place:
             "HF_HUB_CACHE": str(self.hub_cache),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "MOSSNANO_CACHE": str(self.root / "cache"),
+            **WITHOUT_SYMLINKS,
             **more,
         }
 
@@ -153,7 +156,8 @@ def place(tmp_path: Path, hub: Hub) -> Place:
 
 def last_line(result: Result) -> str:
     assert "Traceback" not in result.stderr
-    return result.stderr.splitlines()[-1]
+    lines = [line for line in result.stderr.splitlines() if "DXGI" not in line]  # onnxruntime misses it under wine
+    return lines[-1]
 
 
 def found_in(folder: Path) -> dict[str, bytes]:
@@ -367,7 +371,8 @@ def test_a_folder_that_cannot_be_made(place: Place) -> None:
     (place.root / "file").touch()
     result = place.fetch("--to", "file/there")
     assert result.returncode == 74
-    assert last_line(result).endswith("file/there: cannot be written: Not a directory (ENOTDIR)")
+    reason = "File already exists (EEXIST)" if sys.platform == "win32" else "Not a directory (ENOTDIR)"
+    assert last_line(result).endswith(f"{Path('file/there')}: cannot be written: {reason}")
 
 
 def test_hf_xet_says_its_errno_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

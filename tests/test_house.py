@@ -67,7 +67,7 @@ ONLY_IN = {
     "signal": {"process", "client", "tools", "cli"},
     "select": {"process", "client"},
     "fcntl": {"process", "client", "tools", "build"},  # build locks the folder that it builds in
-    "msvcrt": {"process", "weights"},
+    "msvcrt": {"process", "weights", "build"},
     "ctypes": {"process", "weights", "client", "tools"},  # of Windows: what only its own calls tell, or can do
     "subprocess": {"client", "tools", "build"},  # build tries its graphs in a process of its own
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they

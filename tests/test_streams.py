@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -21,6 +23,7 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.protocol.messages import Kind, Message, in_stream, json_message, out_of_stream
 from mossnano_stdio.tokens import CodecFormat
+from tests.conftest import repeated
 from tests.doubles import (
     NANO,
     SMALL,
@@ -645,3 +648,35 @@ def test_numbers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
     for number in range(100):
         assert outline(voices.say(number, TOKENS)) == ["late_stream"]
     assert len(voices.connection._late_numbers) == 10
+
+
+@repeated(2_000, 100_000)
+def test_streams_that_are_over_leave_nothing(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "MAX_REMEMBERED", 10)
+    connection = Connection(DECODE, CountingDecoder, Ramp(), {}, max_streams=4)
+
+    def say(number: int, message: Message) -> None:
+        for _ in connection.receive(in_stream(number, message)):
+            pass
+
+    def open_and_close(number: int) -> None:
+        say(number, settle(window_samples=100, levels_ms=10))
+        for message in (mark("m"), TOKENS, PING, *([END] if number % 3 else []), credit(1000)):
+            say(number, message)
+        if number % 2:
+            for lane in connection.due_lanes():
+                assert lane.stream is not None
+                list(connection.advance([Turn(lane, lane.stream.allowed_frames)]))
+        for message in (CANCEL, TOKENS, credit(2000), json_message(Kind.HANDSHAKE, {"sample_rate": 1})):
+            say(number, message)
+
+    for number in range(100):
+        open_and_close(number)
+    gc.collect()
+    blocks = sys.getallocatedblocks()
+    for number in range(100, 100 + times):
+        open_and_close(number)
+    gc.collect()
+    assert sys.getallocatedblocks() - blocks < times / 10
+    assert connection.numbered == {}
+    assert connection.numbered_opened == 100 + times

@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.tools.freeze import EPOCH
 from tests.child import DEMO, ROOT, Child, decoded, encoded, pcm_of, run
 from tests.conftest import REFERENCE
+from tests.sound import FileDevice, without_silence
 
 WINE = os.environ.get("MOSSNANO_WINE", "")
 PYTHON = f"{WINE}/python/python.exe"
@@ -202,6 +204,25 @@ def test_names_of_any_language_reach_a_pipe(tmp_path: Path) -> None:
         piped.stdout
         == run([sys.executable, "-m", "mossnano_stdio.cli", "frame", str(MELODY.with_suffix(".mossnano"))]).stdout
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["mossnano_stdio.cli", "play", "--raw"], ["mossnano_stdio", "--weights", "demo", "--play", "--output", "none"]],
+    ids=["the tool", "the process"],
+)
+def test_sound_is_played_to_the_sample(file_device: FileDevice, arguments: list[str]) -> None:
+    """By the PortAudio of Windows, on wine's sound card, which is one of ALSA's here."""
+    melody = MELODY.read_bytes()
+    pcm = run([*DEMO, "--output", "raw"], melody).stdout
+    command = ["wine", PYTHON, "-m", *arguments, "--prebuffer-ms", "all"]
+    no_other_card = {"WINEDLLOVERRIDES": f"{os.environ['WINEDLLOVERRIDES']};winepulse.drv=d"}
+    wire = pcm if "--raw" in arguments else melody
+    done = run(command, wire, env=file_device.environment | no_other_card)
+    assert done.returncode == 0, done.stderr.decode()
+    heard = np.frombuffer(pcm, "<i2").reshape(-1, 2)
+    # Where the machine is busy, wine lets its card go hungry for a moment, which is silence more and no sound less.
+    assert np.array_equal(without_silence(file_device.played()), without_silence(heard))
 
 
 CLIENTS = """

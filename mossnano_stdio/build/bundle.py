@@ -4,9 +4,9 @@ Rules of this room:
 
 - Everything is written into a folder within the target, tried out there, and then moved into the target. A failed
   build leaves nothing behind and changes no file that was there before.
-- That folder is locked while its build runs, and the system unlocks it when the process ends in whatever way. So the
-  next build removes what one left that was killed, and nothing of one that runs. (On Windows it cannot tell, and leaves
-  both.)
+- That folder is locked while its build runs (on Windows, where folders cannot be locked, a file in it), and the system
+  unlocks it when the process ends in whatever way. So the next build removes what one left that was killed, and nothing
+  of one that runs.
 - `mossnano.json` is moved last. Until then an older one names sizes and SHA-256 that do not fit the new files, so a
   bundle that is moved by half is refused and never decoded.
 - Official files are never changed: graphs built from a bundle are put beside its files, or beside copies of them.
@@ -67,6 +67,7 @@ from mossnano_stdio.weights import (
 MIMI = "mimi"  # the family, as codecs/mimi.py calls it, and what the published weights are called
 STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
+LOCK_NAME = ".locked"  # the file in it that is locked on Windows
 
 
 Graphs = Literal["fast", "official", "all"]  # ours, those of the official contract, or both
@@ -252,7 +253,7 @@ def _locked_stage(folder: Path) -> Iterator[Path]:
             except (BlockingIOError, FileNotFoundError):
                 continue  # another build came in between and took it for abandoned
             except OSError:
-                break  # nothing can be locked here, so nobody will find that it is not
+                pass  # nothing can be locked here, so nobody will find that it is not
             if stage.exists():
                 break
         yield stage
@@ -262,24 +263,38 @@ def _remove_abandoned(folder: Path) -> None:
     """The stages of builds that were killed: nobody has locked them."""
     for stage in folder.iterdir():
         if ABANDONED_NAME.fullmatch(stage.name) and not stage.is_symlink():
-            with ExitStack() as undo, suppress(OSError):
-                _lock(stage, undo)
-                shutil.rmtree(stage, ignore_errors=True)
+            with suppress(OSError):
+                with ExitStack() as undo:
+                    _lock(stage, undo)
+                    shutil.rmtree(stage, ignore_errors=True)
+                if sys.platform == "win32":  # which removed no file that was open; one opened anew just now stays again
+                    (stage / LOCK_NAME).unlink()
+                    stage.rmdir()
 
 
 def _lock(folder: Path, undo: ExitStack) -> None:
-    """Lock it until `undo`. An OSError where another has, where it is gone, or where folders cannot be locked."""
+    """Lock it until `undo`. A BlockingIOError where another has, a FileNotFoundError where it is gone, and another
+    OSError where nothing can be locked."""
     if sys.platform == "win32":
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(folder))
-    import fcntl
+        import msvcrt
 
-    opened = os.open(folder, os.O_RDONLY)
-    undo.callback(os.close, opened)
-    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT)
+        undo.callback(os.close, opened)
+        try:
+            msvcrt.locking(opened, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from None
+    else:
+        import fcntl
+
+        opened = os.open(folder, os.O_RDONLY)
+        undo.callback(os.close, opened)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _move(stage: Path, folder: Path) -> None:
-    paths = sorted(stage.iterdir(), key=lambda path: path.name == SIDECAR_NAME)
+    paths = [path for path in stage.iterdir() if path.name != LOCK_NAME]
+    paths.sort(key=lambda path: path.name == SIDECAR_NAME)
     for target in (folder / path.name for path in paths):
         if target.is_dir():
             raise OutputError(f"{cannot_write(target)}: {os.strerror(errno.EISDIR)} (EISDIR)")

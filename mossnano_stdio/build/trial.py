@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,10 +69,15 @@ ERRORS: dict[int, type[MossnanoError]] = {  # what a trial ended with -> what it
 
 def try_folders(source: Path, built: Path) -> None:
     """Try the graphs of our own in `built` beside those of `source`. Raises what was wrong with them."""
-    if sum(path.stat().st_size for path in built.iterdir()) < LARGE_BYTES:
-        try_graphs(load_bundle(source), load_bundle(built))
-    else:
+    if sum(path.stat().st_size for path in built.iterdir()) >= LARGE_BYTES:
         try_in_own_process(source, built)
+        return
+    try:
+        try_graphs(load_bundle(source), load_bundle(built))
+    except BaseException as error:
+        # What failed holds the graphs open, and Windows removes no file that is open.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def try_in_own_process(source: Path, built: Path) -> None:

@@ -211,8 +211,9 @@ def mark(connection: Connection, lane: Lane, message: Message) -> Answers:
     except PayloadError as error:
         yield connection.error(error, lane)
     if lane.maybe_number is None and stream.marks_bytes > MAX_BACKLOG_BYTES:  # no inbox counts them any more
-        full = BacklogError(f"MARKs of more than {MAX_BACKLOG_BYTES} bytes wait for their place in the sound")
-        yield from connection.fail(lane, full)
+        yield from connection.fail(
+            lane, BacklogError(f"MARKs of more than {MAX_BACKLOG_BYTES} bytes wait for their place in the sound")
+        )
 
 
 def open_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:

@@ -162,8 +162,8 @@ class Stream(ABC):
         window = self.maybe_window_samples
         if self._was_granted and window is not None and window < least_samples:
             raise SettingsError(
-                f"{window} samples are the window that CREDIT gave this stream; by these settings {least_samples} may "
-                "have to be sent at once and would never fit"
+                f"{window} samples are the window that CREDIT gave this stream; with these settings {least_samples} "
+                "may have to be sent at once and would never fit"
             )
 
     def grant_all(self) -> None:
