@@ -14,7 +14,7 @@ from mossnano_stdio.errors import DeviceError
 from mossnano_stdio.pcm import SoundForm, wav_header
 from mossnano_stdio.process.outputs import RawOutput, SeveralOutputs, SpeakerOutput, WavOutput
 from mossnano_stdio.protocol.messages import Kind, Message, in_stream, json_message
-from tests.child import DEMO, ROOT, decoded, fields, pcm_of
+from tests.child import DEMO, ROOT, decoded, encoded, fields, pcm_of
 from tests.doubles import SMALL
 from tests.sound import FileDevice, Samples, missing_portaudio
 
@@ -189,3 +189,32 @@ def test_no_such_device_ends_the_process_before_its_handshake(tmp_path: Path) ->
     assert done.returncode == 69
     (message,) = decoded(done.stdout)
     assert (fields(message)["code"], fields(message)["fatal"]) == ("no_device", True)
+
+
+@needs_portaudio
+def test_what_is_played_has_one_form_and_numbered_streams_are_mixed(tmp_path: Path) -> None:
+    device = FileDevice(tmp_path)
+    tokens = Message(
+        Kind.TOKENS, b"\x01\x08\x30\x00\x01\x05\x18\x70\x00\x02\x09\x28\xb0\x00\x03\x0d\x38\xf0\x00\x04" * 5
+    )
+    wire = encoded(
+        json_message(Kind.SETTINGS, {"channels": 1}),
+        *(in_stream(number, message) for number in (1, 2) for message in (tokens, Message(Kind.END))),
+    )
+    done = subprocess.run(
+        [*DEMO, "--play", "--prebuffer-ms", "all", "--gain-db", "-12"],
+        input=wire,
+        capture_output=True,
+        cwd=ROOT,
+        env=device.environment,
+        check=True,
+        timeout=60,
+    )
+    answers = decoded(done.stdout)
+    (error,) = (answer for answer in answers if answer.kind == Kind.ERROR)
+    assert fields(error)["code"] == "bad_settings"
+    assert "--play has one form for the whole run" in fields(error)["message"]
+    voice = b"".join(answer.payload[4:] for answer in answers if answer.kind == Kind.AUDIO | 0x80)
+    one = np.frombuffer(voice[: len(voice) // 2], "<i2").reshape(-1, 2)
+    assert len(one) <= len(device.played())  # where in the mix the second begins depends on when it comes
+    assert np.abs(device.played()).max() > np.abs(one).max() / 2

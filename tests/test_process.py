@@ -359,7 +359,8 @@ def test_voices_speak_through_one_pipe(threads: list[str]) -> None:
     assert heard == {number: expected_pcm(frames, SMALL) for number, frames in voices.items()}
     assert pcm_of(answers) == PCM
     stats = json.loads(err)
-    assert (stats["streams"], stats["numbered_streams"], len(stats["latest_streams"])) == (1, 16, 17)
+    assert (stats["streams"], stats["numbered_streams"]) == (1, 16)
+    assert 8 <= len(stats["latest_streams"]) <= 17  # as many as one line holds
 
 
 def test_a_voice_without_credit_waits_alone() -> None:

@@ -48,7 +48,7 @@ from mossnano_stdio.process.flags import (
     whole_number,
 )
 from mossnano_stdio.process.inbox import Arrival, Ending, Inbox
-from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
+from mossnano_stdio.process.logs import LEVELS, MAX_LINE_BYTES, log, start_logging, write_stderr
 from mossnano_stdio.process.outputs import STDOUT_FORMS, Output, SeveralOutputs, SpeakerOutput
 from mossnano_stdio.process.stats import Durations, StepTimes, StreamTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
@@ -247,7 +247,9 @@ class _Process:
             "errors": self._maybe_connection.error_count if self._maybe_connection else 0,
             **self._stream_times.snapshot(),
         }
-        write_stderr(json.dumps(stats))
+        while len(line := json.dumps(stats)) >= MAX_LINE_BYTES and stats["latest_streams"]:
+            del stats["latest_streams"][0]  # what does not fit would be cut off
+        write_stderr(line)
 
     def die(self, error: Exception) -> int:
         """Say why we cannot go on, to the peer and on stderr; the status with which we end."""

@@ -19,7 +19,7 @@ from typing import Any, Final
 from mossnano_stdio.protocol.stream import Stream
 
 _BUCKET_RATIO: Final = math.log(1.02)
-LATEST_STREAMS: Final = 64  # that are told of one by one
+LATEST_STREAMS: Final = 32  # that are told of one by one
 _STATUS_FILE: Final = Path("/proc/self/status")
 
 

@@ -270,7 +270,7 @@ class Connection:
             if lane.stream is not None:
                 lane.stream.grant_all()
             if lane.maybe_number is not None and not is_faulty and not lane.has_all_input:
-                lane.wait(Message(Kind.END), 0.0)
+                lane.wait(Message(Kind.END), self._received_seconds)
             yield from self._progress(lane)
 
     def close(self, maybe_fault: MossnanoError | None = None) -> Answers:
