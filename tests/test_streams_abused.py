@@ -81,6 +81,10 @@ class Voices:
             self._hear(self.child.next())
         return of_stream(self.answers, number)
 
+    def until_samples_of(self, number: int, samples: int) -> None:
+        while len(sound_of(of_stream(self.answers, number))) < samples * SMALL.sample_bytes:
+            self._hear(self.child.next())
+
     def fence(self) -> None:
         """Until all that was sent by now was dealt with, as far as it waits for nothing."""
         self.child.say(Message(Kind.PING, b"fence"))
@@ -164,6 +168,8 @@ def test_who_gets_no_credit_stops_alone(voices: Voices) -> None:
         voices.say(number, tokens(frames[number]), END)
     for number in (3, 4, 5):
         assert sound_of(voices.until_end_of(number)) == expected_pcm(frames[number], SMALL)
+    voices.until_samples_of(1, SMALL.frame_samples)
+    voices.until_samples_of(2, 5 * SMALL.frame_samples)
     voices.fence()
     assert sound_of(of_stream(voices.answers, 1)) == expected_pcm(frames[1][:1], SMALL)
     assert sound_of(of_stream(voices.answers, 2)) == expected_pcm(frames[2][:5], SMALL)
@@ -423,7 +429,7 @@ def test_settings_that_a_granted_window_does_not_hold_are_refused(voices: Voices
     frames = some_frames(8)
     settings = json_message(Kind.SETTINGS, {"chunk_frames": 4})
     voices.say(1, json_message(Kind.SETTINGS, {}), credit(3 * SMALL.frame_samples), settings, tokens(frames), END)
-    voices.fence()
+    voices.until_samples_of(1, 3 * SMALL.frame_samples)
     assert codes_of(of_stream(voices.answers, 1)) == ["bad_settings"]
     assert sound_of(of_stream(voices.answers, 1)) == expected_pcm(frames[:3], SMALL)
     voices.say(1, credit(8 * SMALL.frame_samples))
