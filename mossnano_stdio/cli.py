@@ -3,6 +3,7 @@
 Rules of this room:
 
 - A tool is a module with `add_arguments(parser)` and `run(args) -> int`; its page of help is its docstring.
+- What follows `--` is a COMMAND, untouched, for a tool that says HAS_COMMAND: it is in `args.command`.
 - `python -m mossnano_stdio.cli` is `mossnano`, and `python -m mossnano_stdio` is the process.
 - `mossnano --help` imports no tool, so neither numpy nor onnxruntime nor sounddevice.
 - Every error ends here: one of ours prints one line on stderr and exits with its own status; Ctrl-C and SIGTERM
@@ -35,6 +36,7 @@ VERBS = {
     "frame": "artifacts -> a framed stream for mossnano-stdio",
     "unframe": "what mossnano-stdio answered -> raw PCM or WAV",
     "compare": "two recordings, sample by sample and join by join",
+    "diagnose": "what is wrong with another decoder's sound?",
     "decode": "artifact -> WAV or raw PCM",
     "encode": "WAV, FLAC, OGG, MP3, ... -> artifact",
     "play": "play an artifact or a stream of PCM, live",
@@ -43,6 +45,7 @@ VERBS = {
     "build": "checkpoint or official bundle -> graphs",
     "standin": "a seeded random model in the true shape, for tests",
     "bench": "measure it, side by side with the official loop",
+    "web": "serve the page that decodes in the browser",
     "clients": "list or copy the clients for other languages",
     "protocol": "print protocol.md, the whole protocol",
     "freeze": "one folder that runs without Python",
@@ -86,7 +89,13 @@ def _run_tool(verb: str, words: list[str]) -> int:
         allow_abbrev=False,
     )
     tool.add_arguments(parser)
-    status: int = tool.run(parser.parse_args(words))
+    if getattr(tool, "HAS_COMMAND", False):
+        end = words.index("--") if "--" in words else len(words)
+        args = parser.parse_args(words[:end])
+        args.command = words[end + 1 :]
+    else:
+        args = parser.parse_args(words)
+    status: int = tool.run(args)
     if sys.stdout is not None:
         sys.stdout.flush()
     return status

@@ -37,6 +37,7 @@ WAYS_TO_RUN_SKIPPED = {
     r"node is not": "apt-get install nodejs",
     r"building needs onnxruntime": "pip install 'onnxruntime>=1.24'",
     r"wine is not set up|mingw is not": "apt-get install wine64 wine gcc-mingw-w64-x86-64-win32, then .ci/wine",
+    r"chromium is not|onnxruntime-web is not": "apt-get install chromium npm, and onnxruntime-web as .ci/run gets it",
     r"strace is not": "apt-get install strace",
     r"libportaudio2": "apt-get install libportaudio2 libasound2",
     r"pulseaudio|libasound2-plugins": "apt-get install pulseaudio pulseaudio-utils libasound2-plugins",

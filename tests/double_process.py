@@ -6,6 +6,7 @@ The first argument is JSON: what the double is to do wrong, and what is to be pl
     load_seconds            so does loading, which says `loading` on stderr first
     not_finite_steps        these steps give a NaN
     failing_steps           these steps raise DecodeError
+    ramp_second_frames      what measuring the ramp finds; it says `measuring` on stderr
     raising                 {"step": name of a builtin exception}: what the step raises
     noise                   each step prints, warns, and writes to fd 1 as a native library would
     nano                    frames as large as nano's, instead of 4 samples
@@ -25,6 +26,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from mossnano_stdio.process import loop, stdio
@@ -48,7 +51,14 @@ def main() -> None:
             failing_steps=plan.get("failing_steps", ()),
             on_step=lambda step: on_step(plan, step),
         )
-        return loop.ready_to_decode(decoder, {"demo": False})
+        return replace(loop.ready_to_decode(decoder, {"demo": False}), ramp_second_frames=ramp_second_frames)
+
+    @cache
+    def ramp_second_frames() -> int:
+        if "ramp_second_frames" in plan:
+            print("measuring", file=sys.stderr, flush=True)
+        second_frames: int = plan.get("ramp_second_frames", 2)
+        return second_frames
 
     spoil_descriptors(plan)
     signals = stdio.StopSignals()

@@ -592,7 +592,8 @@ class OtherPeer:
             stream.samples_left -= len(samples)
         stream.frames += frames
         stream.samples += len(samples)
-        stream.wanted = min(2 * stream.wanted, RAMP_FRAMES)
+        most = {"chunks do not grow": 1, "chunks grow once": 2}.get(self.broken, RAMP_FRAMES)
+        stream.wanted = min(2 * stream.wanted, most)
         if samples:
             self.put(AUDIO, struct.pack(f"<{len(samples)}h", *samples))
 

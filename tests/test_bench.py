@@ -21,6 +21,7 @@ import safetensors
 
 from mossnano_stdio import cli
 from mossnano_stdio.build.arithmetic import bytes_per_step, decoding_macs
+from mossnano_stdio.build.bundle import build_standin, save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools import bench as bench_tool
@@ -61,6 +62,40 @@ def test_graphs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_bundle: Pa
     assert figures["limit_ms_per_frame"] > 0
     assert figures["reading_ms_per_step"] > 0
     assert not plot or Path(plot[1]).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_graph_is_measured_alone_and_beside_others(tmp_path: Path, tiny_bundle: Path) -> None:
+    weights = load_checkpoint(Path(__file__).parent / "reference" / "moss-24k", "decode")
+    save_bundle(tmp_path, weights, name="f", checkpoint_name="f", graphs="fast", trial=False)
+    quick = ("--threads", "1", "--chunks", "1", "--turns", "1", "--json")
+    outcome = call_tool("bench", "--weights", tmp_path, *quick)
+    assert outcome.status == 0, outcome.err
+    assert f"fast graph of {tmp_path} is measured alone" in outcome.err
+    assert "no limit is computed, as the work is counted in official graphs" in outcome.err
+    assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"fast graph"}
+    sides = sides_of(load_bundle(tmp_path), [load_bundle(tiny_bundle)])
+    assert [(side.name, side.kind) for side in sides] == [("fast graph", "fast"), ("bundle, official", "official")]
+
+
+def test_one_side_of_a_codec_is_measured_alone(tmp_path: Path) -> None:
+    checkpoint = Path(__file__).parent / "reference" / "moss-24k"
+    weights = load_checkpoint(checkpoint, "encode")
+    save_bundle(tmp_path, weights, name="e", checkpoint_name="e", graphs="fast", trial=False)
+    quick = ("--threads", "1", "--chunks", "1", "--turns", "1")
+    outcome = call_tool("bench", "--weights", tmp_path, "--encode", *quick)
+    assert f"encoding of {tmp_path} is measured alone" in outcome.err
+    assert re.search(rb"encoding +[\d.]+  \([\d.]+ to [\d.]+\)$", outcome.out, re.MULTILINE), outcome.out
+    for what in ([], ["--process"]):
+        outcome = call_tool("bench", "--weights", tmp_path, *what, *quick)
+        assert outcome.status == ExitStatus.NO_WEIGHTS
+        assert "has no decoder to measure, `mossnano build` makes one; --encode measures" in outcome.error_line
+
+
+def test_a_family_with_a_single_graph_is_measured(tmp_path: Path) -> None:
+    build_standin(tmp_path, "tiny", 0, model="mimi", trial=False)
+    outcome = call_tool("bench", "--weights", tmp_path, "--threads", "1", "--chunks", "1", "--turns", "1", "--json")
+    assert outcome.status == 0, outcome.err
+    assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"decode_step graph"}
 
 
 # --- how long it takes -----------------------------------------------------------------------------
@@ -318,4 +353,4 @@ def test_a_step_reads_every_matrix_and_all_caches_once(tiny_reference: Path, tin
 def test_the_fill_is_longer_than_every_context(tiny_bundle: Path) -> None:
     from mossnano_stdio.tools.bench.sides import _frames_to_fill
 
-    assert _frames_to_fill(load_bundle(tiny_bundle)) >= 10
+    assert _frames_to_fill(load_bundle(tiny_bundle), encodes=False) >= 10

@@ -67,6 +67,14 @@ def test_what_we_built(nano_bundle: Path) -> None:
     assert_same(extract_weights(load_bundle(nano_bundle)), load_checkpoint(nano_bundle / "checkpoint"))
 
 
+@pytest.mark.parametrize("model", ["24k", "v2"])
+def test_what_we_built_of_the_larger_members(tmp_path: Path, model: str) -> None:
+    """Transformers before the first patch and after the last, and in the older layout without some projections."""
+    weights = load_checkpoint(Path(__file__).parent / "reference" / f"moss-{model}")
+    save_bundle(tmp_path, weights, name=model, checkpoint_name=model, graphs="official", trial=False)
+    assert_same(extract_weights(load_bundle(tmp_path)), weights)
+
+
 def test_decode_full_alone(copy: Path, tiny_reference: Path) -> None:
     (copy / STEP).unlink()
     (copy / ENCODE).unlink()

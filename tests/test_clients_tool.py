@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mossnano_stdio.errors import ExitStatus
-from mossnano_stdio.tools.clients import CLIENTS
+from mossnano_stdio.tools.clients import CLIENTS, MELODY
 from tests.tool import call_tool
 
 NAMES = sorted(path.name for path in CLIENTS.iterdir() if path.is_dir() and path.name != "__pycache__")
@@ -33,8 +33,10 @@ def test_a_client_is_copied_as_it_is(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "new" / "folder"
     outcome = call_tool("clients", name, folder)
     assert outcome.status == ExitStatus.DONE
-    assert outcome.out.decode().splitlines() == [str(folder / file) for file in sorted(files_in(CLIENTS / name))]
-    assert files_in(folder) == files_in(CLIENTS / name)
+    with_it = {MELODY.name: MELODY.read_bytes()} if name == "web" else {}
+    files = [*sorted(files_in(CLIENTS / name)), *with_it]
+    assert outcome.out.decode().splitlines() == [str(folder / file) for file in files]
+    assert files_in(folder) == files_in(CLIENTS / name) | with_it
     assert call_tool("clients", name, folder).status == ExitStatus.DONE  # the same over the same
 
 

@@ -67,6 +67,8 @@ BREAKAGES = {
     "a lone frame waits for a second": ["tokens-lone-frame-is-answered", "settings-give-the-ramp-back"],
     "an empty AUDIO before END": ["tokens-come-back-as-whole-frames"],
     "chunks begin with 4": ["tokens-ramp-up", "cancelling-drops-an-open-stream"],
+    "chunks do not grow": ["tokens-ramp-up"],
+    "chunks grow once": ["tokens-ramp-up"],
     "forgets everything between messages": [
         "tokens-may-be-split-over-messages",
         "artifacts-inside-a-token-stream-are-out-of-place",
@@ -209,6 +211,13 @@ def test_our_process_passes_with_fixed_chunks() -> None:
     rooms = ("tokens", "pings", "cancelling", "settings", "endings-in")
     cases = [case for case in CASES if case.name.startswith(rooms)]
     assert what_went_wrong(try_on(double({}, "--chunk-frames", "4"), cases)) == []
+
+
+@pytest.mark.parametrize("second_frames", [4, 8])
+def test_our_process_passes_with_the_ramp_of_large_weights(second_frames: int) -> None:
+    names = ["tokens-ramp-up", "cancelling-drops-an-open-stream", "settings-give-the-ramp-back"]
+    command = double({"ramp_second_frames": second_frames})
+    assert what_went_wrong(try_on(command, [CASE_NAMED[name] for name in names])) == []
 
 
 def test_our_process_passes_where_messages_may_be_longer_than_answers() -> None:

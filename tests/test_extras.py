@@ -37,6 +37,7 @@ def run_without(module: str, folder: Path, *arguments: str) -> subprocess.Comple
         ("huggingface_hub", ["fetch", "--to", "out"], "fetch", 2),
         ("PyInstaller", ["freeze", "out"], "freeze", 2),
         ("soxr", ["freeze", "out"], "freeze", 2),
+        ("onnx", ["diagnose", f"{CHECKPOINT}/codes.npy", f"{CHECKPOINT}/audio.npy", "--weights", BUNDLE], "build", 2),
         ("sounddevice", ["play", "--weights", "demo", MELODY], "play", 69),
         ("matplotlib", ["bench", "--weights", "demo", "--plot", "out.png"], "plot", 2),
     ],

@@ -6,8 +6,12 @@ the first context is full; ours does not.
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import dataclasses
 import json
 import shutil
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,17 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from mossnano_stdio import codecs
+from mossnano_stdio import Codec, codecs
 from mossnano_stdio.build import trial
-from mossnano_stdio.build.bundle import save_bundle
+from mossnano_stdio.build.bundle import build_standin, save_bundle
 from mossnano_stdio.build.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, load_checkpoint, parse_config
 from mossnano_stdio.build.decode_step import FAST_DATA
 from mossnano_stdio.build.model import TransformerWeights, transformers
 from mossnano_stdio.build.random_weights import SIZES, Stage, save_standin
+from mossnano_stdio.client import AsyncDecoder, Decoder
 from mossnano_stdio.codecs import (
+    EncoderRuntime,
+    Runtime,
     load_encoder,
     load_encoder_runtime,
     load_full_decoder,
@@ -35,10 +42,15 @@ from mossnano_stdio.codecs import (
     seek,
 )
 from mossnano_stdio.errors import BundleError, CheckFailedError
-from mossnano_stdio.tokens import Codes
+from mossnano_stdio.pcm import to_pcm16
+from mossnano_stdio.process.loop import load_codec
+from mossnano_stdio.protocol import Kind, Message
+from mossnano_stdio.tokens import CodecFormat, Codes, load_artifact, pack_frames, unpack_frames
 from mossnano_stdio.weights import Bundle, load_bundle, load_sidecar, save_sidecar
+from tests.child import PROCESS, decoded, encoded, fields, pcm_of, run
 from tests.conftest import skip_if_nothing_can_be_built
 from tests.oracle import Sound, furthest, in_chunks
+from tests.test_clients import needs
 from tests.tool import call_tool
 
 TOLERANCE = 2e-6
@@ -162,22 +174,41 @@ def test_a_start_in_the_middle_is_within_half_a_step(tmp_path: Path) -> None:
         ({1: 350, 2: 383, 4: 599, 8: 825}, 8),  # too slow whatever is done: as few gaps as can be
     ],
 )
+@pytest.mark.parametrize("encodes", [False, True])
 def test_the_ramp_begins_where_a_step_is_quicker_than_its_sound(
-    member: Member, monkeypatch: pytest.MonkeyPatch, step_ms: dict[int, int], second_frames: int
+    member: Member, monkeypatch: pytest.MonkeyPatch, step_ms: dict[int, int], second_frames: int, encodes: bool
 ) -> None:
-    runtime = load_runtime(member.bundle)
+    runtime = load_encoder_runtime(member.bundle) if encodes else load_runtime(member.bundle)
     assert ramp_second_frames(runtime) == 2  # of small weights nothing is measured
     clock_ms = 0
 
     class Slow:
-        def step(self, codes: Codes) -> None:
+        def step(self, rows: Codes | Sound) -> None:
             nonlocal clock_ms
-            clock_ms += step_ms[len(codes)]
+            clock_ms += step_ms[len(rows) // (member.bundle.format.frame_samples if encodes else 1)]
 
     monkeypatch.setattr(codecs, "LARGE_BYTES", 0)
-    monkeypatch.setattr(runtime, "new_decoder", Slow)
+    monkeypatch.setattr(runtime, "new_encoder" if encodes else "new_decoder", Slow)
     monkeypatch.setattr("mossnano_stdio.codecs.time.perf_counter", lambda: clock_ms / 1000)
     assert ramp_second_frames(runtime) == second_frames
+
+
+@pytest.mark.parametrize(("encodes", "graph"), [(False, "fast"), (True, "encode_step")])
+def test_the_process_measures_its_ramp_once_and_when_it_is_asked_for(
+    member: Member, monkeypatch: pytest.MonkeyPatch, encodes: bool, graph: str
+) -> None:
+    measured = []
+
+    def measure(runtime: Runtime | EncoderRuntime) -> int:
+        measured.append(runtime.graph_name)
+        return 8
+
+    monkeypatch.setattr(codecs, "ramp_second_frames", measure)
+    options = {"weights": str(member.bundle.folder), "provider": "cpu", "threads": 1, "encode": encodes, "graph": None}
+    loaded = load_codec(argparse.Namespace(**options))
+    assert measured == []
+    assert loaded.ramp_second_frames() == loaded.ramp_second_frames() == 8
+    assert measured == [graph]
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------
@@ -248,6 +279,25 @@ def test_a_part_of_the_graphs(tmp_path: Path, what: str, graphs: str) -> None:
     else:
         found = load_runtime(bundle).new_decoder().step(np.load(reference / "codes.npy").astype(np.uint16))
         assert furthest(found, np.ascontiguousarray(np.load(reference / "audio.npy").T)) < TOLERANCE
+
+
+def test_our_graphs_come_out_of_the_official_ones_as_out_of_the_checkpoint(member: Member, tmp_path: Path) -> None:
+    outcome = call_tool("build", "--from-bundle", member.bundle.folder, tmp_path)
+    assert outcome.status == 0, outcome.err
+    for graph in ("fast", "encode_step"):
+        for file in member.bundle.graph(graph).files:
+            assert (tmp_path / file.path.name).read_bytes() == file.path.read_bytes(), file.path.name
+
+
+def test_a_folder_without_official_graphs_has_no_weights_to_take_out(tmp_path: Path) -> None:
+    build_standin(tmp_path / "mimi", "tiny", 0, model="mimi", trial=False)
+    weights = load_checkpoint(REFERENCES / "moss-24k", "decode")
+    save_bundle(tmp_path / "24k", weights, name="f", checkpoint_name="f", graphs="fast", trial=False)
+    for folder in (tmp_path / "mimi", tmp_path / "24k"):
+        outcome = call_tool("build", "--from-bundle", folder, tmp_path / "out")
+        assert outcome.status == 66
+        assert f"{folder}: has no official graphs that decode" in outcome.error_line
+        assert f"`mossnano build CHECKPOINT_DIR {tmp_path / 'out'}` builds graphs" in outcome.error_line
 
 
 def test_ours_alone_run_on_the_cpu_alone(tmp_path: Path) -> None:
@@ -392,3 +442,105 @@ def test_the_size_of_nano_is_no_size_of_others(tmp_path: Path) -> None:
     outcome = call_tool("standin", tmp_path, "--model", "24k", "--size", "nano")
     assert outcome.status == 2
     assert "--size nano is a size of --model nano" in outcome.err
+
+
+# --- as a user has it ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(member: Member) -> list[Message]:
+    """What the process answers to the golden codes, in chunks of 8 frames."""
+    tokens = Message(Kind.TOKENS, pack_frames(member.codes, 1024))
+    command = [*PROCESS, "--weights", str(member.bundle.folder), "--chunk-frames", "8"]
+    done = run(command, encoded(tokens, Message(Kind.END)))
+    assert (done.returncode, done.stderr) == (0, b"")
+    return decoded(done.stdout)
+
+
+def test_the_process_decodes(member: Member, told: list[Message]) -> None:
+    said = fields(told[0])
+    assert CodecFormat(*(said[field.name] for field in dataclasses.fields(CodecFormat))) == member.bundle.format
+    assert said["frame_bytes"] == 40
+    assert steps_apart(pcm_of(told), member) <= 1
+    assert fields(told[-1])["samples"] == len(member.audio)
+
+
+def test_the_process_encodes(member: Member) -> None:
+    pcm = to_pcm16(member.wave)
+    command = [*PROCESS, "--weights", str(member.bundle.folder), "--encode"]
+    done = run(command, encoded(*(Message(Kind.AUDIO, pcm[at : at + 9999]) for at in range(0, len(pcm), 9999))))
+    messages = decoded(done.stdout)
+    codes = unpack_frames(b"".join(message.payload for message in messages if message.kind == Kind.TOKENS), 32, 1024)
+    values = np.frombuffer(pcm, "<i2").reshape(-1, member.bundle.format.channels).astype(np.float32)
+    assert np.array_equal(codes, load_encoder_runtime(member.bundle).new_encoder().step(values / np.float32(32767)))
+    assert (codes == member.golden("encoded")[:12]).mean() > 0.9  # 16 bits are not the float that was encoded there
+
+
+def test_the_python_clients_hear_what_the_process_says(member: Member, told: list[Message]) -> None:
+    arguments = member.bundle.folder, ["--chunk-frames", "8"]
+    with Decoder(*arguments) as decoder:
+        assert decoder.decode(member.codes) == pcm_of(told)
+
+    async def hear() -> bytes:
+        async with AsyncDecoder(*arguments) as decoder:
+            return await decoder.decode(member.codes)
+
+    assert asyncio.run(hear()) == pcm_of(told)
+
+
+def test_the_c_client_hears_what_the_process_says(member: Member, told: list[Message], tmp_path: Path) -> None:
+    needs("gcc")
+    sources = Path(__file__).parents[1] / "mossnano_stdio" / "clients" / "c"
+    subprocess.run(["gcc", "-std=c11", "-pthread", sources / "example.c", "-o", tmp_path / "example"], check=True)
+    (tmp_path / "frames").write_bytes(pack_frames(member.codes, 1024))
+    command = [*PROCESS, "--weights", str(member.bundle.folder), "--chunk-frames", "8"]
+    heard = subprocess.run([tmp_path / "example", tmp_path / "frames", *command], stdout=subprocess.PIPE, check=True)
+    assert heard.stdout == pcm_of(told)
+
+
+def test_the_library_decodes_and_encodes(member: Member) -> None:
+    with Codec.load(member.bundle.folder) as codec:
+        expected = member.golden("audio")
+        assert furthest(codec.decode(member.codes.T), expected) < TOLERANCE
+        pieces = list(codec.streaming_decode(iter(member.codes), chunk_frames=3))
+        assert furthest(np.concatenate(pieces, axis=1), expected) < TOLERANCE
+        samples = member.bundle.format.frame_samples
+        part = codec.decode_range(member.codes.T, 4 / 12.5, 5 / 12.5)
+        assert furthest(part, expected[:, 4 * samples : 9 * samples]) < PCM16_STEP / 2
+        prefix = codec.decode(member.codes.T[:, :8], num_quantizers=8)
+        assert furthest(prefix, member.golden("audio_q8")) < TOLERANCE
+        codes = codec.encode(member.golden("wave")).codes.T
+        assert np.array_equal(codes[:12], member.golden("encoded")[:12])
+
+
+def test_the_tools_pack_decode_and_encode(member: Member, tmp_path: Path) -> None:
+    model = member.reference.name.removeprefix("moss-")
+    artifact, wav, part, again = (tmp_path / name for name in ("a.mossnano", "a.wav", "part.wav", "again.mossnano"))
+    folder, samples = member.bundle.folder, member.bundle.format.frame_samples
+    for arguments in (
+        ("pack", member.reference / "codes.npy", artifact, "--model", model),
+        ("decode", "--weights", folder, artifact, wav),
+        ("decode", "--weights", folder, artifact, part, "--start", 0.32, "--duration", 0.4),
+        ("encode", "--weights", folder, wav, again),
+    ):
+        outcome = call_tool(*arguments)
+        assert outcome.status == 0, outcome.err
+    assert steps_apart(wav.read_bytes()[44:], member) <= 1
+    assert steps_apart(part.read_bytes()[44:], member, 4 * samples, 9 * samples) <= 1
+    with again.open("rb") as file:
+        assert len(load_artifact(file, "again").codes) == len(member.codes)
+
+
+def steps_apart(pcm: bytes, member: Member, start: int = 0, end: int | None = None) -> int:
+    """How far PCM is from the golden sound, in steps of 16 bits."""
+    expected = np.rint(member.audio[start:end] * 32767)
+    found = np.frombuffer(pcm, "<i2").reshape(-1, member.bundle.format.channels)
+    assert found.shape == expected.shape
+    return int(np.abs(found - expected).max())
+
+
+@pytest.mark.slow
+def test_the_process_conforms(member: Member) -> None:
+    command = [*PROCESS, "--weights", member.bundle.folder]
+    outcome = call_tool("conformance", "--", *command)
+    assert outcome.status == 0, outcome.out

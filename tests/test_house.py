@@ -49,7 +49,7 @@ SIDE_DOORS = {
     "playback": {"defaults"},
     "protocol": {"connection", "decoding", "encoding"},
     "process": {"flags", "logs", "windows"},
-    "build": {"arithmetic", "bundle", "extract"},
+    "build": {"arithmetic", "bundle", "extract", "nodes"},
 }
 
 # What only some rooms may speak to. Optional dependencies are imported inside functions.

@@ -22,8 +22,10 @@ from mossnano_stdio import codecs
 from mossnano_stdio.protocol.connection import Action
 from mossnano_stdio.protocol.decoding import DECODING
 from mossnano_stdio.protocol.encoding import ENCODING
-from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message
+from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message, json_message
 from mossnano_stdio.protocol.stream import State
+from mossnano_stdio.tokens import pack_frames
+from mossnano_stdio.weights import MODELS
 from tests.child import DEMO, PROCESS, ROOT, Child, decoded, double, encoded, fields, outline, pcm_of, run
 from tests.doubles import NANO, SMALL, artifact_bytes, expected_codes, expected_pcm, some_frames, tokens_payload
 
@@ -93,6 +95,21 @@ def test_frames_that_come_while_a_chunk_is_decoded_go_into_one_chunk() -> None:
         child.say(END)
         chunks = [len(message.payload) // SMALL.frame_pcm_bytes for message in child.until(Kind.END)[:-1]]
     assert chunks == [1, 2, 4]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--chunk-frames", "4"]])
+def test_settings_go_back_to_the_ramp_that_was_measured(arguments: list[str]) -> None:
+    fixed, ramp = (json_message(Kind.SETTINGS, {"chunk_frames": frames}) for frames in (5, None))
+    done = run(double({"ramp_second_frames": 8}, *arguments), encoded(fixed, TOKENS, END, ramp, TOKENS, END))
+    sizes = [
+        len(message.payload) // SMALL.frame_pcm_bytes for message in decoded(done.stdout) if message.kind == Kind.AUDIO
+    ]
+    assert sizes == [5, 5, 5, 5, 1, 8, 8, 3]
+    assert done.stderr.count(b"measuring") == 1
+
+
+def test_a_ramp_that_nobody_asks_for_is_not_measured() -> None:
+    assert run(double({"ramp_second_frames": 8}, "--chunk-frames", "4"), STREAM).stderr == b""
 
 
 @pytest.mark.skipif(codecs.default_threads() < 2, reason="needs two CPUs")
@@ -367,6 +384,19 @@ def test_the_transition_tables_of_the_document_are_those_of_the_program(
     states = [State(name) for name in rows[0][1:]]
     documented = {(state, Kind[row[0]]): cell for row in rows[2:] for state, cell in zip(states, row[1:], strict=True)}
     assert documented == {cell: action.__name__.replace("_", " ") for cell, action in table.items()}
+
+
+def test_the_table_of_codecs_has_the_published_ones() -> None:
+    text = PROTOCOL.split("<!-- codecs -->")[1].split("What we stream")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    names = [name for name in rows[0] if name not in ("`--model`", "codec, as fetched", "frame_bytes")]
+    for (model, folder, *numbers), published in zip(rows[2:], MODELS.values(), strict=True):
+        assert MODELS[model] is published
+        assert folder == (published.maybe_folder_name or published.checkpoint.name)  # what is built is called so
+        *said, frame_bytes = map(int, numbers)
+        assert said == [getattr(published.format, name) for name in names]
+        one_frame = np.zeros((1, published.format.quantizers), np.uint16)
+        assert frame_bytes == len(pack_frames(one_frame, published.format.codebook_size))
 
 
 def test_the_hex_dump_of_the_encoder_is_audio() -> None:

@@ -89,6 +89,11 @@ def build_from_bundle(source: Path, folder: Path) -> None:
     bundle = load_bundle(source)
     if bundle.demo:
         raise BundleError(f"{source}: is the demo, whose graphs have no weights to take out; official files are needed")
+    if not any(map(bundle.has_graph, ("decode_step", "decode_full"))) or bundle.sidecar.maybe_codec is not None:
+        raise BundleError(
+            f"{source}: has no official graphs that decode, out of which the weights are taken; "
+            f"`mossnano build CHECKPOINT_DIR {folder}` builds graphs of a checkpoint"
+        )
     weights = extract_weights(bundle)
     with staged(folder) as stage:
         beside = folder.samefile(source)

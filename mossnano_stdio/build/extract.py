@@ -38,7 +38,6 @@ from mossnano_stdio.build.tracing import (
     Sites,
     TracedGraph,
     affine,
-    linear,
     only,
     scalars,
     shaped,
@@ -68,9 +67,9 @@ def _decoder(graph: TracedGraph, bundle: Bundle) -> DecoderWeights:
     for transformer in found:
         patch = _ratio(graph, features, transformer.inputs)
         tokens *= patch
-        modules += [PatchStep(patch), replace(transformer, tokens_per_frame=tokens)]
+        modules += [*_patch_steps(patch), replace(transformer, tokens_per_frame=tokens)]
         features = transformer.outputs
-    modules.append(PatchStep(features))
+    modules += _patch_steps(features)
     quantizers, codebook_size, _ = dequantizer.codebooks.shape
     _agree(graph, "quantizers", quantizers, bundle.format.quantizers)
     _agree(graph, "rows of a codebook", codebook_size, bundle.format.codebook_size)
@@ -88,17 +87,17 @@ def _encoder(graph: TracedGraph, codec: CodecFormat) -> EncoderWeights:
     for transformer in found:
         patch = _ratio(graph, transformer.inputs, features)
         tokens = _ratio(graph, tokens, patch)
-        modules += [PatchStep(patch), replace(transformer, tokens_per_frame=tokens)]
+        modules += [*_patch_steps(patch), replace(transformer, tokens_per_frame=tokens)]
         features = transformer.outputs
-    modules.append(PatchStep(_ratio(graph, quantizer.input_proj_w.shape[1], features)))
+    modules += _patch_steps(_ratio(graph, quantizer.input_proj_w.shape[1], features))
     return EncoderWeights(codec, tuple(modules), quantizer)
 
 
 def _transformers(graph: TracedGraph, sources: Sites) -> tuple[list[TransformerWeights], Sites]:
     """Go back from `sources` through all transformers. Returns them first to last, and what flows into the first."""
     found: list[TransformerWeights] = []
-    while sources and all(site.kind == "MatMul" for site in sources):
-        transformer, sources = extract_transformer(graph, linear(graph, None, sources))
+    while sources and all(site.kind in ("MatMul", "Mul") for site in sources):
+        transformer, sources = extract_transformer(graph, sources)
         found.insert(0, transformer)
     return found, sources
 
@@ -195,6 +194,11 @@ def _ratio(graph: TracedGraph, larger: int, smaller: int) -> int:
     if larger % smaller:
         raise graph.wrong(None, f"between modules {larger} features become {smaller}, which is no whole patch")
     return larger // smaller
+
+
+def _patch_steps(patch: int) -> list[Module]:
+    """A patch of one token changes nothing, and no checkpoint lists it."""
+    return [PatchStep(patch)] if patch > 1 else []
 
 
 def _check_caches(graph: TracedGraph, modules: Sequence[Module], bundle: Bundle) -> None:

@@ -41,14 +41,19 @@ class _AttentionSite(NamedTuple):
     max_period: float
 
 
-def extract_transformer(graph: TracedGraph, output_proj: Linear) -> tuple[TransformerWeights, Sites]:
-    """The transformer that ends at `output_proj`, and what flows into it. Its tokens per frame are left at 0."""
-    changes = [site for site in output_proj.sources if site.kind == "Mul"]
-    start = output_proj.sources - set(changes)
+def extract_transformer(graph: TracedGraph, ends: Sites) -> tuple[TransformerWeights, Sites]:
+    """The transformer that `ends` come out of, and what flows into it. Its tokens per frame are left at 0.
+
+    They are the sum of all its changes where it has no output_proj.
+    """
+    maybe_output_proj = None if any(site.kind == "Mul" for site in ends) else linear(graph, None, ends)
+    sums = ends if maybe_output_proj is None else maybe_output_proj.sources
+    changes = [site for site in sums if site.kind == "Mul"]
+    start = sums - set(changes)
+    end = changes[0] if maybe_output_proj is None else maybe_output_proj.site  # for errors
     if not changes or len(changes) % 2:
-        found = kinds_of(output_proj.sources)
-        raise graph.wrong(output_proj.site, f"a sum of input_proj and two changes per layer is needed, found {found}")
-    input_proj = linear(graph, output_proj.site, start)
+        raise graph.wrong(end, f"a sum of input_proj and two changes per layer is needed, found {kinds_of(sums)}")
+    first_proj = linear(graph, end, start)
     changes.sort(key=lambda change: len(_sum_before(graph, change)))
     layers: list[LayerWeights] = []
     attentions: set[_AttentionSite] = set()
@@ -59,19 +64,26 @@ def extract_transformer(graph: TracedGraph, output_proj: Linear) -> tuple[Transf
         attentions.add(_attention(graph, out_proj, layers[-1].in_proj.shape[1]))
         so_far |= {first, second}
     if len(attentions) != 1:
-        raise graph.wrong(output_proj.site, f"the layers before it attend differently: {sorted(attentions)}")
+        raise graph.wrong(end, f"the layers before it attend differently: {sorted(attentions)}")
     heads, context, max_period = attentions.pop()
+    model = layers[0].in_proj.shape[1]
+    # Without an input_proj, what is found there is the output_proj before it, whose features a patch has put together.
+    has_input_proj = first_proj.matrix.shape[0] == model
     weights = TransformerWeights(
-        maybe_input_proj=shaped(graph, input_proj.site, input_proj.matrix, layers[0].in_proj.shape[1], None),
+        maybe_input_proj=first_proj.matrix if has_input_proj else None,
         layers=tuple(layers),
-        maybe_output_proj=shaped(graph, output_proj.site, output_proj.matrix, None, layers[0].in_proj.shape[1]),
-        model=layers[0].in_proj.shape[1],
+        maybe_output_proj=(
+            None
+            if maybe_output_proj is None
+            else shaped(graph, maybe_output_proj.site, maybe_output_proj.matrix, None, model)
+        ),
+        model=model,
         heads=heads,
         context=context,
         tokens_per_frame=0,
         max_period=max_period,
     )
-    return weights, input_proj.sources
+    return weights, first_proj.sources if has_input_proj else start
 
 
 def _sum_before(graph: TracedGraph, change: Site) -> Sites:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -211,7 +211,7 @@ def maybe_warm_up_frames(runtime: Runtime, maybe_seconds: float | None = None) -
     return family_of(runtime.bundle).maybe_look_back_frames(runtime)
 
 
-def ramp_second_frames(runtime: Runtime) -> int:
+def ramp_second_frames(runtime: Runtime | EncoderRuntime) -> int:
     """How many frames the second chunk of a live stream should have: the fewest whose step takes no longer than they
     sound, or as many as one run takes.
 
@@ -221,16 +221,26 @@ def ramp_second_frames(runtime: Runtime) -> int:
     graph_name = "decode_step" if runtime.graph_name == "official" else runtime.graph_name
     if sum(file.path.stat().st_size for file in runtime.bundle.graph(graph_name).files) < LARGE_BYTES:
         return 2
-    decoder = runtime.new_decoder()
-    decoder.step(np.zeros((1, runtime.format.quantizers), np.uint16))  # the first step is the slowest of all
+    step = _step_of_nothing(runtime)
+    step(1)  # the first one is the slowest of all
     frames = 1
     while frames < RAMP_MAX_FRAMES:
         started = time.perf_counter()
-        decoder.step(np.zeros((frames, runtime.format.quantizers), np.uint16))
+        step(frames)
         if time.perf_counter() - started <= frames / runtime.format.frames_per_second:
             break
         frames *= 2
     return max(2, frames)
+
+
+def _step_of_nothing(runtime: Runtime | EncoderRuntime) -> Callable[[int], object]:
+    """What decodes so many frames of zeros in a new stream, or encodes so many of silence."""
+    codec = runtime.format
+    if isinstance(runtime, EncoderRuntime):
+        encoder = runtime.new_encoder()
+        return lambda frames: encoder.step(np.zeros((frames * codec.frame_samples, codec.channels), np.float32))
+    decoder = runtime.new_decoder()
+    return lambda frames: decoder.step(np.zeros((frames, codec.quantizers), np.uint16))
 
 
 def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:

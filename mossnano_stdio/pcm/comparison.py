@@ -95,7 +95,6 @@ def compare_recordings(
         place = int(error.argmax())
         if error[place] > max_error:
             max_error, maybe_place = float(error[place]), start + place
-    signal_db = 10 * math.log10(signal_power / noise_power) if signal_power and noise_power else -math.inf
     joins, maybe_inside = _joins(reference, candidate, samples, maybe_chunk_samples)
     channels = candidate.samples.shape[1]
     return Comparison(
@@ -106,11 +105,22 @@ def compare_recordings(
         max_error_steps=max_error,
         max_error_sample=maybe_place,
         rms_error_steps=math.sqrt(noise_power / (samples * channels)) if samples else 0.0,
-        snr_db=signal_db if noise_power else math.inf,
+        snr_db=ratio_db(signal_power, noise_power),
         differing_values=differing,
         joins=joins,
         inside_jump_steps=maybe_inside,
     )
+
+
+def ratio_db(signal_power: float, noise_power: float) -> float:
+    """The signal-to-noise ratio: infinite without noise, minus infinity where there is nothing but noise.
+
+    >>> ratio_db(100.0, 1.0), ratio_db(1.0, 0.0), ratio_db(0.0, 1.0)
+    (20.0, inf, -inf)
+    """
+    if not noise_power:
+        return math.inf
+    return 10 * math.log10(signal_power / noise_power) if signal_power else -math.inf
 
 
 def _check_comparable(reference: Recording, candidate: Recording) -> None:

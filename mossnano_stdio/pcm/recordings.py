@@ -13,6 +13,7 @@ import io
 import wave
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any, BinaryIO, Final
 
@@ -22,10 +23,12 @@ from numpy.typing import NDArray
 from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
 from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.pcm.form import import_soxr
-from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite
+from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite, pcm16_samples
 from mossnano_stdio.tokens import SAMPLE_BYTES
 
 WIDEST_PCM_BYTES: Final = 4
+AUDIO_STARTS: Final = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff")
+AUDIO_SUFFIXES: Final = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".caf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,19 @@ def read_audio(file: BinaryIO, name: str) -> Recording:
     """Read a WAV, or any format that the extra `audio` reads (FLAC, OGG, MP3, ...). `name` is for the errors."""
     sound = read_sound(file, name)
     return Recording(sound.sample_rate, np.concatenate([np.empty((0, sound.channels), sound.dtype), *sound.stored]))
+
+
+def read_audio_or_pcm(file: BinaryIO, name: str, sample_rate: int, channels: int) -> Recording:
+    """Like `read_audio`; what neither begins nor is named like an audio file is raw PCM16 of that rate and channels."""
+    content: BinaryIO = file if file.seekable() else io.BytesIO(file.read())
+    is_audio_file = content.read(4).startswith(AUDIO_STARTS) or PurePath(name).suffix.lower() in AUDIO_SUFFIXES
+    content.seek(0)
+    if is_audio_file:
+        return read_audio(content, name)
+    try:
+        return Recording(sample_rate, pcm16_samples(content.read(), channels))
+    except InputError as error:
+        raise InputError(f"{name}, taken as raw PCM: {error}") from None
 
 
 def read_sound(file: BinaryIO, name: str) -> Sound:

@@ -15,7 +15,6 @@ from typing import Final, Literal
 
 from mossnano_stdio.chunks import (
     MAX_CHUNK_FRAMES,
-    RAMP_MAX_FRAMES,
     Fixed,
     Ramp,
     Schedule,
@@ -61,17 +60,14 @@ def add_chunk_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_schedule(
-    options: argparse.Namespace,
-    frames_per_second: float,
-    ramp_max_frames: int = RAMP_MAX_FRAMES,
-    ramp_second_frames: int = 2,
+    options: argparse.Namespace, frames_per_second: float, new_ramp: Callable[[], Schedule] = Ramp
 ) -> Schedule:
     """What the chunk arguments say; without any, the live ramp."""
     if options.chunk_seconds is not None:
         return Fixed(frames_for_seconds(options.chunk_seconds, frames_per_second))
     if options.chunk_frames is not None:
         return Fixed(options.chunk_frames)
-    return Ramp(ramp_max_frames, ramp_second_frames)
+    return new_ramp()
 
 
 PLAYER_OPTIONS: Final = ("device", "prebuffer_ms", "latency", "volume")  # what add_player_arguments adds

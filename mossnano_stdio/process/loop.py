@@ -19,12 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from mossnano_stdio import __version__
-from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp
 from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
@@ -67,7 +68,7 @@ class Loaded:
     direction: Direction
     codec: Decoder | Encoder
     identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
-    ramp_second_frames: int = 2
+    ramp_second_frames: Callable[[], int] = lambda: 2  # of this codec, on this machine
 
 
 Loader = Callable[[argparse.Namespace], Loaded]
@@ -113,21 +114,23 @@ def load_codec(options: argparse.Namespace) -> Loaded:
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
     engine = {"provider": options.provider, "threads": options.threads}
+    runtime: Runtime | EncoderRuntime
     if options.encode:
-        encoding = load_encoder_runtime(bundle, **engine)
-        return ready_to_encode(encoding.new_encoder(), _identity(bundle, "encode_step", encoding))
-    decoding = load_runtime(bundle, graph=options.graph, **engine)
-    loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding.graph_name, decoding))
-    is_fixed = options.chunk_frames is not None or options.chunk_seconds is not None
-    return loaded if is_fixed else replace(loaded, ramp_second_frames=ramp_second_frames(decoding))
+        runtime = encoding = load_encoder_runtime(bundle, **engine)
+        loaded = ready_to_encode(encoding.new_encoder(), _identity(bundle, encoding))
+    else:
+        runtime = decoding = load_runtime(bundle, graph=options.graph, **engine)
+        loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding))
+    # Measured once, when a ramp is first asked for: while loading, or by SETTINGS after a fixed size.
+    return replace(loaded, ramp_second_frames=cache(lambda: ramp_second_frames(runtime)))
 
 
-def _identity(bundle: Bundle, graph: str, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
+def _identity(bundle: Bundle, runtime: Runtime | EncoderRuntime) -> dict[str, Any]:
     return {
         "codec": bundle.name,
         "weights": str(bundle.folder),
         "demo": bundle.demo,
-        "graph": graph,
+        "graph": runtime.graph_name,
         "precision": runtime.precision,
         "provider": runtime.engine.provider,
         "threads": runtime.engine.threads,
@@ -242,12 +245,16 @@ class _Process:
             **loaded.identity,
             "max_message_bytes": options.max_message_bytes,
         }
+
+        def new_ramp() -> Ramp:
+            return Ramp(options.max_chunk_frames, loaded.ramp_second_frames())
+
         return Connection(
             loaded.direction,
             loaded.codec,
-            chosen_schedule(options, frames_per_second, options.max_chunk_frames, loaded.ramp_second_frames),
+            chosen_schedule(options, frames_per_second, new_ramp),
             identity,
-            ramp_max_frames=options.max_chunk_frames,
+            new_ramp=new_ramp,
             cancel_waiting=self._inbox.cancel_waits,
             on_step=times.add,
         )

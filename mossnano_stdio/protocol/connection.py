@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Chunks, Fixed, Ramp, Schedule
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, Chunks, Fixed, Ramp, Schedule
 from mossnano_stdio.errors import (
     HandshakeError,
     MossnanoError,
@@ -53,8 +53,8 @@ class Direction(NamedTuple):
 class Connection:
     """One peer's conversation with one codec.
 
-    `identity` is what a HANDSHAKE says beyond the numbers that are known here; `ramp_max_frames` is where the live
-    ramp stops when SETTINGS asks for it; `cancel_waiting` says whether a CANCEL was read and is not handled yet.
+    `identity` is what a HANDSHAKE says beyond the numbers that are known here; `new_ramp` makes the live ramp when
+    SETTINGS asks for it; `cancel_waiting` says whether a CANCEL was read and is not handled yet.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Connection:
         schedule: Schedule,
         identity: Mapping[str, Any],
         *,
-        ramp_max_frames: int = RAMP_MAX_FRAMES,
+        new_ramp: Callable[[], Schedule] = Ramp,
         cancel_waiting: Callable[[], bool] = lambda: False,
         on_step: Callable[[int, float], object] = lambda frames, seconds: None,
     ) -> None:
@@ -79,7 +79,7 @@ class Connection:
         self._message_seconds = 0.0  # when the message that is handled was there
         self._chunks = direction.new_chunks(codec, schedule, on_step)
         self._identity = identity
-        self._ramp_max_frames = ramp_max_frames
+        self._new_ramp = new_ramp
         self._cancel_waiting = cancel_waiting
         self._maybe_first_dropped: Stream | None = None  # by the CANCEL that waits
 
@@ -327,7 +327,7 @@ class Connection:
 
     def _checked_schedule(self, value: Any) -> Schedule:
         if value is None:
-            return Ramp(self._ramp_max_frames)
+            return self._new_ramp()
         if type(value) is not int or not 1 <= value <= MAX_CHUNK_FRAMES:
             raise SettingsError(
                 f"chunk_frames is {value!r}; a whole number from 1 to {MAX_CHUNK_FRAMES} is allowed, "

@@ -3,8 +3,8 @@
     mossnano clients                 what there is
     mossnano clients c third_party   copies its files there
 
-Each is one file without dependencies, and an example. They are meant to be copied and changed; nothing of yours is
-overwritten unless you say --force.
+Each is one file without dependencies, and an example; `web` is a page that needs onnxruntime-web. They are meant to
+be copied and changed; nothing of yours is overwritten unless you say --force.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import cannot_write, open_output, told_as
 
 CLIENTS = Path(__file__).parents[1] / "clients"
+MELODY = Path(__file__).parents[1] / "demo" / "melody.mossnano"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no client {args.client!r}, but {', '.join(clients)}")
     if args.folder is None:
         raise UsageError(f"where to? mossnano clients {args.client} DIR")
-    files = (path for path in sorted((CLIENTS / args.client).iterdir()) if path.is_file() and path.name[0] != ".")
+    files = [path for path in sorted((CLIENTS / args.client).iterdir()) if path.is_file() and path.name[0] != "."]
+    if args.client == "web":
+        files.append(MELODY)  # which the page plays
     copies = {path: args.folder / path.name for path in files}
     with told_as(cannot_write(args.folder)):
         if not args.force:

@@ -13,35 +13,29 @@ Status 1: --max-error or --min-snr is broken, or one of them was asked for and t
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 from collections.abc import Callable
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.errors import CheckFailedError, ExitStatus, InputError, UsageError
-from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.frozen import how_to_get
-from mossnano_stdio.pcm import pcm16_samples
+from mossnano_stdio.errors import CheckFailedError, ExitStatus, UsageError
+from mossnano_stdio.files import open_input
 from mossnano_stdio.pcm.comparison import Comparison, Join, compare_recordings
-from mossnano_stdio.pcm.recordings import Recording, read_audio
+from mossnano_stdio.pcm.recordings import Recording, read_audio_or_pcm
 from mossnano_stdio.process.flags import any_number
-from mossnano_stdio.tools.facts import as_json, as_table
+from mossnano_stdio.tools.facts import as_json, as_table, check_plot_name, plotted
 from mossnano_stdio.weights import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 StepsBetween = Callable[[int, int], NDArray[np.float64]]
 
-AUDIO_STARTS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".caf")
 MOST_LOUD_JOINS_SHOWN = 10
 PLOT_COLUMNS = 2000
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("chunk_frames", "frame_samples", "sample_rate", "channels"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, allowed is 1 or more")
-    if args.plot and PurePath(args.plot).suffix not in PLOT_SUFFIXES:
-        raise UsageError(f"--plot is {args.plot}, allowed are names that end with {', '.join(PLOT_SUFFIXES)}")
+    if args.plot:
+        check_plot_name(args.plot)
     model = MODELS[args.model].format
     for name in ("frame_samples", "sample_rate", "channels"):
         setattr(args, name, getattr(args, name) or getattr(model, name))
@@ -88,15 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(path: str, args: argparse.Namespace) -> Recording:
     with open_input(path) as file:
-        content: BinaryIO = file if file.seekable() else io.BytesIO(file.read())
-        is_audio_file = content.read(4).startswith(AUDIO_STARTS) or PurePath(path).suffix.lower() in AUDIO_SUFFIXES
-        content.seek(0)
-        if is_audio_file:
-            return read_audio(content, path)
-        try:
-            return Recording(args.sample_rate, pcm16_samples(content.read(), args.channels))
-        except InputError as error:
-            raise InputError(f"{path}, taken as raw PCM: {error}") from None
+        return read_audio_or_pcm(file, path, args.sample_rate, args.channels)
 
 
 def _facts(args: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
@@ -153,11 +139,11 @@ def _broken_limits(args: argparse.Namespace, comparison: Comparison) -> list[str
 
 
 def _save_plot(path: str, reference: Recording, candidate: Recording, comparison: Comparison) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(f"--plot needs matplotlib: {how_to_get('plot')}") from None
-    figure = Figure(figsize=(16, 9), layout="constrained")
+    with plotted(path, figsize=(16, 9)) as figure:
+        _draw_comparison(figure, reference, candidate, comparison)
+
+
+def _draw_comparison(figure: Figure, reference: Recording, candidate: Recording, comparison: Comparison) -> None:
     waves, errors, joins = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
     _draw(waves, reference.steps_between, comparison, label="reference", color="tab:blue")
     _draw(waves, candidate.steps_between, comparison, label="candidate", color="tab:orange")
@@ -172,8 +158,6 @@ def _save_plot(path: str, reference: Recording, candidate: Recording, comparison
     _draw_joins(joins, comparison)
     joins.set_ylabel("jump, 16-bit steps")
     joins.set_xlabel("seconds")
-    with open_output(path) as file:
-        figure.savefig(file, format=PurePath(path).suffix.removeprefix("."))
 
 
 def _draw(axes: Axes, steps_between: StepsBetween, comparison: Comparison, *, label: str, color: str) -> None:

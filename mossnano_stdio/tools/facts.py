@@ -1,9 +1,10 @@
-"""How the tools show facts (a table for people, one JSON object for programs) and how far they are (a bar).
+"""How the tools show facts (a table for people, one JSON object for programs, a picture) and how far they are (a bar).
 
 Rules of this room:
 
 - Facts are a dict whose keys name their units. Table and JSON show the same facts under the same names.
 - JSON is strict: infinity and NaN, which JSON cannot hold, become null.
+- A picture's name is checked before anything is measured, and says the form.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from mossnano_stdio.errors import UsageError
+from mossnano_stdio.files import open_output
+from mossnano_stdio.frozen import how_to_get
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def as_json(facts: Mapping[str, Any]) -> str:
@@ -51,6 +62,24 @@ def progress_bar(total: float, unit: str) -> Iterator[Callable[[float], object]]
         return
     with tqdm(total=total, unit=unit, leave=False, disable=not sys.stderr.isatty()) as bar:
         yield bar.update
+
+
+def check_plot_name(path: str) -> None:
+    if PurePath(path).suffix not in PLOT_SUFFIXES:
+        raise UsageError(f"--plot is {path}, allowed are names that end with {', '.join(PLOT_SUFFIXES)}")
+
+
+@contextmanager
+def plotted(path: str, figsize: tuple[float, float]) -> Iterator[Figure]:
+    """Gives an empty figure, and writes it when the block is left without an error."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError(f"--plot needs matplotlib: {how_to_get('plot')}") from None
+    figure = Figure(figsize=figsize, layout="constrained")
+    yield figure
+    with open_output(path) as file:
+        figure.savefig(file, format=PurePath(path).suffix.removeprefix("."))
 
 
 def _rows(facts: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:

@@ -7,8 +7,9 @@
   mossnano bench --bits                         packing an hour of codes; needs no weights
 
 Sides take turns in one run, each in processes of its own. Figures are medians, with the lowest and highest in
-brackets; "x" is how many times as good as the first side (the official loop) a side is. On a machine that does other
-things as well, believe the ratios and not the milliseconds.
+brackets; "x" is how many times as good as the first side a side is. The first is the official loop, where the folder
+has official graphs. Where it has one graph of ours only, that is measured alone, or with --against beside others. On a
+machine that does other things as well, believe the ratios and not the milliseconds.
 
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -143,7 +145,9 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
 
 def _measure_process(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
     from mossnano_stdio.tools.bench.overhead import PARTS, estimated_seconds, measure_process
+    from mossnano_stdio.tools.bench.sides import decoding_sides
 
+    decoding_sides(bundle)  # or it says that there are none
     seconds = sum(estimated_seconds(bundle.folder, threads, args.turns) for threads in args.threads)
     progress = _Progress(PARTS * len(args.threads), seconds)
     figures["process"] = []
@@ -167,11 +171,13 @@ def _measure_graphs(
 
 
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    from mossnano_stdio.tools.bench.sides import Side
+    from mossnano_stdio.codecs import stepping_graphs
+    from mossnano_stdio.tools.bench.sides import Side, decoding_sides
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
-    sides = [Side("decoding", "fast" if bundle.has_graph("fast") else "official", bundle.folder)]
+    decodes = any(map(bundle.has_graph, stepping_graphs(bundle)))
+    sides = [replace(decoding_sides(bundle)[-1], name="decoding")] if decodes else []
     sides.append(Side("encoding", "encode", bundle.folder))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
@@ -194,7 +200,9 @@ def _measure_sides(
     from mossnano_stdio.tools.bench.sides import GraphBench, WorkerProcesses
 
     fps = bundle.format.frames_per_second
-    processes = WorkerProcesses(bundle)
+    processes = WorkerProcesses(bundle, sides[0])
+    if len(sides) == 1:
+        _say(f"{sides[0].name} of {bundle.folder} is measured alone: there is nothing in it to compare with")
     maybe_work = _maybe_work(bundle) if has_limits else None
     _say("trying each side, to tell how long this takes")
     paces = {
@@ -225,9 +233,12 @@ class _Work(NamedTuple):
 
 
 def _maybe_work(bundle: Bundle) -> _Work | None:
-    """With full caches; None where the weights cannot be read from the graph."""
+    """With full caches; None where the weights cannot be read from a graph."""
     from mossnano_stdio.errors import MossnanoError
 
+    if not any(map(bundle.has_graph, ("decode_step", "decode_full"))):
+        _say("no limit is computed, as the work is counted in official graphs, and there are none")
+        return None
     try:
         from mossnano_stdio.build.arithmetic import bytes_per_step, decoding_macs
         from mossnano_stdio.build.extract import extract_weights
@@ -282,7 +293,7 @@ def _rows(title: str, sides: Mapping[str, Mapping[str, float]]) -> list[str]:
     width = max(map(len, sides))
     return [f"  {title}"] + [
         f"    {name:<{width}}  {side['median']:>10.3f}  ({side['lowest']:.3f} to {side['highest']:.3f})"
-        f"  x {side['times']:.2f}"
+        + (f"  x {side['times']:.2f}" if len(sides) > 1 else "")
         for name, side in sides.items()
     ]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, Protocol
 
-from mossnano_stdio.errors import UsageError
+from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tools.bench.measured import Measured, measured
 from mossnano_stdio.weights import Bundle
 
@@ -50,16 +50,31 @@ class Side:
     folder: Path
 
 
+def decoding_sides(bundle: Bundle) -> list[Side]:
+    """The ways to run one weights folder, the quickest last. With official graphs their loop is first, as the others
+    are measured against it.
+    """
+    from mossnano_stdio.codecs import stepping_graphs
+
+    sides = []
+    for graph_name, choice in stepping_graphs(bundle).items():
+        if choice == "official" and bundle.has_graph(graph_name):
+            sides.append(Side("official loop", "loop", bundle.folder))
+            sides.append(Side("our runtime, official graph", "official", bundle.folder))
+        elif bundle.has_graph(graph_name):
+            sides.append(Side(f"{graph_name} graph", graph_name, bundle.folder))
+    if not sides:
+        raise BundleError(
+            f"{bundle.folder}: has no decoder to measure, `mossnano build` makes one; --encode measures an encoder"
+        )
+    return sides
+
+
 def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
-    """All sides; the official loop is first, as the others are measured against it."""
-    sides = [
-        Side("official loop", "loop", bundle.folder),
-        Side("our runtime, official graph", "official", bundle.folder),
-    ]
-    if bundle.has_graph("fast"):
-        sides.append(Side("fast graph", "fast", bundle.folder))
+    """All sides; the others are measured against the first."""
+    sides = decoding_sides(bundle)
     for other in against:
-        kind = "fast" if other.has_graph("fast") else "official"
+        kind = decoding_sides(other)[-1].kind
         taken = {side.name for side in sides}
         names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}, {kind}") not in taken]
         if not names:
@@ -174,8 +189,8 @@ class GraphBench:
 class WorkerProcesses:
     """Starts the worker processes that measure."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.frames_to_fill = _frames_to_fill(bundle)
+    def __init__(self, bundle: Bundle, first: Side) -> None:
+        self.frames_to_fill = _frames_to_fill(bundle, encodes=first.kind == "encode")
         self._codebook_size = bundle.format.codebook_size
 
     @contextmanager
@@ -198,11 +213,12 @@ class _WorkerProcess:
         time.sleep(seconds)
 
 
-def _frames_to_fill(bundle: Bundle) -> int:
+def _frames_to_fill(bundle: Bundle, *, encodes: bool) -> int:
     """How many frames fill the longest cache, and eight more."""
-    from mossnano_stdio.codecs import load_runtime
+    from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
 
-    return max(load_runtime(bundle, graph="official").layer_context_frames, default=1) + 8
+    runtime = load_encoder_runtime(bundle, threads=1) if encodes else load_runtime(bundle, threads=1)
+    return max(runtime.layer_context_frames, default=1) + 8
 
 
 def _summary(figures: Mapping[str, Sequence[float]], more_is_better: bool = False) -> dict[str, Any]:

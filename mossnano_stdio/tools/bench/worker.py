@@ -15,7 +15,7 @@ Rules of this room:
 
 - SIDE `loop` is the official way and uses nothing of ours: a session with its defaults, `session.run` with a dict of
   numpy state. This file is run, not imported from the package, so that `loop` pays for its own imports only.
-- SIDE `official` and `fast` are our runtime on either graph; `encode` is our streaming encoder.
+- SIDE `encode` is our streaming encoder; any other is our runtime on the graph that it chooses: `official`, `fast`.
 - A step is timed alone. Loading is the time between the end of the imports, ours included, and the first step.
 """
 
@@ -104,9 +104,7 @@ class OurSide:
         if graph == "encode":
             self.new: Callable[[], Any] = load_encoder_runtime(bundle, threads=threads).new_encoder
         else:
-            self.new = load_runtime(
-                bundle, threads=threads, graph="fast" if graph == "fast" else "official"
-            ).new_decoder
+            self.new = load_runtime(bundle, threads=threads, graph=graph).new_decoder
 
     def open(self, number: int) -> Any:
         return self.new()

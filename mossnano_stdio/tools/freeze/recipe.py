@@ -31,7 +31,9 @@ VERBS_LEFT_OUT = {
     "fetch": "a frozen folder speaks to no network",
     "play": "a game has its own way to the sound card",
     "bench": "starts Python",
+    "diagnose": "needs onnx",
     "freeze": "needs what it freezes",
+    "web": "a frozen folder serves no pages",
 }
 
 # Of Python's library: what brings another library along, or much that nothing here imports. Without OpenSSL hashes take
@@ -108,6 +110,7 @@ def _files_beside_modules(package: Path, with_tools: bool) -> list[tuple[Path, s
     if with_tools:
         clients = package / "clients"
         files += [path for path in clients.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        files.append(package / "demo" / "melody.mossnano")  # which `mossnano clients web` copies along
     return [(path, path.parent.relative_to(package.parent).as_posix()) for path in sorted(files)]
 
 
