@@ -22,6 +22,7 @@ from mossnano_stdio.weights import (
     SIDECAR_NAME,
     FileRecord,
     GraphSpec,
+    OwnCodec,
     Sidecar,
     StateSpec,
     find_weights,
@@ -480,6 +481,18 @@ def test_nothing_found_in_a_frozen_folder_says_so(elsewhere: Path, monkeypatch: 
     with pytest.raises(BundleError, match="no weights found in ") as raised:
         find_weights()
     assert str(raised.value).startswith(f"no weights found in {elsewhere / 'game' / 'weights'}, ")
+
+
+def test_a_frozen_folder_may_hold_a_codec_without_official_metadata(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.frozen", True, raising=False)
+    monkeypatch.setattr("sys.executable", str(elsewhere / "game" / "mossnano-stdio"))
+    weights = elsewhere / "game" / "weights"
+    weights.mkdir(parents=True)
+    mimi = published.MODELS["mimi"].format
+    save_sidecar(weights, Sidecar(codebook_size=mimi.codebook_size, maybe_codec=OwnCodec("mimi", mimi)))
+    assert find_weights() == weights
 
 
 def test_the_demo_is_only_found_by_its_name(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

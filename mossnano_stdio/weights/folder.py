@@ -98,7 +98,7 @@ def find_weights(option: str | None = None) -> Path:
     caches, in this order."""
     maybe_frozen = maybe_frozen_folder()
     frozen_places = [maybe_frozen / WEIGHTS_FOLDER] if maybe_frozen else []
-    if not option and frozen_places and (frozen_places[0] / METADATA_NAME).is_file():
+    if not option and frozen_places and _is_weights_folder(frozen_places[0]):
         return frozen_places[0]
     if chosen := option or os.environ.get(WEIGHTS_VARIABLE):
         asked_by = "--weights" if option else f"${WEIGHTS_VARIABLE}"
