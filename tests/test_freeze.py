@@ -33,7 +33,7 @@ from mossnano_stdio.tools.freeze.recipe import PACKAGES, VERBS_LEFT_OUT
 from mossnano_stdio.weights import published
 from tests.child import DEMO, PROCESS, ROOT, decoded, encoded, run
 from tests.conftest import REFERENCE
-from tests.test_readme import environment
+from tests.test_readme import run_block
 from tests.tool import COMMAND, Outcome, call_tool, run_tool
 
 OTHER_PEER = [sys.executable, "-I", "-S", str(ROOT / "tests" / "other_peer.py")]
@@ -137,17 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REFERENCE / "bundle", place / "tiny-weights")
     (block,) = re.findall(r"^```text\npip install 'mossnano-stdio\[freeze\]'.*?\n(.*?)^```", README, re.M | re.S)
     (place / "tokens.bin").write_bytes(TINY_WIRE)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # every licence was found
+    assert run_block(block, place, timeout=600) == ""  # every licence was found
     return place
 
 

@@ -37,17 +37,19 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run_block(block: str, folder: Path) -> None:
+def run_block(block: str, folder: Path, timeout: int = 120) -> str:
+    """What it said on stderr."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    return done.stderr
 
 
 @pytest.mark.parametrize(("needs", "block"), BLOCKS, ids=[block.splitlines()[0][:50] for _, block in BLOCKS])
