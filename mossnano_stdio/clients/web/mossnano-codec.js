@@ -151,7 +151,7 @@ export async function loadGraph(ort, plan, readFile, providers = ["wasm"]) {
     session = await ort.InferenceSession.create(model, {
       executionProviders: providers,
       externalData,
-      // Our own graphs are what they should be already, and their optimised form would need twice the memory.
+      // Our own graphs are built folded and fused: little is left to do.
       graphOptimizationLevel: graph.transformers ? "basic" : "all",
     });
   } catch (error) {
