@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -368,6 +369,7 @@ class Relay:
             while piece := server.recv(65_536):
                 if limit is not None and sent + len(piece) > limit:
                     client.sendall(piece[: limit - sent])
+                    time.sleep(0.3)  # until the page has it: what is under way when a connection breaks is lost
                     return
                 client.sendall(piece)
                 sent += len(piece)
