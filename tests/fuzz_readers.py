@@ -1,8 +1,10 @@
-"""A fuzzer for what reads bytes of strangers: artifacts, messages, and the session behind them.
+"""A fuzzer for what reads bytes of strangers: artifacts, `.ecdc`, messages, and the session
+behind them.
 
     python -m tests.fuzz_readers artifact --executions 10000000
     python -m tests.fuzz_readers protocol --executions 10000000
     python -m tests.fuzz_readers session --executions 1000000
+    python -m tests.fuzz_readers ecdc --executions 10000000
     python -m tests.fuzz_readers artifact --engine atheris --executions 10000000
 
 `mutate` needs nothing but this file: it changes what it has by bits, bytes, numbers and lengths, and keeps what gives
@@ -35,6 +37,7 @@ from mossnano_stdio.protocol.connection import Connection
 from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.tokens import SAMPLE_BYTES, ArtifactReader, build_artifact
+from mossnano_stdio.tokens.ecdc import Ecdc, EcdcReader, EcdcSegment, build_ecdc
 from tests.doubles import SMALL, CountingDecoder
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -45,7 +48,16 @@ LONGEST_SESSION_BYTES = 400  # each byte may be a frame, and frames are decoded 
 EDGES = (
     0, 1, 2, 3, 7, 8, 15, 16, 17, 255, 256, 1023, 1024, 1025, 3840, 65535, 65536, 65537, 2**31 - 1, 2**31, 2**32 - 1,
 )  # fmt: skip
-FAMILIAR = (b"MOSSNANO", b"MOSS", bytes(4), b"\xff\xff\xff\xff", b"\x01\0\0\0\x07", b'{"quantizers":2}', b"RIFF")
+FAMILIAR = (
+    b"MOSSNANO",
+    b"MOSS",
+    b"ECDC",
+    bytes(4),
+    b"\xff\xff\xff\xff",
+    b"\x01\0\0\0\x07",
+    b'{"quantizers":2}',
+    b"RIFF",
+)
 
 
 # --- targets: each says in a few words what became of its input -------------------------------------------------------
@@ -69,6 +81,29 @@ def _artifact_in(data: bytes, piece_bytes: int) -> str:
         return str(error)
     assert build_artifact(artifact) == data, "what was read does not write back"
     return f"{artifact.quantizers} x {artifact.frames} of {artifact.codebook_size}"
+
+
+def read_ecdc(data: bytes) -> str:
+    whole = _ecdc_in(data, len(data) or 1)
+    assert _ecdc_in(data, 1 + data[0] % 40 if data else 1) == whole, "another split, another answer"
+    return whole
+
+
+def _ecdc_in(data: bytes, piece_bytes: int) -> str:
+    reader = EcdcReader(LONGEST_ARTIFACT_BYTES)
+    segments: list[EcdcSegment] = []
+    try:
+        for start in range(0, len(data), piece_bytes):
+            segments += reader.push(data[start : start + piece_bytes])
+        header = reader.finish()
+    except ArtifactError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    written = build_ecdc(Ecdc(header, segments))
+    metadata_bytes = [int.from_bytes(file[5:9], "big") for file in (data, written)]
+    bodies = [file[9 + size :] for file, size in zip((data, written), metadata_bytes, strict=True)]
+    assert bodies[0] == bodies[1], "what was read does not write back"  # metadata may be spaced otherwise
+    return f"{header.model_name}: {header.quantizers} x {header.frames}"
 
 
 def read_protocol(data: bytes) -> str:
@@ -156,6 +191,7 @@ def _is_cancelled(answer: Message) -> bool:
 
 TARGETS: dict[str, Callable[[bytes], str]] = {
     "artifact": read_artifact,
+    "ecdc": read_ecdc,
     "protocol": read_protocol,
     "session": read_session,
 }

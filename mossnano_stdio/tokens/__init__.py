@@ -2,8 +2,8 @@
 
 Rules of this room:
 
-- What every stream needs is imported from here. plain.py and arrays.py, which read what people and callers bring, are
-  imported by their names.
+- What every stream needs is imported from here. plain.py, ecdc.py and arrays.py, which read what people and callers
+  bring, are imported by their names.
 """
 
 from mossnano_stdio.tokens.artifact import (

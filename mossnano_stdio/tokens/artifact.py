@@ -138,10 +138,13 @@ def parse_artifact(data: bytes | bytearray | memoryview, max_bytes: int = MAX_AR
     return reader.artifact()
 
 
-def load_artifact(file: BinaryIO, name: str) -> Artifact:
-    """Read an artifact from an open file, and refuse it at the first byte too many. `name` is for the errors."""
+def load_artifact(file: BinaryIO, name: str, start: bytes = b"") -> Artifact:
+    """Read an artifact from an open file, of which `start` was read before, and refuse it at the first byte too many.
+    `name` is for the errors.
+    """
     reader = ArtifactReader()
     try:
+        reader.push(start)
         while piece := file.read(PIECE_BYTES):
             reader.push(piece)
         return reader.artifact()

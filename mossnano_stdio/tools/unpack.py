@@ -6,6 +6,9 @@
 
 `-` is stdin or stdout. `mossnano pack` is the way back; what the codes alone do not say (sample rate, original
 length, ...) is printed by `mossnano info`.
+
+IN may also be an .ecdc of EnCodec's own tool, whose codes no language model packed. Its segments follow each other;
+their scales are left out.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import argparse
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.tokens import load_artifact
+from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, load_ecdc
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="IN", help="a .mossnano file")
+    parser.add_argument("artifact", metavar="IN", help="a .mossnano or .ecdc file")
     parser.add_argument("codes", metavar="OUT", help="where the codes go; its name says the form")
     parser.add_argument("--form", choices=FORMS, help="the form, where the name does not say it")
 
@@ -27,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     form = form_of(args.codes, args.form)
     with open_input(args.artifact) as file:
-        artifact = load_artifact(file, args.artifact)
+        start = file.read(len(ECDC_MAGIC))
+        load = load_ecdc if start == ECDC_MAGIC else load_artifact
+        codes = load(file, args.artifact, start).codes
     with open_output(args.codes) as file:
-        file.write(save_codes(artifact.codes, form))
+        file.write(save_codes(codes, form))
     return ExitStatus.DONE

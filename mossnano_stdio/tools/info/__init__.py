@@ -1,6 +1,7 @@
 """Say what a file or a folder is, by its first bytes, and what is in it.
 
   an artifact         its header, its sizes, its bit rate, and how its codes are spread
+  an .ecdc            the same of EnCodec's own files, whose codes no language model packed
   a framed stream     what mossnano-stdio reads or writes: messages by kind, frames, seconds, and whether it is whole
   a weights folder    its numbers, its graphs, and where they come from
 
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.files import open_input
 from mossnano_stdio.protocol import LENGTH_BYTES, MAX_MESSAGE_BYTES
-from mossnano_stdio.tokens import MAGIC, Artifact, ArtifactReader
+from mossnano_stdio.tokens import MAGIC, Artifact, ArtifactReader, Codes
+from mossnano_stdio.tokens.ecdc import BITS_PER_CODE, CODEBOOK_SIZE, ECDC_MAGIC, Ecdc, load_ecdc
 from mossnano_stdio.tools.facts import as_json, as_table
 from mossnano_stdio.tools.info.tally import Tally
 from mossnano_stdio.weights import MODELS
@@ -32,7 +34,7 @@ COUNTED_AT_ONCE = 1 << 20  # codes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="an artifact, a framed stream, or a weights folder")
+    parser.add_argument("path", metavar="PATH", help="an artifact, an .ecdc, a framed stream, or a weights folder")
     parser.add_argument(
         "--model", choices=MODELS, default="nano", help="whose numbers a stream has that does not say them (nano)"
     )
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
             start = file.read(LENGTH_BYTES)
             pieces = itertools.chain([start], iter(lambda: file.read(PIECE_BYTES), b""))
             could_be_message = len(start) == LENGTH_BYTES and not MAGIC.startswith(start)
-            if could_be_message and 1 <= int.from_bytes(start, "little") <= args.max_message_bytes:
+            if start == ECDC_MAGIC:
+                facts = ecdc_facts(load_ecdc(file, args.path, start))
+            elif could_be_message and 1 <= int.from_bytes(start, "little") <= args.max_message_bytes:
                 tally = Tally(args.max_message_bytes, args.model)
                 maybe_fault = tally.read(pieces)
                 facts = {"kind": "framed stream", **tally.facts()}
@@ -87,18 +91,40 @@ def artifact_facts(artifact: Artifact) -> dict[str, Any]:
         "payload_bytes": artifact.body_bytes,
         "file_bytes": artifact.file_bytes,
         "bitrate_bps": 8 * artifact.body_bytes / artifact.duration_seconds if artifact.original_samples else None,
-        "codes": _code_statistics(artifact),
+        "codes": _code_statistics(artifact.codes, artifact.codebook_size),
     }
 
 
-def _code_statistics(artifact: Artifact) -> dict[str, Any]:
+def ecdc_facts(ecdc: Ecdc) -> dict[str, Any]:
+    header = ecdc.header
+    scales = [segment.maybe_scale for segment in ecdc.segments if segment.maybe_scale is not None]
+    return {
+        "kind": "ecdc",
+        "model": header.model_name,
+        "sample_rate": header.model.sample_rate,
+        "channels": header.model.channels,
+        "original_samples": header.original_samples,
+        "quantizers": header.quantizers,
+        "segments": len(ecdc.segments),
+        "frames": header.frames,
+        "codebook_size": CODEBOOK_SIZE,
+        "bits_per_code": BITS_PER_CODE,
+        "duration_seconds": header.duration_seconds,
+        "payload_bytes": header.body_bytes,
+        "bitrate_bps": 8 * header.body_bytes / header.duration_seconds,
+        **({"scales": {"least": min(scales), "most": max(scales)}} if scales else {}),
+        "codes": _code_statistics(ecdc.codes, CODEBOOK_SIZE),
+    }
+
+
+def _code_statistics(codes: Codes, codebook_size: int) -> dict[str, Any]:
     """How the codes are spread, over all quantizers and, where these are few enough to be shown, for each."""
-    rows = artifact.codes.T
-    if not artifact.frames:
+    rows = codes.T
+    if not len(codes):
         return {}
-    statistics: dict[str, Any] = _spread(_counts(rows.reshape(-1), artifact.codebook_size))
-    if artifact.quantizers <= MOST_QUANTIZERS_SHOWN:
-        spreads = [_spread(_counts(row, artifact.codebook_size)) for row in rows]
+    statistics: dict[str, Any] = _spread(_counts(rows.reshape(-1), codebook_size))
+    if len(rows) <= MOST_QUANTIZERS_SHOWN:
+        spreads = [_spread(_counts(row, codebook_size)) for row in rows]
         statistics["by_quantizer"] = {name: [spread[name] for spread in spreads] for name in spreads[0]}
     return statistics
 
