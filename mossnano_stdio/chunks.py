@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import NonFiniteError, UsageError
 from mossnano_stdio.pcm import to_pcm16
-from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.tokens import CodecFormat, Codes, frames_before_zeros
 
 MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
 RAMP_MAX_FRAMES = 8  # larger chunks cost more per frame, and nobody hears that they came at once
@@ -264,6 +264,11 @@ class Chunks(Generic[Row]):
         return self.schedule.next_frames(self._waiting_frames, self._finished)
 
     @property
+    def is_complete(self) -> bool:
+        """Will no more rows come?"""
+        return self._finished
+
+    @property
     def is_sated(self) -> bool:
         """Would more frames leave the next chunk as it is?"""
         return self._waiting_frames >= self.schedule.wanted_frames
@@ -306,17 +311,35 @@ class DecodedChunk:
 
 
 class DecodingChunks(Chunks[np.uint16]):
-    """Frames of codes in, PCM16 out."""
+    """Frames of codes in, PCM16 out.
+
+    With `stops_on_zero_frame`, a frame of zeros ends the stream, as some language models say that they are done: it and
+    all that is pushed after it are dropped.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         schedule: Schedule,
         on_step: Callable[[int, float], object] = lambda frames, seconds: None,
+        *,
+        stops_on_zero_frame: bool = False,
     ) -> None:
         super().__init__(decoder, schedule, 1, on_step)
         self.decoder = decoder
+        self._stops_on_zero_frame = stops_on_zero_frame
         self._samples_left: int | None = None
+
+    def push(self, codes: Codes) -> None:
+        """Take [frames, quantizers] of the stream that is open."""
+        if self._stops_on_zero_frame:
+            if self.is_complete:
+                return
+            end_frame = frames_before_zeros(codes)
+            if end_frame < len(codes):
+                self.finish()
+            codes = codes[:end_frame]
+        super().push(codes)
 
     def finish(self, original_samples: int | None = None) -> None:
         """No more frames will come: what is left is due, trimmed to `original_samples` where they are known."""

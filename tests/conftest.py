@@ -155,6 +155,17 @@ def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mimi_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Mimi with codebooks as large as the published one's."""
+    skip_if_nothing_can_be_built()
+    from tests.tool import call_tool
+
+    folder = tmp_path_factory.mktemp("weights") / "mimi"
+    assert call_tool("standin", "--model", "mimi", "--size", "tiny", folder) == (0, f"{folder}\n".encode(), "")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def in_peace() -> bytes:
     """What the demo makes of LONG when nobody disturbs it. Its sound does not depend on how it is cut into chunks."""
     done = run([*DEMO, "--output", "raw"], LONG)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -130,7 +131,7 @@ def test_the_estimate_counts_the_frames_that_a_worker_decodes(
         frames += len(codes)
 
     monkeypatch.setattr(LoopStream, "step", step)
-    worker = RealWorker("loop", str(tiny_bundle), 1, 20, 1024)
+    worker = RealWorker("loop", str(tiny_bundle), 1, 20, 1024, 16, 3840)
     side = Side("the loop", "loop", tiny_bundle)
     estimate = Estimate({(side.name, 1): Pace(0, 0, lone_step_seconds=1, trial_step_seconds=8)}, frames_to_fill=20)
     calls = {
@@ -153,6 +154,13 @@ def test_the_estimate_counts_the_frames_that_a_worker_decodes(
             calls[what](**details)  # type: ignore[operator]
             reckoning.ask(what, **details)
             assert estimate.seconds == frames, (what, details)
+
+
+def test_cpu_time_leaves_waiting_out(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoopStream, "step", lambda self, codes: time.sleep(0.05))
+    worker = RealWorker("loop", str(tiny_bundle), 1, 8, 1024, 16, 3840)
+    assert min(worker.steps(1, 2)) >= 50
+    assert max(worker.steps(1, 2, cpu_time=1)) < 40
 
 
 def test_the_estimate_counts_starts_sessions_and_rests(tiny_bundle: Path) -> None:
@@ -237,6 +245,24 @@ def test_turns_that_were_whole_count(tiny_bundle: Path) -> None:
     (cells,) = found["steps_ms"].values()
     assert (cells["a"]["highest"], cells["a"]["median"], cells["a"]["lowest"]) == (6, 4, 2)
     assert (cells["b"]["highest"], cells["b"]["median"], cells["b"]["lowest"]) == (5, 3, 1)
+
+
+def test_many_streams_are_measured_of_our_own_sides(tiny_bundle: Path) -> None:
+    started = []
+
+    class Answers(WorkerOfFewAnswers):
+        def ask(self, what: str, **details: int) -> Any:
+            return 1.0
+
+    @contextmanager
+    def start(side: Side, threads: int) -> Iterator[WorkerOfFewAnswers]:
+        started.append(side.name)
+        yield Answers(0)
+
+    found: dict[str, Any] = {}
+    sides = [Side("peer", "moshi", tiny_bundle, is_peer=True), Side("ours", "official", tiny_bundle)]
+    GraphBench(12.5, sides, 1, start, lambda line: None).streams(1, found)
+    assert set(started) == set(found["real_time_streams_per_core"]["8"]) == {"ours"}
 
 
 @pytest.mark.parametrize(
@@ -353,4 +379,4 @@ def test_a_step_reads_every_matrix_and_all_caches_once(tiny_reference: Path, tin
 def test_the_fill_is_longer_than_every_context(tiny_bundle: Path) -> None:
     from mossnano_stdio.tools.bench.sides import _frames_to_fill
 
-    assert _frames_to_fill(load_bundle(tiny_bundle), encodes=False) >= 10
+    assert _frames_to_fill(load_bundle(tiny_bundle)) >= 10

@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 if sys.platform == "win32":
     pytest.skip("tests/gdscript.py starts and ends processes as POSIX does", allow_module_level=True)
 
 from mossnano_stdio.protocol.messages import Kind, encode_message
-from tests.child import DEMO, ROOT, run
+from mossnano_stdio.tokens import pack_frames
+from tests.child import DEMO, PROCESS, ROOT, run
 from tests.doubles import NANO, some_frames, tokens_payload
 from tests.gdscript import PackedByteArray, PackedInt32Array, Script
 
@@ -87,7 +90,7 @@ def heard(voice: Any) -> bytes:
     pcm = b""
     while voice.is_speaking():
         voice.run_deferred()
-        there = voice._pcm_bytes // 4
+        there = voice._pcm_bytes // voice._sample_bytes()
         if there:
             pcm += pulled(voice, min(there, 4800))
         else:
@@ -110,6 +113,18 @@ def test_a_stream_sounds_as_the_process_says(start: Start) -> None:
     assert voice.finish()
     assert heard(voice) == pcm
     assert voice.said == [("ready",)]
+
+
+def test_mimi_is_mono_and_sounds_on_both_sides(start: Start, mimi_standin: Path) -> None:
+    codes = np.random.default_rng(0).integers(0, 2048, (11, 32))
+    command = [*PROCESS, "--weights", str(mimi_standin), "--threads", "1", "--chunk-frames", "4"]
+    wire = encode_message(Kind.TOKENS, pack_frames(codes, 2048)) + encode_message(Kind.END)
+    mono = np.frombuffer(run([*command, "--output", "raw"], wire).stdout, "<i2")
+    voice = start(command)
+    until_ready(voice)
+    assert voice.feed_codes(PackedInt32Array(codes.ravel().tolist()))
+    voice.finish()
+    assert np.array_equal(np.frombuffer(heard(voice), "<i2").reshape(-1, 2), np.stack([mono, mono], axis=1))
 
 
 def test_codes_are_packed_as_the_process_wants_them(start: Start) -> None:

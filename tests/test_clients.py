@@ -17,10 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mossnano_stdio.protocol.messages import Kind, encode_message
-from tests.child import DEMO, ROOT, run
+from mossnano_stdio.tokens import pack_frames
+from tests.child import DEMO, PROCESS, ROOT, run
 from tests.doubles import NANO, some_frames, tokens_payload
 
 CLIENTS = ROOT / "mossnano_stdio" / "clients"
@@ -181,6 +183,17 @@ def test_the_example_decodes_a_file(client: str, expected: tuple[Path, dict[str,
     streams, pcm = expected
     example = BUILDERS[client](tmp_path, CLIENTS / client)
     assert run([*example, str(streams / "first.tokens"), *CHUNKED]).stdout == pcm["first"]
+
+
+@pytest.mark.parametrize("client", BUILDERS)
+def test_the_example_decodes_mimi(client: str, mimi_standin: Path, tmp_path: Path) -> None:
+    """In mono, with codes that begin inside a byte: whatever is not nano's number comes from the HANDSHAKE."""
+    tokens = pack_frames(np.random.default_rng(0).integers(0, 2048, (11, 32)), 2048)
+    (tmp_path / "tokens").write_bytes(tokens)
+    command = [*PROCESS, "--weights", str(mimi_standin), "--threads", "1", "--chunk-frames", "4"]
+    expected = run([*command, "--output", "raw"], encode_message(Kind.TOKENS, tokens)).stdout
+    assert len(expected) == 2 * 11 * 1920
+    assert run([*BUILDERS[client](tmp_path, CLIENTS / client), str(tmp_path / "tokens"), *command]).stdout == expected
 
 
 # --- Godot -----------------------------------------------------------------------------------------------------------

@@ -89,6 +89,22 @@ def test_an_artifact_of_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "x.wav").read_bytes()) == 44
 
 
+@pytest.mark.parametrize("decoder", ["step", "full"])
+def test_a_frame_of_zeros_ends_a_recording_where_that_is_wanted(
+    tiny_reference: Path, tiny_bundle: Path, tmp_path: Path, decoder: str
+) -> None:
+    codes = np.load(tiny_reference / "codes.npy")
+    whole, cut = tmp_path / "whole.mossnano", tmp_path / "cut.mossnano"
+    cut.write_bytes(build_artifact(Artifact(48000, 2, 9 * 3840, 16, 9, 1024, codes[:9])))
+    codes[9] = 0
+    whole.write_bytes(build_artifact(Artifact(48000, 2, ORIGINAL_SAMPLES, 16, 24, 1024, codes)))
+    arguments = ["--weights", tiny_bundle, "--decoder", decoder]
+    assert call_tool("decode", cut, tmp_path / "a.wav", *arguments).status == 0
+    outcome = call_tool("decode", whole, tmp_path / "b.wav", *arguments, "--stop-on-zero-frame", "--json")
+    assert (tmp_path / "b.wav").read_bytes() == (tmp_path / "a.wav").read_bytes()
+    assert json.loads(outcome.out)["frames"] == 9
+
+
 def artifact_bytes(
     sample_rate: int = 48000, channels: int = 2, quantizers: int = 16, codebook_size: int = 1024
 ) -> bytes:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mossnano_stdio.chunks import Fixed, Ramp, Schedule
 from mossnano_stdio.errors import DecodeError, ProtocolError
-from mossnano_stdio.protocol.connection import MAX_AUDIO_BYTES, MAX_SENT_BYTES, Connection
-from mossnano_stdio.protocol.decoding import DECODE, DECODING
+from mossnano_stdio.protocol.connection import MAX_AUDIO_BYTES, MAX_SENT_BYTES, Connection, Direction
+from mossnano_stdio.protocol.decoding import DECODE, DECODE_TO_ZEROS, DECODING
 from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from mossnano_stdio.protocol.stream import State
 from tests.doubles import (
@@ -35,11 +35,16 @@ FRAMES = some_frames(5)
 class Talk:
     """A connection, what was said to it, and what it answered."""
 
-    def __init__(self, decoder: CountingDecoder | None = None, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        decoder: CountingDecoder | None = None,
+        schedule: Schedule | None = None,
+        direction: Direction = DECODE,
+    ) -> None:
         self.decoder = decoder or CountingDecoder()
         self.cancels_waiting = 0
         self.connection = Connection(
-            DECODE,
+            direction,
             self.decoder,
             schedule or Ramp(),
             {"protocol": 1, "demo": False},
@@ -187,6 +192,50 @@ def test_a_chunk_larger_than_an_audio_message_may_be_is_split() -> None:
     most = MAX_AUDIO_BYTES // 4 * 4
     assert sizes == [most, most, 140 * NANO.frame_pcm_bytes - 2 * most]
     assert pcm(answers) == expected_pcm(frames, NANO)
+
+
+# --- a frame of zeros ------------------------------------------------------------------------------
+
+ZEROS = [[0] * 4]
+
+
+@given(
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.integers(1, 9),
+    st.sampled_from([Ramp(), Fixed(1), Fixed(4), Fixed(100)]),
+)
+def test_a_frame_of_zeros_ends_what_is_decoded(before: int, after: int, piece_frames: int, schedule: Schedule) -> None:
+    frames = some_frames(before)
+    sent = frames + ZEROS + some_frames(after, seed=1)
+    pieces = [tokens(sent[at : at + piece_frames]) for at in range(0, len(sent), piece_frames)]
+    talk = Talk(schedule=schedule, direction=DECODE_TO_ZEROS)
+    answers = talk.say(*pieces)
+    assert pcm(answers) == expected_pcm(frames, SMALL)  # at once, although END has not come
+    assert [fields(answer) for answer in talk.say(END)] == [end_of(0, before)]
+    assert pcm(talk.say(tokens(FRAMES), END)) == expected_pcm(FRAMES, SMALL)
+
+
+@pytest.mark.parametrize("ending", [END, Message(Kind.CANCEL)], ids=["END", "CANCEL"])
+def test_what_follows_a_frame_of_zeros_is_not_looked_at(ending: Message) -> None:
+    talk = Talk(direction=DECODE_TO_ZEROS)
+    assert outline(talk.say(tokens(FRAMES[:1] + ZEROS), *BAD_TOKENS.values(), PING)) == ["AUDIO", "PING"]
+    assert outline(talk.say(Message(Kind.SETTINGS, b"{}"))) == ["out_of_place"]  # the stream is open still
+    (end,) = talk.say(ending)
+    assert (fields(end)["frames"], fields(end)["errors"]) == (1, 1)
+    assert outline(talk.say(tokens(FRAMES[:1]), END)) == ["AUDIO", "END 1"]
+
+
+@pytest.mark.parametrize("samples", [0, 7, 8, 9, 24])
+def test_an_artifact_ends_before_its_frame_of_zeros(samples: int) -> None:
+    answers = Talk(direction=DECODE_TO_ZEROS).say(artifact(FRAMES[:2] + ZEROS + FRAMES[2:], samples))
+    assert pcm(answers) == expected_pcm(FRAMES[:2], SMALL)[: samples * 4]
+    assert fields(answers[-1]) == end_of(0, 2, samples=min(samples, 8))
+
+
+def test_zeros_are_decoded_unless_they_are_to_end_a_stream() -> None:
+    frames = FRAMES[:2] + ZEROS + FRAMES[2:]
+    assert pcm(Talk().say(tokens(frames), END)) == expected_pcm(frames, SMALL)
 
 
 # --- pings, handshakes, settings -------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mossnano_stdio.build.mimi_model import MimiWeights
 from mossnano_stdio.codecs import mimi
 from mossnano_stdio.codecs.moss import FastDecoder, StreamEncoder
 from mossnano_stdio.errors import BundleError, CheckFailedError, DecodeError, TokenError, UsageError
+from mossnano_stdio.process.stats import peak_resident_bytes
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.weights import SIDECAR_NAME, load_bundle
 from tests.conftest import skip_if_nothing_can_be_built
@@ -249,6 +250,40 @@ def test_in_the_middle(runtime: mimi.MimiRuntime) -> None:
     assert furthest(decoder.step(CODES[20:]), sound_from(20, 4)) > 100 * PCM16_STEP
 
 
+# --- age ----------------------------------------------------------------------------------------------------------
+
+MINUTE_FRAMES = 750
+
+
+@pytest.mark.parametrize("minute", [1, 120])
+def test_a_stream_that_stands_late_sounds_the_same(decoder: FastDecoder, encoder: StreamEncoder, minute: int) -> None:
+    decoder.reset(minute * MINUTE_FRAMES)
+    assert furthest(in_chunks(decoder, CODES, 5), AUDIO) < TOLERANCE
+    encoder.reset(minute * MINUTE_FRAMES)
+    assert np.array_equal(encoded_in_chunks(encoder, WAVE, 5), ENCODED)
+
+
+@pytest.mark.slow
+def test_two_hours_in_one_stream(decoder: FastDecoder, encoder: StreamEncoder) -> None:
+    """Past what decides what is heard, the same codes sound the same; with -s, it says how far from moshi's whole file.
+
+    No memory grows meanwhile.
+    """
+    reached, resident = {}, {}
+    look_back = 17  # frames, see test_in_the_middle
+    for minute in range(120):
+        for _ in range(MINUTE_FRAMES // FRAMES):
+            audio = in_chunks(decoder, CODES, 8)
+            found = encoded_in_chunks(encoder, WAVE, 8)
+        reached[minute] = furthest(audio[look_back * FRAME_SAMPLES :], sound_from(look_back, FRAMES - look_back))
+        assert np.array_equal(found[look_back:], ENCODED[look_back:])
+        resident[minute] = peak_resident_bytes() or 0
+    assert decoder.next_frame > 119 * MINUTE_FRAMES
+    print(f"after a minute {reached[0]:.2e}, after two hours {reached[119]:.2e}")
+    assert max(reached.values()) < 1.5 * TOLERANCE  # moshi's own rounding, 0.6e-6, is in it
+    assert resident[119] < resident[1] + (8 << 20)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -281,7 +316,7 @@ SOME = "decoder.model.3.block.1.conv.conv.weight"
     ("changes", "said"),
     [
         ({SOME: None}, rf"the tensor {SOME} \[16, 32, 3\] is missing"),
-        ({SOME: np.zeros((16, 32, 5), np.float32)}, r"has shape \[16, 32, 5\], \[16, 32, 3\] is called for"),
+        ({SOME: np.zeros((16, 32, 5), np.float32)}, r"has shape \[16, 32, 5\], Mimi calls for \[16, 32, 3\]"),
         ({SOME: np.zeros((16, 32, 3), np.float16)}, "is F16; F32 is needed"),
         ({SOME: np.full((16, 32, 3), np.nan, np.float32)}, "holds NaN or infinity"),
         ({"another": np.zeros(1, np.float32)}, "unexpected tensor another"),
@@ -312,7 +347,9 @@ def test_the_published_file_needs_no_config(tmp_path: Path) -> None:
     assert (PUBLISHED_NUMBERS.format.frame_samples, PUBLISHED_NUMBERS.format.frame_bytes) == (1920, 44)
     path = spoilt_checkpoint(tmp_path, {})
     path.with_name("mimi_config.json").write_text('{"model_type": "csm"}')  # a language model's own
-    with pytest.raises(BundleError, match=r"encoder.model.0.conv.conv.weight has shape .*, \[64, 1, 7\] is called for"):
+    with pytest.raises(
+        BundleError, match=r"encoder.model.0.conv.conv.weight has shape .*, Mimi calls for \[64, 1, 7\]"
+    ):
         load_mimi(path)
 
 

@@ -87,9 +87,22 @@ def test_the_process_is_played_through_a_pipe(file_device: FileDevice) -> None:
     assert_is_what_was_played(np.frombuffer(raw, "<i2").reshape(-1, 2), file_device)
 
 
+@needs_portaudio
+def test_mimi_is_played_in_mono(file_device: FileDevice, mimi_standin: Path, tmp_path: Path) -> None:
+    codes, artifact, decoded = (tmp_path / name for name in ("a.npy", "a.mossnano", "a.raw"))
+    np.save(codes, np.random.default_rng(0).integers(0, 2048, (11, 32)))
+    weights = ["--weights", mimi_standin, "--threads", "1"]
+    for verb in (["pack", "--model", "mimi", codes, artifact], ["decode", *weights, artifact, decoded]):
+        subprocess.run([*COMMAND, *map(str, verb)], check=True, capture_output=True)
+    done = play(file_device.environment, *weights, "--prebuffer-ms", "all", "--stats", artifact)
+    assert done.returncode == 0, done.stderr
+    assert_is_what_was_played(np.fromfile(decoded, "<i2").reshape(-1, 1), file_device)
+    assert stats_of(done)["played_seconds"] == 11 * 0.08
+
+
 def assert_is_what_was_played(expected: Any, file_device: FileDevice) -> None:
     """This, between silences: real sound has zeros of its own, so its place is found by its first loud sample."""
-    played = file_device.played()
+    played = file_device.played(expected.shape[1])
     start = int(np.flatnonzero(played.any(axis=1))[0]) - int(np.flatnonzero(expected.any(axis=1))[0])
     assert np.array_equal(played[start : start + len(expected)], expected)
     assert not played[start + len(expected) :].any()

@@ -124,6 +124,17 @@ def test_numpy_starts_no_threads_unless_the_user_wants_them() -> None:
     assert threads() == threads(OPENBLAS_NUM_THREADS="1") == threads(OPENBLAS_NUM_THREADS="2") - 1
 
 
+def test_a_frame_of_zeros_ends_a_stream_where_that_is_wanted() -> None:
+    zeros = Message(Kind.TOKENS, tokens_payload([[0] * 4]))
+    wire = encoded(TOKENS, zeros, TOKENS, END) + STREAM
+    done = run(double({}, "--stop-on-zero-frame", "--chunk-frames", "3"), wire)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert outline(decoded(done.stdout)) == ["HANDSHAKE", "AUDIO", "END", "AUDIO", "END"]
+    assert pcm_of(decoded(done.stdout)) == PCM + PCM
+    refused = run(double({}, "--stop-on-zero-frame", "--encode"))
+    assert (refused.returncode, b"leave it out with --encode" in refused.stderr) == (2, True)
+
+
 def test_nothing_in_is_a_handshake_out() -> None:
     done = run(double())
     assert (done.returncode, outline(decoded(done.stdout))) == (0, ["HANDSHAKE"])

@@ -26,6 +26,7 @@ def a_spec(**changes: Any) -> RingSpec:
         "context_tokens": 5,
         "tokens_per_frame": 2,
         "angles": (0.5, 0.25),
+        "rounded_frames": 0,
     }
     return RingSpec(**{**spec, **changes})
 
@@ -127,7 +128,7 @@ def assert_window(window: NDArray[np.float32], seen: int, spec: RingSpec) -> Non
 
 def test_angles_are_rounded_first_and_exact_later() -> None:
     angles = tuple(map(float, np.exp(-np.arange(8)).astype(np.float32)))
-    spec = a_spec(angles=angles, tokens_per_frame=2)
+    spec = a_spec(angles=angles, tokens_per_frame=2, rounded_frames=1000)
     for position in (1997, 1_440_000, 100_000_007):
         for token, row in enumerate(spec.angles_at(position, 3), start=position):
             for angle, found in zip(angles, row, strict=True):

@@ -4,10 +4,8 @@ Rules of this room:
 
 - config.json is read before any tensor. A key that decides how the model works and has a value unknown here is a
   BundleError that names the key, the value and what is allowed. Keys that only matter in training are not read.
-- Every tensor that the config calls for must be there, in its shape, finite and float32, and no other tensor may be
-  there. Anything else is a BundleError that names the tensor.
-- The tensors of a layer are read when that layer is asked for, and each time anew: the largest checkpoints have more of
-  them than many a machine has memory. That they are there, and in which shape, is checked before.
+- Every tensor that the config calls for must be there and no other (see tensors.py). Those of a layer are read when
+  that layer is asked for; that they are there, and in which shape, is checked before.
 - `save_checkpoint` writes what `load_checkpoint` reads.
 """
 
@@ -15,13 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mossnano_stdio.build.model import (
@@ -37,6 +33,7 @@ from mossnano_stdio.build.model import (
     TransformerWeights,
     frame_values,
 )
+from mossnano_stdio.build.tensors import TensorPlace, Tensors, places_in
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.files import open_named
 from mossnano_stdio.tokens import CodecFormat
@@ -118,12 +115,14 @@ def load_checkpoint(folder: Path, sides: Sides = "all") -> CodecWeights:
     except ValueError as error:
         raise BundleError(f"{path}: not JSON ({error})") from error
     config = parse_config(raw, where=str(path))
-    tensors = _Tensors(folder, unneeded={"decode": "encoder.", "encode": "decoder.", "all": None}[sides])
+    maybe_unneeded = {"decode": "encoder.", "encode": "decoder.", "all": None}[sides]
+    tensors = _CheckpointTensors(folder, maybe_unneeded)
     weights = CodecWeights(
         None if sides == "encode" else _decoder(config, tensors),
         None if sides == "decode" else _encoder(config, tensors),
     )
-    tensors.refuse_leftovers()
+    # Of the quantizer each side needs a part, and what that is the other may not have.
+    tensors.refuse_leftovers(but=() if maybe_unneeded is None else (maybe_unneeded, "quantizer."))
     return weights
 
 
@@ -327,7 +326,7 @@ def _context_seconds(section: _Section, top: _Section) -> float:
     return top.positive(of_all)
 
 
-def _decoder(config: CodecConfig, tensors: _Tensors) -> DecoderWeights:
+def _decoder(config: CodecConfig, tensors: _CheckpointTensors) -> DecoderWeights:
     sizes, count = config.quantizer, config.format.quantizers
     out_proj_w, out_proj_b = _projections("out_proj", count, sizes.rvq, sizes.codebook_dim, tensors)
     output_proj_w, output_proj_b = tensors.projection("quantizer.output_proj", sizes.outputs, sizes.rvq)
@@ -336,7 +335,7 @@ def _decoder(config: CodecConfig, tensors: _Tensors) -> DecoderWeights:
     return DecoderWeights(config.format, dequantizer, _modules("decoder", config.decoder, tensors))
 
 
-def _encoder(config: CodecConfig, tensors: _Tensors) -> EncoderWeights:
+def _encoder(config: CodecConfig, tensors: _CheckpointTensors) -> EncoderWeights:
     sizes, count = config.quantizer, config.format.quantizers
     input_proj_w, input_proj_b = tensors.projection("quantizer.input_proj", sizes.rvq, sizes.inputs)
     in_proj_w, in_proj_b = _projections("in_proj", count, sizes.codebook_dim, sizes.rvq, tensors)
@@ -346,27 +345,27 @@ def _encoder(config: CodecConfig, tensors: _Tensors) -> EncoderWeights:
     return EncoderWeights(config.format, _modules("encoder", config.encoder, tensors), quantizer)
 
 
-def _projections(name: str, count: int, outputs: int, inputs: int, tensors: _Tensors) -> tuple[Array, Array]:
+def _projections(name: str, count: int, outputs: int, inputs: int, tensors: _CheckpointTensors) -> tuple[Array, Array]:
     """The projections of the first `count` codebooks: weights [count, outputs, inputs], biases [count, outputs]."""
     pairs = [tensors.projection(f"quantizer.quantizers.{i}.{name}", outputs, inputs) for i in range(count)]
     weights, biases = [weight for weight, _ in pairs], [bias for _, bias in pairs]
     return np.reshape(weights, (-1, outputs, inputs)), np.reshape(biases, (-1, outputs))
 
 
-def _codebooks(config: CodecConfig, tensors: _Tensors) -> Array:
+def _codebooks(config: CodecConfig, tensors: _CheckpointTensors) -> Array:
     shape = (config.format.codebook_size, config.quantizer.codebook_dim)
     names = [f"quantizer.quantizers.{i}.codebook.weight" for i in range(config.format.quantizers)]
     return np.stack([tensors.take(name, *shape) for name in names])
 
 
-def _modules(side: str, configs: tuple[ModuleConfig, ...], tensors: _Tensors) -> tuple[Module, ...]:
+def _modules(side: str, configs: tuple[ModuleConfig, ...], tensors: _CheckpointTensors) -> tuple[Module, ...]:
     return tuple(
         config if isinstance(config, PatchStep) else _transformer(f"{side}.{index}", config, tensors)
         for index, config in enumerate(configs)
     )
 
 
-def _transformer(prefix: str, config: TransformerConfig, tensors: _Tensors) -> TransformerWeights:
+def _transformer(prefix: str, config: TransformerConfig, tensors: _CheckpointTensors) -> TransformerWeights:
     def maybe_projection(name: str, outputs: int, inputs: int) -> Array | None:
         if tensors.layout.leaves_out_equal and outputs == inputs:
             return None
@@ -387,7 +386,7 @@ def _transformer(prefix: str, config: TransformerConfig, tensors: _Tensors) -> T
 class _Layers(Sequence[LayerWeights]):
     """The layers of a transformer, each read when it is asked for."""
 
-    def __init__(self, prefix: str, config: TransformerConfig, tensors: _Tensors) -> None:
+    def __init__(self, prefix: str, config: TransformerConfig, tensors: _CheckpointTensors) -> None:
         model, hidden, layout = config.model, config.hidden, tensors.layout
         self._prefix = prefix
         self._count = config.layers
@@ -429,117 +428,55 @@ class _Layers(Sequence[LayerWeights]):
         return LayerWeights(**{field: read(f"{self._prefix}.{number}.{name}") for field, name in self._names.items()})
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies, and what it is."""
+class _CheckpointTensors(Tensors):
+    """Those of a folder, in one file or in many."""
 
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class _Tensors:
-    """The tensors of one or many safetensors files, each asked for by name and shape.
-
-    Those whose names begin with `unneeded` are left alone, and so are shards that hold no others: they may be missing.
-    """
-
-    def __init__(self, folder: Path, unneeded: str | None) -> None:
-        self._folder = folder
-        self._unneeded = unneeded
-        self._places = self._find()
-        self._expected: set[str] = set()
-        is_older = any(f".{OLDER.in_proj}" in name for name in self._places)
+    def __init__(self, folder: Path, maybe_unneeded: str | None) -> None:
+        """Those whose names begin with `maybe_unneeded` are left alone, and so are shards that hold no others: they may
+        be missing.
+        """
+        super().__init__(folder, _find(folder, maybe_unneeded), caller="the config")
+        is_older = any(f".{OLDER.in_proj}" in name for name in self.places)
         self.layout = OLDER if is_older else NEWER
-
-    def expect(self, name: str, *shape: int) -> None:
-        """Is it there, in this shape?"""
-        if name not in self._places:
-            raise BundleError(f"{self._folder}: the tensor {name} {list(shape)} is missing")
-        place = self._places[name]
-        if place.shape != shape:
-            raise BundleError(f"{place.path}: {name} has shape {list(place.shape)}, the config calls for {list(shape)}")
-        if place.dtype != "F32":
-            raise BundleError(f"{place.path}: {name} is {place.dtype}; F32 is needed")
-        self._expected.add(name)
-
-    def read(self, name: str) -> Array:
-        """One tensor as it lies in the file. It may be read more than once."""
-        path = self._places[name].path
-        with _opened(path) as file:  # each time anew: what is mapped of a file counts as our memory until it is closed
-            tensor: Array = file.get_tensor(name)
-        if not np.isfinite(tensor).all():
-            raise BundleError(f"{path}: {name} holds NaN or infinity")
-        return tensor
-
-    def take(self, name: str, *shape: int) -> Array:
-        self.expect(name, *shape)
-        return self.read(name)
 
     def projection(self, prefix: str, outputs: int, inputs: int) -> tuple[Array, Array]:
         """Weight [outputs, inputs] and bias of a 1x1 convolution, its weight norm folded."""
         names = [f"{prefix}.parametrizations.weight.original{half}" for half in (0, 1)]
-        missing = [name for name in names if name not in self._places]
+        missing = [name for name in names if name not in self.places]
         if len(missing) == 1:
             (found,) = set(names) - set(missing)
-            raise BundleError(f"{self._folder}: {found} is half of a weight-norm pair; {missing[0]} is missing")
+            raise BundleError(f"{self.source}: {found} is half of a weight-norm pair; {missing[0]} is missing")
         length = self.take(names[0], outputs, 1, 1)[:, :, 0].astype(np.float64)
         direction = self.take(names[1], outputs, inputs, 1)[:, :, 0].astype(np.float64)
         norms = np.linalg.norm(direction, axis=1, keepdims=True)
         if not norms.all():
-            raise BundleError(f"{self._places[names[1]].path}: {names[1]} has a row of zeros, which has no direction")
+            raise BundleError(f"{self.places[names[1]].path}: {names[1]} has a row of zeros, which has no direction")
         return (length * direction / norms).astype(np.float32), self.take(f"{prefix}.bias", outputs)
 
-    def refuse_leftovers(self) -> None:
-        leftovers = sorted(set(self._places) - self._expected)
-        if (
-            self._unneeded is not None
-        ):  # of the quantizer each side needs a part, and what that is the other may not have
-            others = (self._unneeded, "quantizer.")
-            leftovers = [name for name in leftovers if not name.startswith(others)]
-        if leftovers:
-            more = f" and {len(leftovers) - 1} more" if len(leftovers) > 1 else ""
-            raise BundleError(f"{self._places[leftovers[0]].path}: unexpected tensor {leftovers[0]}{more}")
 
-    def _is_unneeded(self, name: str) -> bool:
-        return self._unneeded is not None and name.startswith(self._unneeded)
-
-    def _find(self) -> dict[str, _Place]:
-        if (self._folder / SINGLE_NAME).exists():
-            return _places_in(self._folder / SINGLE_NAME)
-        if (self._folder / INDEX_NAME).exists():
-            return self._find_in_shards(self._folder / INDEX_NAME)
-        raise BundleError(f"{self._folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
-
-    def _find_in_shards(self, index_path: Path) -> dict[str, _Place]:
-        places: dict[str, _Place] = {}
-        weight_map = _weight_map(index_path)
-        needed = {name: shard for name, shard in weight_map.items() if not self._is_unneeded(name)}
-        for shard in sorted(set(needed.values())):
-            path = self._folder / shard
-            for name, place in _places_in(path).items():
-                if weight_map.get(name) != shard:
-                    raise BundleError(f"{path}: holds {name}, which {index_path.name} does not place there")
-                places[name] = place
-        for name, shard in needed.items():
-            if name not in places:
-                raise BundleError(f"{self._folder / shard}: {name} is missing, which {index_path.name} places there")
-        return places
-
-
-def _places_in(path: Path) -> dict[str, _Place]:
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        return {name: _Place(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: cannot be read as safetensors: {error}") from error
-    with opened as file:
-        yield file
+def _find(folder: Path, maybe_unneeded: str | None) -> dict[str, TensorPlace]:
+    if (folder / SINGLE_NAME).exists():
+        return places_in(folder / SINGLE_NAME)
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        raise BundleError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+    places: dict[str, TensorPlace] = {}
+    weight_map = _weight_map(index_path)
+    needed = {
+        name: shard
+        for name, shard in weight_map.items()
+        if maybe_unneeded is None or not name.startswith(maybe_unneeded)
+    }
+    for shard in sorted(set(needed.values())):
+        path = folder / shard
+        for name, place in places_in(path).items():
+            if weight_map.get(name) != shard:
+                raise BundleError(f"{path}: holds {name}, which {index_path.name} does not place there")
+            places[name] = place
+    for name, shard in needed.items():
+        if name not in places:
+            raise BundleError(f"{folder / shard}: {name} is missing, which {index_path.name} places there")
+    return places
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:

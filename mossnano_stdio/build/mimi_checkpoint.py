@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from mossnano_stdio.build.mimi_model import (
     TransposedConv,
 )
 from mossnano_stdio.build.model import Array, LayerWeights, TransformerWeights
-from mossnano_stdio.build.tensors import TensorFile
+from mossnano_stdio.build.tensors import Tensors, places_in
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.files import open_named
 from mossnano_stdio.tokens import CodecFormat
@@ -89,11 +88,9 @@ def maybe_mimi_file(checkpoint: Path) -> Path | None:
 
 
 def load_mimi(path: Path) -> MimiWeights:
-    with ExitStack() as opened:
-        file = TensorFile(path, opened)
-        numbers = _numbers_beside(path)
-        weights = _weights(_KyutaiTensors(file), numbers)
-        file.refuse_leftovers()
+    tensors = _KyutaiTensors(path)
+    weights = _weights(tensors, _numbers_beside(path))
+    tensors.refuse_leftovers()
     return weights
 
 
@@ -105,9 +102,8 @@ def save_mimi(path: Path, weights: Mapping[str, Array]) -> None:
 
 def _is_mimi(path: Path) -> bool:
     try:
-        with ExitStack() as opened:
-            names = TensorFile(path, opened).names
-            return KYUTAI_MARK in names or HUGGING_FACE_MARK in names
+        names = places_in(path)
+        return KYUTAI_MARK in names or HUGGING_FACE_MARK in names
     except BundleError:
         return False
 
@@ -284,25 +280,24 @@ def hugging_face_name(name: str) -> str:
     return name
 
 
-class _KyutaiTensors:
+class _KyutaiTensors(Tensors):
     """Tensors by Kyutai's names, whatever the file calls them."""
 
-    def __init__(self, file: TensorFile) -> None:
-        self.file = file
-        self._is_kyutai = KYUTAI_MARK in file.names
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, places_in(path), caller="Mimi")
+        self._is_kyutai = KYUTAI_MARK in self.places
 
     def take(self, name: str, *shape: int) -> Array:
-        return self.file.take(self._in_file(name), *shape)
+        return super().take(self._in_file(name), *shape)
 
     def pass_over(self, name: str) -> None:
-        self.file.pass_over(self._in_file(name))
+        super().pass_over(self._in_file(name))
 
     def in_proj(self, prefix: str, model: int, heads: int) -> Array:
         """The rows of q, k and v. The pairs that RoPE turns lie side by side."""
         if self._is_kyutai:
             return self.take(f"{prefix}.in_proj_weight", 3 * model, model)
-        names = [hugging_face_name(f"{prefix}.{part}_proj.weight") for part in "qkv"]
-        queries, keys, values = (self.file.take(name, model, model) for name in names)
+        queries, keys, values = (self.take(f"{prefix}.{part}_proj.weight", model, model) for part in "qkv")
         # There the halves of a head are turned against each other: row (p, j) of a head was (j, p) in training.
         together = [rows.reshape(heads, 2, -1, model).swapaxes(1, 2).reshape(model, model) for rows in (queries, keys)]
         return np.concatenate([*together, values])

@@ -4,14 +4,16 @@ Rules of this room:
 
 - Every tensor that is asked for must be there, in its shape, finite and float32, and no other may be there. Anything
   else is a BundleError that names the tensor.
+- A tensor is read when it is needed, and each time anew: the largest checkpoints have more of them than many a machine
+  has memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,39 +22,73 @@ from mossnano_stdio.build.model import Array
 from mossnano_stdio.errors import BundleError
 
 
-class TensorFile:
-    """One file, open until `opened` is closed."""
+class TensorPlace(NamedTuple):
+    """Where a tensor lies, and what it is."""
 
-    def __init__(self, path: Path, opened: ExitStack) -> None:
-        self.path = path
-        try:
-            self._file: Any = opened.enter_context(safe_open(path, framework="numpy"))
-            self.names: Collection[str] = frozenset(self._file.keys())
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{path}: cannot be read as safetensors: {error}") from error
-        self._taken: set[str] = set()
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Tensors:
+    """The tensors of one or many files. `source` is what errors call them together, `caller` what calls for shapes."""
+
+    def __init__(self, source: Path, places: Mapping[str, TensorPlace], caller: str) -> None:
+        self.source = source
+        self.places = places
+        self._caller = caller
+        self._expected: set[str] = set()
+
+    def expect(self, name: str, *shape: int) -> None:
+        """Is it there, in this shape?"""
+        if name not in self.places:
+            raise BundleError(f"{self.source}: the tensor {name} {list(shape)} is missing")
+        place = self.places[name]
+        if place.shape != shape:
+            raise BundleError(
+                f"{place.path}: {name} has shape {list(place.shape)}, {self._caller} calls for {list(shape)}"
+            )
+        if place.dtype != "F32":
+            raise BundleError(f"{place.path}: {name} is {place.dtype}; F32 is needed")
+        self._expected.add(name)
+
+    def read(self, name: str) -> Array:
+        """One tensor as it lies in the file. It may be read more than once."""
+        path = self.places[name].path
+        with _opened(path) as file:  # each time anew: what is mapped of a file counts as our memory until it is closed
+            tensor: Array = file.get_tensor(name)
+        if not np.isfinite(tensor).all():
+            raise BundleError(f"{path}: {name} holds NaN or infinity")
+        return tensor
 
     def take(self, name: str, *shape: int) -> Array:
-        """Read one tensor as it lies in the file. It may be read more than once."""
-        if name not in self.names:
-            raise BundleError(f"{self.path}: the tensor {name} {list(shape)} is missing")
-        entry = self._file.get_slice(name)
-        if tuple(entry.get_shape()) != shape:
-            raise BundleError(f"{self.path}: {name} has shape {entry.get_shape()}, {list(shape)} is called for")
-        if entry.get_dtype() != "F32":
-            raise BundleError(f"{self.path}: {name} is {entry.get_dtype()}; F32 is needed")
-        tensor: Array = self._file.get_tensor(name)
-        if not np.isfinite(tensor).all():
-            raise BundleError(f"{self.path}: {name} holds NaN or infinity")
-        self._taken.add(name)
-        return tensor
+        self.expect(name, *shape)
+        return self.read(name)
 
     def pass_over(self, name: str) -> None:
         """It may be there, and decides nothing."""
-        self._taken.add(name)
+        self._expected.add(name)
 
-    def refuse_leftovers(self) -> None:
-        leftovers = sorted(set(self.names) - self._taken)
+    def refuse_leftovers(self, but: tuple[str, ...] = ()) -> None:
+        """Raise for tensors that nobody asked for, unless their names begin with one of `but`."""
+        leftovers = sorted(name for name in self.places.keys() - self._expected if not name.startswith(but))
         if leftovers:
             more = f" and {len(leftovers) - 1} more" if len(leftovers) > 1 else ""
-            raise BundleError(f"{self.path}: unexpected tensor {leftovers[0]}{more}")
+            raise BundleError(f"{self.places[leftovers[0]].path}: unexpected tensor {leftovers[0]}{more}")
+
+
+def places_in(path: Path) -> dict[str, TensorPlace]:
+    """Every tensor of one file."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: TensorPlace(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: cannot be read as safetensors: {error}") from error
+    with opened as file:
+        yield file

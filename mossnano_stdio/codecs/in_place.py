@@ -61,9 +61,16 @@ class InPlaceGraph:
     """A loaded graph, shared by the streams that are opened over it."""
 
     def __init__(
-        self, graph: Graph, engine: Engine, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+        self,
+        graph: Graph,
+        engine: Engine,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        rounded_frames: int,
     ) -> None:
-        """`inputs` and `outputs`: what the graph has beside its transformers and its states."""
+        """`inputs` and `outputs`: what the graph has beside its transformers and its states; `rounded_frames`: see
+        RingSpec.
+        """
         if engine.provider != "cpu":
             other = f"; `--graph official` runs on {engine.provider!r}" if graph.name == "fast" else ""
             raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
@@ -73,7 +80,7 @@ class InPlaceGraph:
         if support == "by copies":
             log.warning("this onnxruntime does not write in place: keys and values are copied in every run")
         self.in_place = support == "in place"
-        self.specs = tuple(_ring_specs(graph))
+        self.specs = tuple(_ring_specs(graph, rounded_frames))
         self.session: Session = open_session(graph, engine, optimise=False)
         ring_inputs, ring_outputs = _contract(self.specs)
         check_contract(self.session, {**inputs, **ring_inputs}, {**outputs, **ring_outputs}, graph.states)
@@ -187,7 +194,7 @@ class _States:
             self._binding.bind_ortvalue_output(spec.output_name, native_next)
 
 
-def _ring_specs(graph: Graph) -> Iterator[RingSpec]:
+def _ring_specs(graph: Graph, rounded_frames: int) -> Iterator[RingSpec]:
     """What `mossnano.json` says of the graph's transformers."""
     first_layer = 0
     for number, entry in enumerate(Entry(dict(graph.facts), f"{graph.path}: facts").at("transformers").items()):
@@ -201,6 +208,7 @@ def _ring_specs(graph: Graph) -> Iterator[RingSpec]:
             context_tokens=entry.at("context_tokens").whole(least=1),
             tokens_per_frame=entry.at("tokens_per_frame").whole(least=1),
             angles=_angles(entry.at("angles"), ring_dim // 2),
+            rounded_frames=rounded_frames,
         )
         yield spec
         first_layer += spec.layers

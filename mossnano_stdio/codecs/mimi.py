@@ -32,8 +32,8 @@ def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> MimiRunti
     return MimiRuntime(bundle, engine)
 
 
-def load_encoder_runtime(bundle: Bundle, engine: Engine) -> StreamEncoderRuntime:
-    return StreamEncoderRuntime(bundle, engine)
+def load_encoder_runtime(bundle: Bundle, engine: Engine) -> MimiEncoderRuntime:
+    return MimiEncoderRuntime(bundle, engine)
 
 
 def maybe_look_back_frames(runtime: MimiRuntime) -> int | None:
@@ -45,9 +45,16 @@ class MimiRuntime(DecodeRowsRuntime):
     """The graph that decodes."""
 
     graph_name = "decode_step"
+    rounded_frames = 0  # there is no other graph to sound like
 
     @property
     def convolution_frames(self) -> int:
         """How far the convolutions look back."""
         graph = self.bundle.graphs[self.graph_name]
         return Entry(dict(graph.facts), f"{graph.path}: facts").at("look_back_frames").whole()
+
+
+class MimiEncoderRuntime(StreamEncoderRuntime):
+    """The graph that encodes."""
+
+    rounded_frames = 0

@@ -40,6 +40,7 @@ from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
 from mossnano_stdio.weights import Bundle
 
+ROUNDED_FRAMES = 1000  # 80 s, in which the official graph's float32 positions cost less than a 16-bit step
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, not less
 
 # Of the longest context. In stand-ins of 68 layers, as the 24 kHz member has, whose contexts add up to 68 of it, the
@@ -194,6 +195,7 @@ class InPlaceRuntime:
     """A loaded graph of ours, shared by the decoders, or encoders, that it makes."""
 
     graph_name: str
+    rounded_frames = ROUNDED_FRAMES
 
     def __init__(
         self, bundle: Bundle, engine: Engine, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
@@ -204,7 +206,7 @@ class InPlaceRuntime:
         graph = bundle.graph(self.graph_name)
         self.path = graph.path
         self.precision = graph.precision
-        self.in_place = InPlaceGraph(graph, engine, inputs, outputs)
+        self.in_place = InPlaceGraph(graph, engine, inputs, outputs, self.rounded_frames)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:

@@ -31,7 +31,6 @@ Floats = NDArray[np.float32]
 
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, and more memory
 LAZINESS = 32  # 1/32 of a context may lie unneeded in front of the window before the view slides: binding costs, too
-ROUNDED_FRAMES = 1000  # 80 seconds of the published model
 CACHE_WAY_VALUES = 1024  # rows of scores that lie so many float32 apart push each other out of the first-level cache
 CACHE_LINE_VALUES = 16
 
@@ -48,6 +47,7 @@ class RingSpec:
     context_tokens: int
     tokens_per_frame: int
     angles: tuple[float, ...]  # by which the pairs of a token turn further than those of the token before
+    rounded_frames: int  # so many at a stream's start turn by angles that are computed in float32
 
     @property
     def needed_tokens(self) -> int:
@@ -79,12 +79,12 @@ class RingSpec:
     def angles_at(self, position: int, tokens: int) -> Floats:
         """By how much RoPE turns the pairs of `tokens` tokens from `position` on. [tokens, ring_dim / 2]
 
-        The official graph computes angles in float32. That is followed while it costs no more than a 16-bit step in the
-        sound, so that both sound alike. Later, where it costs more and more (a fiftieth of full scale after eight
-        hours), whole turns are taken off before anything is rounded.
+        Where an official graph computes angles in float32, that is followed while it costs no more than a 16-bit step
+        in the sound, so that both sound alike. Later, where it costs more and more (a fiftieth of full scale after
+        eight hours), and where there is no such graph, whole turns are taken off before anything is rounded.
         """
         angles = np.arange(position, position + tokens)[:, np.newaxis] * self._angles
-        if position >= ROUNDED_FRAMES * self.tokens_per_frame:
+        if position >= self.rounded_frames * self.tokens_per_frame:
             angles -= np.rint(angles / math.tau) * math.tau
         return angles.astype(np.float32)
 

@@ -70,6 +70,14 @@ def chosen_schedule(
     return new_ramp()
 
 
+def add_zero_frame_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stop-on-zero-frame",
+        action="store_true",
+        help="a frame whose codes are all 0 ends its stream and is not decoded, as Sesame CSM means it",
+    )
+
+
 PLAYER_OPTIONS: Final = ("device", "prebuffer_ms", "latency", "volume")  # what add_player_arguments adds
 
 

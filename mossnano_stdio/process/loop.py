@@ -32,6 +32,7 @@ from mossnano_stdio.process.flags import (
     add_chunk_arguments,
     add_decoder_arguments,
     add_player_arguments,
+    add_zero_frame_argument,
     chosen_schedule,
     whole_number,
 )
@@ -49,7 +50,7 @@ from mossnano_stdio.protocol import (
     parse_json,
 )
 from mossnano_stdio.protocol.connection import Connection, Direction, error_message
-from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.decoding import DECODE, DECODE_TO_ZEROS
 from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.tokens import CodecFormat
 
@@ -250,7 +251,7 @@ class _Process:
             return Ramp(options.max_chunk_frames, loaded.ramp_second_frames())
 
         return Connection(
-            loaded.direction,
+            DECODE_TO_ZEROS if options.stop_on_zero_frame else loaded.direction,
             loaded.codec,
             chosen_schedule(options, frames_per_second, new_ramp),
             identity,
@@ -335,6 +336,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f"without a fixed size, chunks take what waits: 1, 2, 4, ... and at most N frames ({RAMP_MAX_FRAMES})",
     )
+    add_zero_frame_argument(parser)
     parser.add_argument("--max-message-bytes", type=whole_number(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="stop: the first ERROR ends us with 65"
@@ -354,6 +356,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, parser.get_default(name))
         elif not options.play:
             parser.error(f"--{name.replace('_', '-')} is for the sound card, which is used with --play only: add that")
+    if options.encode and options.stop_on_zero_frame:
+        parser.error("--stop-on-zero-frame is for decoding; leave it out with --encode")
     if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
         parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
     return options

@@ -10,6 +10,7 @@ Rules of this room:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from mossnano_stdio.chunks import Chunks, Decoder, DecodingChunks
@@ -68,7 +69,7 @@ def open_tokens(connection: Connection, stream: None, message: Message) -> Answe
 
 
 def push_tokens(connection: Connection, stream: Stream, message: Message) -> Answers:
-    if stream.is_dropped:
+    if stream.is_dropped or stream.chunks.is_complete:  # after a frame of zeros, whatever came is not looked at
         return
     try:
         codes = unpack_frames(message.payload, connection.quantizers, connection.format.codebook_size)
@@ -159,3 +160,4 @@ DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
 }
 
 DECODE: Final = Direction("decode", "TOKENS or ARTIFACT", DECODING, DecodingStream, DecodingChunks, check_quantizers)
+DECODE_TO_ZEROS: Final = DECODE._replace(new_chunks=partial(DecodingChunks, stops_on_zero_frame=True))

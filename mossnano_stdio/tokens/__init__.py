@@ -22,6 +22,7 @@ from mossnano_stdio.tokens.format import (
     Codes,
     bits_per_code,
     frame_bytes,
+    frames_before_zeros,
     to_graph,
     to_quantizer_major,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "bits_per_code",
     "build_artifact",
     "frame_bytes",
+    "frames_before_zeros",
     "load_artifact",
     "meaning_of",
     "pack_frames",

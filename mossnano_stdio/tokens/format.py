@@ -76,6 +76,16 @@ def frame_bytes(quantizers: int, codebook_size: int) -> int:
     return (quantizers * bits_per_code(codebook_size) + 7) // 8
 
 
+def frames_before_zeros(codes: Codes) -> int:
+    """How many frames stand before the first one whose codes are all 0; all of them where there is none.
+
+    >>> frames_before_zeros(np.array([[1, 0], [0, 2], [0, 0], [3, 3]], np.uint16))
+    2
+    """
+    is_zero = ~codes.any(axis=1)
+    return int(is_zero.argmax()) if is_zero.any() else len(codes)
+
+
 def to_frame_major(quantizer_major: NDArray[np.integer]) -> Codes:
     """[quantizers, frames] -> [frames, quantizers], as a contiguous copy.
 

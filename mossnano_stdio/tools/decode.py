@@ -11,6 +11,8 @@ of the length, and is refused where that is not there.
 With --start or --duration only a part is decoded. So that it sounds as it does in the whole, the frames before it are
 decoded, too: as far back as all layers together look (84 s with nano's weights), or as many as make it the same within
 half a step of 16 bits (160 s with the larger models', whose layers look back 620 s and more), or --warm-up seconds.
+
+With --stop-on-zero-frame the recording ends before its first frame whose codes are all 0.
 """
 
 from __future__ import annotations
@@ -20,15 +22,20 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm import WavWriter
-from mossnano_stdio.process.flags import add_chunk_arguments, add_decoder_arguments, chosen_schedule
-from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, load_artifact
+from mossnano_stdio.process.flags import (
+    add_chunk_arguments,
+    add_decoder_arguments,
+    add_zero_frame_argument,
+    chosen_schedule,
+)
+from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, frames_before_zeros, load_artifact
 from mossnano_stdio.tokens.arrays import sample_range
 from mossnano_stdio.tools.facts import as_json, progress_bar
 
@@ -46,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=_seconds, metavar="S", help="begin S seconds into the recording (0)")
     parser.add_argument("--duration", type=_seconds, metavar="S", help="end S seconds later (at its end)")
     parser.add_argument("--warm-up", type=_seconds, metavar="S", help="decode only S seconds before --start for it")
+    add_zero_frame_argument(parser)
     add_chunk_arguments(parser)
     add_decoder_arguments(parser)
     parser.add_argument("--json", action="store_true", help="a summary as one JSON object on stdout")
@@ -57,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         artifact = load_artifact(file, "stdin" if args.artifact == STANDARD_STREAM else args.artifact)
     loaded = _load(args)
     artifact.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
+    if args.stop_on_zero_frame:
+        artifact = _up_to_zeros(artifact, loaded.decoder.format.frame_samples)
     part = _seek(args, artifact, loaded)
     if args.decoder == "full":
         schedule: Schedule = Fixed(max(1, len(part.codes)))
@@ -134,6 +144,12 @@ class _AtOnce:
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------
+
+
+def _up_to_zeros(artifact: Artifact, frame_samples: int) -> Artifact:
+    frames = frames_before_zeros(artifact.codes)
+    samples = min(artifact.original_samples, frames * frame_samples)
+    return replace(artifact, codes=artifact.codes[:frames], frames=frames, original_samples=samples)
 
 
 @dataclass(frozen=True)

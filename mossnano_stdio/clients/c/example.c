@@ -34,7 +34,7 @@ int main(int count, char **words) {
 #ifdef _WIN32
     _setmode(_fileno(stdout), _O_BINARY); /* or each 0x0A in the sound would become two bytes */
 #endif
-    int16_t pcm[480 * 8]; /* 10 ms: what a sound card asks for */
+    int16_t pcm[480 * 8]; /* what a sound card asks for: 10 ms of 48 kHz */
     size_t channels = (size_t)mossnano_get_format(voice).channels;
     while (channels <= 8 && mossnano_is_speaking(voice)) {
         size_t samples = mossnano_pull(voice, pcm, 480);

@@ -20,7 +20,7 @@ static class Example
         {
             voice.Feed(File.ReadAllBytes(words[0]));
             voice.Finish();
-            var pcm = new short[480 * voice.Channels]; // 10 ms: what a sound card asks for
+            var pcm = new short[480 * voice.Channels]; // what a sound card asks for: 10 ms of 48 kHz
             var bytes = new byte[2 * pcm.Length];
             while (voice.IsSpeaking)
             {

@@ -10,7 +10,7 @@ const onError = (error) => console.error(`${error.code}: ${error.message}`);
 const voice = await Mossnano.start({ command, fadeMs: 0, onError }); // gaps are left out below, not heard
 voice.feed(readFileSync(tokens));
 voice.finish();
-const pcm = new Int16Array(480 * voice.format.channels); // 10 ms
+const pcm = new Int16Array(480 * voice.format.channels); // 10 ms of 48 kHz
 while (voice.isSpeaking) {
   const samples = voice.pullInto(pcm);
   writeSync(1, new Uint8Array(pcm.buffer, 0, samples * voice.format.channels * 2));

@@ -1,15 +1,19 @@
-"""Measure, side by side: the official loop, our runtime on the official graph, the fast graph, the process.
+"""Measure, side by side: other programs, the official loop, our runtime on each of its graphs, the process.
 
   mossnano bench --weights DIR                  graphs: steps, utterances, starts, memory, streams, and the limit
   mossnano bench --weights DIR --against OTHER  another weights folder beside it
+  mossnano bench --weights DIR --peer moshi     of Mimi: PyPI's moshi, or rustymimi, or both, beside it, out of the
+                                                environment that --peer-python names
+  mossnano bench --weights DIR --steps          of all that the steps only: minutes instead of many
   mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
   mossnano bench --weights DIR --encode         streaming encoding beside decoding
   mossnano bench --bits                         packing an hour of codes; needs no weights
 
 Sides take turns in one run, each in processes of its own. Figures are medians, with the lowest and highest in
-brackets; "x" is how many times as good as the first side a side is. The first is the official loop, where the folder
-has official graphs. Where it has one graph of ours only, that is measured alone, or with --against beside others. On a
-machine that does other things as well, believe the ratios and not the milliseconds.
+brackets; "x" is how many times as good as the first side a side is. The first is a peer where one is named, or else the
+official loop, where the folder has official graphs. Where it has one graph of ours only, that is measured alone, or
+with --against beside others. On a machine that does other things as well, believe the ratios and not the milliseconds,
+or measure steps in --cpu-time.
 
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 DEFAULT_CHUNKS = "1,2,4,8,17,23"
 DEFAULT_THREADS = "1,2"
 DEFAULT_TURNS = 7
+PEERS = ("moshi", "rustymimi")
 LIMITS_SECONDS = 5.0  # what measuring the machine was seen to take, for one number of threads
 
 START_TITLES = {
@@ -53,6 +58,16 @@ START_TITLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help="the weights folder to measure")
     parser.add_argument("--against", metavar="DIR", action="append", default=[], help="another one beside it")
+    parser.add_argument("--peer", choices=PEERS, action="append", default=[], help="of Mimi: another program beside it")
+    parser.add_argument(
+        "--peer-python", metavar="PYTHON", help="the Python of an environment that has the peers (this one)"
+    )
+    parser.add_argument(
+        "--peer-checkpoint", metavar="FILE", type=Path, help="what the peers read (the one in the weights folder)"
+    )
+    parser.add_argument(
+        "--quantizers", type=whole_number(1, 1000), metavar="N", help="codes of each frame that are decoded (all)"
+    )
     parser.add_argument("--threads", type=_whole_numbers, default=DEFAULT_THREADS, metavar="N,...", help="(1,2)")
     parser.add_argument(
         "--chunks", type=_whole_numbers, default=DEFAULT_CHUNKS, metavar="N,...", help="frames per step (%(default)s)"
@@ -61,9 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--turns", type=whole_number(1, 1000), default=DEFAULT_TURNS, metavar="N", help="repeats (%(default)s)"
     )
     what = parser.add_mutually_exclusive_group()
+    what.add_argument("--steps", action="store_true", help="measure steps only")
     what.add_argument("--process", action="store_true", help="measure mossnano-stdio itself")
     what.add_argument("--encode", action="store_true", help="measure streaming encoding")
     what.add_argument("--bits", action="store_true", help="measure packing")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="with --steps or --encode: what all threads together computed"
+    )
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="a picture of the steps")
 
@@ -126,6 +145,12 @@ def _lasting(seconds: float) -> str:
 
 def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Puts figures into the dict as they come, so that an interrupted run has what was measured by then."""
+    if not args.peer and (args.peer_python or args.peer_checkpoint):
+        raise UsageError("--peer-python and --peer-checkpoint are for --peer, which is not given")
+    if args.cpu_time and not (args.steps or args.encode):
+        raise UsageError("--cpu-time is for steps; add --steps or --encode")
+    if (args.bits or args.process) and (args.peer or args.quantizers):
+        raise UsageError("--peer and --quantizers are for graphs; leave --bits and --process out")
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
@@ -159,29 +184,37 @@ def _measure_process(bundle: Bundle, args: argparse.Namespace, figures: dict[str
 def _measure_graphs(
     bundle: Bundle, against: Sequence[Bundle], args: argparse.Namespace, figures: dict[str, Any]
 ) -> None:
+    from mossnano_stdio.tools.bench.peers import peer_sides
     from mossnano_stdio.tools.bench.sides import sides_of
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
-        bench.steps(threads, args.chunks, found)
+        bench.steps(threads, args.chunks, found, cpu_time=args.cpu_time)
+        if args.steps:
+            return
         bench.utterances(threads, found)
         bench.starts(threads, found)
         bench.streams(threads, found)
 
-    _measure_sides(bundle, sides_of(bundle, against), args, measure, figures, has_limits=True)
+    peers = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=False)
+    _measure_sides(bundle, sides_of(bundle, against, peers), args, measure, figures, has_limits=not args.steps)
 
 
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
     from mossnano_stdio.codecs import stepping_graphs
+    from mossnano_stdio.tools.bench.peers import peer_sides
     from mossnano_stdio.tools.bench.sides import Side, decoding_sides
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
-    decodes = any(map(bundle.has_graph, stepping_graphs(bundle)))
-    sides = [replace(decoding_sides(bundle)[-1], name="decoding")] if decodes else []
+    if args.quantizers is not None:
+        raise UsageError("--quantizers is for decoding: encoding gives all codes of a frame")
+    sides = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=True)
+    if not sides and any(map(bundle.has_graph, stepping_graphs(bundle))):
+        sides.append(replace(decoding_sides(bundle)[-1], name="decoding"))
     sides.append(Side("encoding", "encode", bundle.folder))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
-        bench.steps(threads, args.chunks, found)
+        bench.steps(threads, args.chunks, found, cpu_time=args.cpu_time)
 
     _measure_sides(bundle, sides, args, measure, figures, has_limits=False)
 
@@ -197,10 +230,12 @@ def _measure_sides(
 ) -> None:
     """Goes through all measurements twice: first to estimate how long they take, then to take them."""
     from mossnano_stdio.tools.bench.estimate import Estimate, try_pace
-    from mossnano_stdio.tools.bench.sides import GraphBench, WorkerProcesses
+    from mossnano_stdio.tools.bench.sides import GraphBench, WorkerProcesses, check_quantizers
 
     fps = bundle.format.frames_per_second
-    processes = WorkerProcesses(bundle, sides[0])
+    if args.quantizers is not None:
+        check_quantizers(bundle, sides, args.quantizers)
+    processes = WorkerProcesses(bundle, args.quantizers)
     if len(sides) == 1:
         _say(f"{sides[0].name} of {bundle.folder} is measured alone: there is nothing in it to compare with")
     maybe_work = _maybe_work(bundle) if has_limits else None
@@ -215,7 +250,12 @@ def _measure_sides(
             estimate.report("limits")
             estimate.add(LIMITS_SECONDS)
     progress = _Progress(estimate.parts, estimate.seconds)
-    figures |= {"weights": bundle.name, **({} if maybe_work is None else maybe_work._asdict()), "threads": {}}
+    figures |= {
+        "weights": bundle.name,
+        "cpu_time": args.cpu_time,
+        **({} if maybe_work is None else maybe_work._asdict()),
+        "threads": {},
+    }
     for threads in args.threads:
         found: dict[str, Any] = {}
         figures["threads"][str(threads)] = found
@@ -236,6 +276,9 @@ def _maybe_work(bundle: Bundle) -> _Work | None:
     """With full caches; None where the weights cannot be read from a graph."""
     from mossnano_stdio.errors import MossnanoError
 
+    if bundle.sidecar.maybe_codec is not None:
+        _say(f"no limit is computed: the arithmetic of {bundle.sidecar.maybe_codec.family} is not counted")
+        return None
     if not any(map(bundle.has_graph, ("decode_step", "decode_full"))):
         _say("no limit is computed, as the work is counted in official graphs, and there are none")
         return None
@@ -275,7 +318,8 @@ def _tables(figures: Mapping[str, Any]) -> list[str]:
     for threads, found in figures["threads"].items():
         lines += ["", f"{threads} threads"]
         for frames, sides in found.get("steps_ms", {}).items():
-            lines += _rows(f"step of {frames}, caches full, ms", sides)
+            unit = "ms of CPU time" if figures.get("cpu_time") else "ms"
+            lines += _rows(f"step of {frames}, caches full, {unit}", sides)
         for seconds, sides in found.get("utterances_ms", {}).items():
             lines += _rows(f"{seconds} s from a reset, steps of 1, ms", sides)
         for part, sides in found.get("starts", {}).items():

@@ -1,4 +1,4 @@
-"""Graphs side by side: the official loop, our runtime on the official graph, the fast graph.
+"""Graphs side by side: other programs, the official loop, our runtime on each graph that decodes in steps.
 
 Rules of this room:
 
@@ -43,11 +43,13 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Side:
-    """One way to run one weights folder."""
+    """One way to run one weights folder, or the checkpoint that it was built of."""
 
     name: str  # as the table has it
     kind: str  # as worker.py has it
-    folder: Path
+    weights: Path
+    is_peer: bool = False  # another program, which has one stream
+    python: str = sys.executable
 
 
 def decoding_sides(bundle: Bundle) -> list[Side]:
@@ -57,12 +59,16 @@ def decoding_sides(bundle: Bundle) -> list[Side]:
     from mossnano_stdio.codecs import stepping_graphs
 
     sides = []
-    for graph_name, choice in stepping_graphs(bundle).items():
-        if choice == "official" and bundle.has_graph(graph_name):
+    for graph_name, maybe_choice in stepping_graphs(bundle).items():
+        if not bundle.has_graph(graph_name):
+            continue
+        if maybe_choice is None:
+            sides.append(Side("our runtime", "only", bundle.folder))
+        elif maybe_choice == "official":
             sides.append(Side("official loop", "loop", bundle.folder))
             sides.append(Side("our runtime, official graph", "official", bundle.folder))
-        elif bundle.has_graph(graph_name):
-            sides.append(Side(f"{graph_name} graph", graph_name, bundle.folder))
+        else:
+            sides.append(Side(f"{maybe_choice} graph", maybe_choice, bundle.folder))
     if not sides:
         raise BundleError(
             f"{bundle.folder}: has no decoder to measure, `mossnano build` makes one; --encode measures an encoder"
@@ -70,17 +76,27 @@ def decoding_sides(bundle: Bundle) -> list[Side]:
     return sides
 
 
-def sides_of(bundle: Bundle, against: Sequence[Bundle] = ()) -> list[Side]:
+def sides_of(bundle: Bundle, against: Sequence[Bundle] = (), peers: Sequence[Side] = ()) -> list[Side]:
     """All sides; the others are measured against the first."""
-    sides = decoding_sides(bundle)
+    sides = [*peers, *decoding_sides(bundle)]
     for other in against:
         kind = decoding_sides(other)[-1].kind
         taken = {side.name for side in sides}
-        names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}, {kind}") not in taken]
+        suffix = "" if kind == "only" else f", {kind}"
+        names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}{suffix}") not in taken]
         if not names:
             raise UsageError(f"{other.folder} is to be measured twice; name it once")
         sides.append(Side(names[0], kind, other.folder))
     return sides
+
+
+def check_quantizers(bundle: Bundle, sides: Sequence[Side], quantizers: int) -> None:
+    """Raises a UsageError where some side cannot decode so many codes of a frame."""
+    most = bundle.format.quantizers
+    if quantizers > most:
+        raise UsageError(f"--quantizers is {quantizers}; {bundle.folder} has {most}")
+    if quantizers < most and (of_all := [side.name for side in sides if side.kind in ("loop", "official")]):
+        raise UsageError(f"--quantizers is {quantizers}, but the {of_all[0]} decodes all {most} only; leave it out")
 
 
 class SideProcess(Protocol):
@@ -110,12 +126,12 @@ class GraphBench:
         self._start = start
         self._report = report
 
-    def steps(self, threads: int, chunks: Sequence[int], found: dict[str, Any]) -> None:
-        """Milliseconds per step with full caches."""
+    def steps(self, threads: int, chunks: Sequence[int], found: dict[str, Any], *, cpu_time: bool = False) -> None:
+        """Milliseconds per step with full caches, as a clock on the wall or one in the CPUs counts them."""
 
         def of_chunk(chunk_frames: int, worker: SideProcess) -> float:
             steps = max(LEAST_STEPS_PER_TURN, FRAMES_PER_TURN // chunk_frames)
-            return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps)))
+            return float(median(worker.ask("steps", chunk_frames=chunk_frames, steps=steps, cpu_time=int(cpu_time))))
 
         cells = found.setdefault("steps_ms", {})
         with self._workers(threads) as workers:
@@ -151,18 +167,20 @@ class GraphBench:
             }
 
     def streams(self, threads: int, found: dict[str, Any]) -> None:
-        """How many real-time streams one core decodes, and how much memory MANY_STREAMS take."""
+        """How many real-time streams one core decodes, and how much memory MANY_STREAMS take; of our sides only, as the
+        state of a peer's stream lies in its model.
+        """
 
         def of_count(count: int, worker: SideProcess) -> float:
             return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
 
         cells = found.setdefault("real_time_streams_per_core", {})
-        with self._workers(threads) as workers:
+        with self._workers(threads, with_peers=False) as workers:
             for count in STREAM_COUNTS:
                 self._report(f"{threads} threads, {count} streams at once")
                 for summary in self._in_turn(workers, partial(of_count, count), more_is_better=True):
                     cells[str(count)] = summary
-        with self._workers(threads) as workers:
+        with self._workers(threads, with_peers=False) as workers:
             self._report(f"{threads} threads, memory of {MANY_STREAMS} streams")
             for summary in self._in_turn(workers, lambda worker: worker.ask("memory", streams=MANY_STREAMS) / 1e6):
                 found["resident_mb_of_four_streams"] = summary
@@ -181,23 +199,28 @@ class GraphBench:
             yield _summary(figures, more_is_better)
 
     @contextmanager
-    def _workers(self, threads: int) -> Iterator[dict[str, SideProcess]]:
+    def _workers(self, threads: int, with_peers: bool = True) -> Iterator[dict[str, SideProcess]]:
+        sides = [side for side in self._sides if with_peers or not side.is_peer]
         with ExitStack() as stack:
-            yield {side.name: stack.enter_context(self._start(side, threads)) for side in self._sides}
+            yield {side.name: stack.enter_context(self._start(side, threads)) for side in sides}
 
 
 class WorkerProcesses:
     """Starts the worker processes that measure."""
 
-    def __init__(self, bundle: Bundle, first: Side) -> None:
-        self.frames_to_fill = _frames_to_fill(bundle, encodes=first.kind == "encode")
-        self._codebook_size = bundle.format.codebook_size
+    def __init__(self, bundle: Bundle, maybe_quantizers: int | None = None) -> None:
+        self.frames_to_fill = _frames_to_fill(bundle)
+        self._format = bundle.format
+        self._maybe_quantizers = maybe_quantizers
 
     @contextmanager
     def start(self, side: Side, threads: int) -> Iterator[SideProcess]:
-        numbers = map(str, (threads, self.frames_to_fill, self._codebook_size))
-        command = [sys.executable, str(WORKER), side.kind, str(side.folder), *numbers]
-        with measured(command, side.folder) as process:
+        codec = self._format
+        all_quantizers = codec.quantizers if side.is_peer else 0  # other weights of ours may have another number
+        quantizers = all_quantizers if self._maybe_quantizers is None else self._maybe_quantizers
+        numbers = (threads, self.frames_to_fill, codec.codebook_size, quantizers, codec.frame_samples)
+        command = [side.python, str(WORKER), side.kind, str(side.weights), *map(str, numbers)]
+        with measured(command, side.weights) as process:
             yield _WorkerProcess(process)
 
 
@@ -213,11 +236,12 @@ class _WorkerProcess:
         time.sleep(seconds)
 
 
-def _frames_to_fill(bundle: Bundle, *, encodes: bool) -> int:
+def _frames_to_fill(bundle: Bundle) -> int:
     """How many frames fill the longest cache, and eight more."""
-    from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
+    from mossnano_stdio.codecs import load_encoder_runtime, load_runtime, stepping_graphs
 
-    runtime = load_encoder_runtime(bundle, threads=1) if encodes else load_runtime(bundle, threads=1)
+    decodes = any(map(bundle.has_graph, stepping_graphs(bundle)))
+    runtime = load_runtime(bundle, threads=1) if decodes else load_encoder_runtime(bundle, threads=1)
     return max(runtime.layer_context_frames, default=1) + 8
 
 

@@ -1,11 +1,12 @@
 """One side of a comparison, in a process of its own: loads its graph, says how long that took, then takes orders.
 
-    python worker.py SIDE FOLDER THREADS FRAMES_TO_FILL CODEBOOK_SIZE
+    python worker.py SIDE WEIGHTS THREADS FRAMES_TO_FILL CODEBOOK_SIZE QUANTIZERS FRAME_SAMPLES
 
 prints one JSON line when its first step is done (how long imports, loading and that step took), then answers each JSON
 line on stdin with one on stdout:
 
-    {"do": "steps", "chunk_frames": T, "steps": N}       milliseconds of each step, caches full
+    {"do": "steps", "chunk_frames": T, "steps": N}       milliseconds of each step, caches full; with "cpu_time": 1
+                                                         those that all threads together computed
     {"do": "utterance", "frames": F, "chunk_frames": T}  milliseconds from a reset to the last sample
     {"do": "streams", "count": N, "frames": F}           frames per second of N streams at once, a thread each
     {"do": "memory"}                                     resident bytes now
@@ -15,7 +16,10 @@ Rules of this room:
 
 - SIDE `loop` is the official way and uses nothing of ours: a session with its defaults, `session.run` with a dict of
   numpy state. This file is run, not imported from the package, so that `loop` pays for its own imports only.
-- SIDE `encode` is our streaming encoder; any other is our runtime on the graph that it chooses: `official`, `fast`.
+- SIDE `official`, `fast` and `only` are our runtime on a graph that decodes, `encode` is our streaming encoder.
+- SIDE `moshi`, `rustymimi`, `moshi-encode` and `rustymimi-encode` are other programs that run Mimi, by the Python of an
+  environment that has them, as their users call them: numpy in, numpy out. WEIGHTS is the checkpoint then.
+- QUANTIZERS 0 means as many as the weights have; a peer has to be told.
 - A step is timed alone. Loading is the time between the end of the imports, ours included, and the first step.
 """
 
@@ -34,7 +38,6 @@ STARTED = time.perf_counter()
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as codecs/engine.py does, which `loop` does not import
 import numpy as np  # noqa: E402 - the clock comes first
-import onnxruntime  # noqa: E402
 
 
 class LoopSide:
@@ -61,6 +64,8 @@ class LoopSide:
         self.quantizers = self.metadata["codec_config"]["num_quantizers"]
 
     def _load(self) -> Any:
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         path = f"{self.folder}/{self.metadata['files']['decode_step']}"
@@ -93,37 +98,117 @@ class LoopStream:
 class OurSide:
     """Our runtime: one session for all streams."""
 
-    def __init__(self, folder: str, threads: int, graph: str) -> None:
+    def __init__(self, folder: str, threads: int, graph: str, quantizers: int) -> None:
         from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
         from mossnano_stdio.weights import load_bundle
 
         bundle = load_bundle(Path(folder))
-        self.quantizers = bundle.format.quantizers
+        self.quantizers = quantizers or bundle.format.quantizers
         self.encodes = graph == "encode"
-        self.frame_shape = (bundle.format.frame_samples, bundle.format.channels)
+        self.channels = bundle.format.channels
         if graph == "encode":
             self.new: Callable[[], Any] = load_encoder_runtime(bundle, threads=threads).new_encoder
         else:
-            self.new = load_runtime(bundle, threads=threads, graph=graph).new_decoder
+            self.new = load_runtime(bundle, threads=threads, graph=None if graph == "only" else graph).new_decoder
 
     def open(self, number: int) -> Any:
         return self.new()
 
 
-def input_for(side: LoopSide | OurSide, frames: int, codebook_size: int) -> Any:
+class MoshiSide:
+    """PyPI's moshi, in torch."""
+
+    channels = 1
+
+    def __init__(self, checkpoint: str, threads: int, quantizers: int, *, encodes: bool) -> None:
+        import torch
+        from moshi.models.loaders import get_mimi
+
+        torch.set_num_threads(threads)
+        self.torch, self.quantizers, self.encodes = torch, quantizers, encodes
+        self.model = get_mimi(checkpoint, None, "cpu", num_codebooks=quantizers)
+        self.model.streaming_forever(1)
+
+    def open(self, number: int) -> MoshiSide:
+        return self
+
+    def reset(self) -> None:
+        self.model.reset_streaming()
+
+    def step(self, rows: Any) -> Any:
+        with self.torch.no_grad():
+            call = self.model.encode if self.encodes else self.model.decode
+            return call(self.torch.from_numpy(np.ascontiguousarray(rows.T)[None])).numpy()
+
+
+class RustymimiSide:
+    """PyPI's rustymimi, in Rust."""
+
+    channels = 1
+    longest_stream_tokens = 1 << 16  # by itself it ends after 5 minutes, which a benchmark of many turns may take
+
+    def __init__(self, checkpoint: str, threads: int, quantizers: int, *, encodes: bool) -> None:
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        from rustymimi import Tokenizer
+
+        self.quantizers, self.encodes = quantizers, encodes
+        self.model = Tokenizer(checkpoint, num_codebooks=quantizers, max_seq_len=self.longest_stream_tokens)
+
+    def open(self, number: int) -> RustymimiSide:
+        return self
+
+    def reset(self) -> None:
+        self.model.reset()
+
+    def step(self, rows: Any) -> Any:
+        if self.encodes:
+            return self.model.encode_step(np.ascontiguousarray(rows.T)[None])
+        return self.model.decode_step(np.ascontiguousarray(rows.T, np.uint32)[None])
+
+
+AnySide = LoopSide | OurSide | MoshiSide | RustymimiSide
+
+
+def import_for(name: str) -> None:
+    """What a side needs, so that `import_ms` counts it and `load_ms` does not."""
+    match name.removesuffix("-encode"):
+        case "moshi":
+            import moshi.models.loaders  # noqa: F401
+        case "rustymimi":
+            import rustymimi  # noqa: F401
+        case "loop":
+            import onnxruntime
+        case _:
+            import onnxruntime  # noqa: F401
+
+            import mossnano_stdio.codecs  # noqa: F401
+
+
+def side_of(name: str, weights: str, threads: int, quantizers: int) -> AnySide:
+    match name.removesuffix("-encode"):
+        case "moshi":
+            return MoshiSide(weights, threads, quantizers, encodes=name.endswith("-encode"))
+        case "rustymimi":
+            return RustymimiSide(weights, threads, quantizers, encodes=name.endswith("-encode"))
+        case "loop":
+            return LoopSide(weights, threads)
+        case _:
+            return OurSide(weights, threads, name, quantizers)
+
+
+def input_for(side: AnySide, frames: int, codebook_size: int, frame_samples: int) -> Any:
     """Seeded codes for a decoder, seeded noise for an encoder."""
     random = np.random.default_rng(frames)
-    if isinstance(side, OurSide) and side.encodes:
-        samples, channels = side.frame_shape
-        return random.uniform(-0.3, 0.3, (frames * samples, channels)).astype(np.float32)
-    dtype = np.int32 if isinstance(side, LoopSide) else np.uint16
+    if not isinstance(side, LoopSide) and side.encodes:
+        return random.uniform(-0.3, 0.3, (frames * frame_samples, side.channels)).astype(np.float32)
+    dtype = np.uint16 if isinstance(side, OurSide) else np.int64 if isinstance(side, MoshiSide) else np.int32
     return random.integers(0, codebook_size, (frames, side.quantizers)).astype(dtype)
 
 
-def timed_ms(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def timed_ms(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    began = clock()
     call()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (clock() - began)
 
 
 def resident_bytes() -> int:
@@ -139,12 +224,20 @@ def resident_bytes() -> int:
 
 
 class Worker:
-    def __init__(self, name: str, folder: str, threads: int, fill_frames: int, codebook_size: int) -> None:
-        self.fill_frames, self.codebook_size = fill_frames, codebook_size
-        if name != "loop":
-            import mossnano_stdio.codecs  # noqa: F401 - so that `import_ms` counts our imports, not `load_ms`
+    def __init__(
+        self,
+        name: str,
+        weights: str,
+        threads: int,
+        fill_frames: int,
+        codebook_size: int,
+        quantizers: int,
+        frame_samples: int,
+    ) -> None:
+        self.fill_frames, self.codebook_size, self.frame_samples = fill_frames, codebook_size, frame_samples
+        import_for(name)
         imported = time.perf_counter()
-        self.side: LoopSide | OurSide = LoopSide(folder, threads) if name == "loop" else OurSide(folder, threads, name)
+        self.side = side_of(name, weights, threads, quantizers)
         self.streams: list[Any] = [self.side.open(0)]
         loaded = time.perf_counter()
         codes = self.chunk(1)
@@ -156,7 +249,7 @@ class Worker:
         self.filled: set[int] = set()
 
     def chunk(self, frames: int) -> Any:
-        return input_for(self.side, frames, self.codebook_size)
+        return input_for(self.side, frames, self.codebook_size, self.frame_samples)
 
     def fill(self, number: int) -> None:
         """Step a stream until all of its caches are full."""
@@ -169,10 +262,11 @@ class Worker:
         while len(self.streams) < count:
             self.streams.append(self.side.open(len(self.streams)))
 
-    def steps(self, chunk_frames: int, steps: int) -> list[float]:
+    def steps(self, chunk_frames: int, steps: int, cpu_time: int = 0) -> list[float]:
         self.fill(0)
         codes = self.chunk(chunk_frames)
-        return [timed_ms(lambda: self.streams[0].step(codes)) for _ in range(steps)]
+        clock = time.process_time if cpu_time else time.perf_counter
+        return [timed_ms(lambda: self.streams[0].step(codes), clock) for _ in range(steps)]
 
     def utterance(self, frames: int, chunk_frames: int) -> float:
         codes = self.chunk(chunk_frames)
@@ -207,8 +301,8 @@ class Worker:
 
 
 def main() -> None:
-    name, folder = sys.argv[1:3]
-    worker = Worker(name, folder, *map(int, sys.argv[3:6]))
+    name, weights = sys.argv[1:3]
+    worker = Worker(name, weights, *map(int, sys.argv[3:8]))
     print(json.dumps(worker.facts), flush=True)
     calls: dict[str, Callable[..., Any]] = {
         "steps": worker.steps,
