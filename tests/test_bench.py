@@ -26,6 +26,7 @@ from mossnano_stdio.build.bundle import build_standin, save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools import bench as bench_tool
+from mossnano_stdio.tools.bench import voices
 from mossnano_stdio.tools.bench.estimate import Estimate, Pace
 from mossnano_stdio.tools.bench.sides import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
@@ -96,7 +97,7 @@ def test_a_family_with_a_single_graph_is_measured(tmp_path: Path) -> None:
     build_standin(tmp_path, "tiny", 0, model="mimi", trial=False)
     outcome = call_tool("bench", "--weights", tmp_path, "--threads", "1", "--chunks", "1", "--turns", "1", "--json")
     assert outcome.status == 0, outcome.err
-    assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"decode_step graph"}
+    assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"our runtime"}
 
 
 # --- how long it takes -----------------------------------------------------------------------------
@@ -311,6 +312,24 @@ def test_the_process_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> 
     assert figures["overhead"]["8"]["process_over_bare"] > 0
     assert figures["first_audio"]["first_byte_p95_ms"] >= figures["first_audio"]["first_byte_p50_ms"]
     assert figures["start"]["handshake_ms"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_streams_over_one_pipe_against_a_process_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(voices, "BULK_SECONDS", 0.4)
+    monkeypatch.setattr(voices, "LIVE_SECONDS", 0.5)
+    arguments = ["--weights", "demo", "--streams", "1,2", "--turns", "1", "--json"]
+    found = json.loads(bench(capsys, *arguments))["streams"]
+    assert set(found) == {"1", "2"}
+    for sides in found.values():
+        assert set(sides) == {"one process", "a process each"}
+        for figures in sides.values():
+            assert figures["late_p99_ms"] >= figures["late_p50_ms"] > 0
+            assert figures["real_time_streams_per_core"] > 0
+            assert figures["first_audio_of_the_last_ms"] > 0
+    assert found["2"]["a process each"]["resident_mb"] > 1.5 * found["2"]["one process"]["resident_mb"]
 
 
 @pytest.mark.parametrize(
