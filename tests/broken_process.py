@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mossnano_stdio.process import loop, outputs, stdio
 from mossnano_stdio.process.logs import flush_stderr
-from mossnano_stdio.protocol import settings
+from mossnano_stdio.protocol import connection, settings
 from mossnano_stdio.protocol.connection import Connection
 from mossnano_stdio.protocol.decoding import DecodingStream
 from mossnano_stdio.protocol.messages import Kind, Message, in_stream, json_message, out_of_stream
@@ -72,6 +72,8 @@ def break_it(breakage: str) -> None:
         DecodingStream.fits = lambda self, frames: True  # type: ignore[method-assign]
     elif breakage == "any window will do":
         settings.Settings.least_window_samples = lambda self, codec: 0  # type: ignore[method-assign]
+    elif breakage == "a stream has no bound":
+        connection.MAX_BACKLOG_BYTES = 1 << 40  # type: ignore[misc]
     elif breakage == "urgency may be 8":
         settings.MAX_URGENCY = 8  # type: ignore[misc]
 

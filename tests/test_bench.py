@@ -320,7 +320,7 @@ def test_streams_over_one_pipe_against_a_process_each(
 ) -> None:
     monkeypatch.setattr(voices, "BULK_SECONDS", 0.4)
     monkeypatch.setattr(voices, "LIVE_SECONDS", 0.5)
-    arguments = ["--weights", "demo", "--streams", "1,2", "--turns", "1", "--json"]
+    arguments = ["--weights", "demo", "--streams", "1,2", "--seconds", "1", "--turns", "1", "--json"]
     found = json.loads(bench(capsys, *arguments))["streams"]
     assert set(found) == {"1", "2"}
     for sides in found.values():
@@ -329,12 +329,27 @@ def test_streams_over_one_pipe_against_a_process_each(
             assert figures["late_p99_ms"] >= figures["late_p50_ms"] > 0
             assert figures["real_time_streams_per_core"] > 0
             assert figures["first_audio_of_the_last_ms"] > 0
+            assert 0 < figures["played_busy_cpus"] < 4
+            assert (figures["played_silent_ms"] > 0) == (figures["played_underruns"] > 0)
     assert found["2"]["a process each"]["resident_mb"] > 1.5 * found["2"]["one process"]["resident_mb"]
+
+
+def test_a_player_counts_what_is_not_there_in_time() -> None:
+    player = voices._Player(1000, 900)
+    player.play(150, 10.0)  # less than its prebuffer
+    player.play(300, 10.1)
+    for received, seconds, played in ((300, 10.2, 100), (300, 10.4, 300), (300, 10.5, 300), (900, 10.6, 400)):
+        player.play(received, seconds)
+        assert player.played_samples == played
+    assert (player.underruns, round(player.silent_seconds, 3), player.is_done) == (1, 0.1, False)
+    player.play(900, 12.0)
+    assert player.is_done and player.underruns == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
+        (["--seconds", "3"], ExitStatus.USAGE, "add --streams"),
         (["--encode"], ExitStatus.NO_WEIGHTS, "has no streaming encoder to measure"),
         (["--against", "demo", "--against", "demo", "--against", "demo"], ExitStatus.USAGE, "name it once"),
         (["--plot", "x.png", "--bits"], ExitStatus.USAGE, "leave --process, --encode and --bits out"),

@@ -187,6 +187,7 @@ BREAKAGES_OF_NUMBERED = {
     "CANCEL of a stream is not echoed": ["numbered-are-cancelled-alone"],
     "credit is ignored": ["numbered-get-what-was-granted"],
     "any window will do": ["numbered-refuse-windows-that-never-move"],
+    "a stream has no bound": ["numbered-are-bounded-alone"],
     "a MARK is a sample late": ["numbered-carry-marks-to-their-samples"],
     "levels are never told": ["numbered-have-a-form-of-their-own"],
     "urgency may be 8": ["numbered-have-urgency-from-0-to-7"],

@@ -597,6 +597,109 @@ def test_a_fatal_error_is_followed_by_the_end_of_each_open_stream() -> None:
     assert voices.pcm(1) == voices.pcm(2) == expected_pcm(FRAMES, SMALL)
 
 
+def test_credit_that_waited_for_the_end_of_input_takes_nothing_back() -> None:
+    voices = Voices(Fixed(3))
+    voices.say(None, TOKENS, END, settle(chunk_frames=2))
+    voices.say(1, settle(window_samples=12), TOKENS, credit(12), END)  # waits for those SETTINGS
+    voices.close()
+    assert voices.pcm(1) == expected_pcm(FRAMES, SMALL)
+
+
+def test_an_artifact_that_the_end_cuts_is_known_to_be_cut() -> None:
+    half = Message(Kind.ARTIFACT, ARTIFACT.payload[:50])
+    for number in (None, 1):
+        voices = Voices()
+        voices.say(number, half)
+        assert voices.connection.is_cut == (number is None)
+        voices.take(voices.connection.end_input())
+        assert voices.connection.is_cut
+        voices.close()
+        assert voices.outline(number)[0] == "bad_artifact"
+
+
+# --- what whoever drives it asks ---------------------------------------------------------------------------
+
+
+def test_an_answer_is_of_the_stream_that_is_open_there() -> None:
+    voices = Voices(Fixed(3))
+    voices.say(1, TOKENS)
+    voices.say(None, TOKENS)
+    connection = voices.connection
+    pong = Message(Kind.PING)
+    assert connection.maybe_stream_of(pong) is connection.plain.stream is not None
+    assert connection.maybe_stream_of(in_stream(1, pong)) is connection.numbered[1].stream
+    assert connection.maybe_stream_of(in_stream(2, pong)) is None
+
+
+def test_nobody_waits_for_a_stream_that_has_not_sounded() -> None:
+    voices = Voices(Fixed(3))
+    voices.say(1, TOKENS)
+    stream = voices.connection.numbered[1].stream
+    assert stream is not None and stream.late_seconds(100.0) == 0
+
+
+# --- settings, one after the other ---------------------------------------------------------------------------
+
+
+def test_streams_go_by_the_settings_before_them_however_many_wait() -> None:
+    voices = Voices(Fixed(5))
+    for number, chunk_frames in ((1, 2), (2, 4)):
+        voices.say(None, TOKENS, END, settle(chunk_frames=chunk_frames))
+        voices.say(number, TOKENS, END)
+    voices.compute()
+    for number, chunk_frames in ((1, 2), (2, 4)):
+        first = next(answer for answer in voices.heard[number] if answer.kind == Kind.AUDIO)
+        assert len(first.payload) == chunk_frames * SMALL.frame_pcm_bytes
+        assert voices.pcm(number) == expected_pcm(FRAMES, SMALL)
+
+
+def test_settings_in_an_open_plain_stream_are_out_of_place() -> None:
+    voices = Voices()
+    assert outline(voices.say(None, mark("m"), settle(chunk_frames=2))) == ["out_of_place"]
+
+
+def test_a_window_that_credit_gave_holds_against_settings() -> None:
+    voices = Voices()
+    voices.say(1, mark("m"), credit(8))
+    (error,) = voices.say(1, settle(chunk_frames=3))
+    assert "8 samples are the window that CREDIT gave this stream" in fields(error)["message"]
+    assert outline(voices.say(1, settle(chunk_frames=2))) == ["HANDSHAKE"]
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, True, "all", 2**32 + 1])
+def test_a_window_is_a_number_of_samples(window: Any) -> None:
+    (error,) = Voices().say(1, settle(window_samples=window))
+    assert f"window_samples is {window!r}; a whole number from 1 to 4294967296 is allowed" in fields(error)["message"]
+
+
+def test_a_form_that_is_fixed_says_why() -> None:
+    voices = Voices(maybe_fixed_form="--play has one form for the whole run")
+    (error,) = voices.say(None, settle(gain_db=-6))
+    assert fields(error)["message"] == "the form of the sound cannot be set: --play has one form for the whole run"
+    assert fields(voices.connection.handshake())["gain_db"] == 0
+
+
+# --- marks that are too many, or of no use -------------------------------------------------------------------
+
+
+def test_marks_of_a_plain_stream_are_bounded() -> None:
+    voices = Voices(Fixed(100))
+    voices.say(None, TOKENS, *[mark("m" * 1000)] * 1100)
+    assert outline(voices.heard[None]) == ["backlog_full"]
+
+
+def test_a_mark_of_what_a_cancel_drops_is_dropped() -> None:
+    cancels = [False]
+    voices = Voices(Fixed(3), cancel_waiting=lambda: cancels[0])
+    voices.say(None, TOKENS)
+    cancels[0] = True
+    voices.compute()
+    voices.say(None, mark("m"))
+    cancels[0] = False
+    voices.say(None, Message(Kind.CANCEL))
+    assert voices.outline(None) == ["END"]
+
+
 # --- encoding ------------------------------------------------------------------------------------------------
 
 SOUND = b"".join(struct.pack("<2h", 3 * at, -at) for at in range(18))
@@ -623,6 +726,13 @@ def test_an_encoder_offers_no_credit_marks_and_levels() -> None:
     for message in (mark("m"), settle(levels_ms=10), settle(window_samples=100)):
         assert outline(voices.say(3, message))[0] in ("unknown_kind", "bad_settings")
     assert not {"window_samples", "levels_ms", "gain_db"} & set(fields(voices.connection.handshake()))
+    (error,) = voices.say(4, settle(urgency=1), settle(marks=[[0, "m"]]))[1:]
+    assert fields(error)["message"] == "marks are of decoding: an encoder's sound has none"
+    stream = voices.connection.numbered[4].stream
+    assert stream is not None
+    assert (stream.artifact_bytes, stream.samples_per_second) == (0, SMALL.sample_rate)
+    with pytest.raises(AssertionError):
+        stream.push_mark(b"m")
 
 
 def test_a_full_stream_stops_the_reading_unless_it_could_not_go_on() -> None:

@@ -102,12 +102,12 @@ class DecodingStream(Stream):
                     raise SettingsError(f"marks has {entry!r}; [frame, text] is allowed, frames counted from 0")
         return marks
 
-    def compute(self, most_frames: int) -> DecodedChunk | None:
-        return self.chunks.step(most_frames)
+    def compute(self, most_frames: int) -> DecodedChunk:
+        chunk = self.chunks.step(most_frames)
+        assert chunk is not None, "a turn is of a stream that has a chunk due"
+        return chunk
 
-    def deliver(self, owner: Owner, chunk: DecodedChunk | None) -> Answers:
-        if chunk is None:
-            return
+    def deliver(self, owner: Owner, chunk: DecodedChunk) -> Answers:
         self.frames += chunk.frames
         if chunk.error is not None:
             yield owner.error(chunk.error, self.lane)

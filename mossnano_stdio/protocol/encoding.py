@@ -50,15 +50,16 @@ class EncodingStream(Stream):
         self.partial_sample = pcm[whole_bytes:]
         self.chunks.push(from_pcm16(pcm[:whole_bytes], self._codec.channels))
 
-    def compute(self, most_frames: int) -> Codes | None:
-        return self.chunks.step(most_frames)
+    def compute(self, most_frames: int) -> Codes:
+        codes = self.chunks.step(most_frames)
+        assert codes is not None, "a turn is of a stream that has a chunk due"
+        return codes
 
-    def deliver(self, owner: Owner, codes: Codes | None) -> Answers:
-        if codes is not None:
-            self.frames += len(codes)
-            self.samples += len(codes) * self._codec.frame_samples
-            packed = pack_frames(codes[:, : self.settings.quantizers], self._codec.codebook_size)
-            yield Message(Kind.TOKENS, packed)
+    def deliver(self, owner: Owner, codes: Codes) -> Answers:
+        self.frames += len(codes)
+        self.samples += len(codes) * self._codec.frame_samples
+        packed = pack_frames(codes[:, : self.settings.quantizers], self._codec.codebook_size)
+        yield Message(Kind.TOKENS, packed)
 
     def complete_input(self) -> None:
         self.chunks.finish()

@@ -268,5 +268,4 @@ def smaller_chunks(frames: int) -> Iterator[int]:
     """
     fewer = 1 << max(0, frames - 1).bit_length()
     while (fewer := fewer // 2) >= 1:
-        if fewer < frames:
-            yield fewer
+        yield fewer

@@ -85,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="with --steps or --encode: what all threads together computed"
     )
+    parser.add_argument(
+        "--seconds", type=whole_number(1, 86400), metavar="S", help="with --streams: how long each is played (4)"
+    )
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="a picture of the steps")
 
@@ -151,8 +154,10 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         raise UsageError("--peer-python and --peer-checkpoint are for --peer, which is not given")
     if args.cpu_time and not (args.steps or args.encode):
         raise UsageError("--cpu-time is for steps; add --steps or --encode")
-    if (args.bits or args.process) and (args.peer or args.quantizers):
-        raise UsageError("--peer and --quantizers are for graphs; leave --bits and --process out")
+    if args.seconds and not args.streams:
+        raise UsageError("--seconds is how long streams are played; add --streams")
+    if (args.bits or args.process or args.streams) and (args.peer or args.quantizers):
+        raise UsageError("--peer and --quantizers are for graphs; leave --bits, --process and --streams out")
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
@@ -165,11 +170,12 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     if args.process:
         _measure_process(bundle, args, figures)
     elif args.streams:
-        from mossnano_stdio.tools.bench.voices import estimated_seconds, measure_voices
+        from mossnano_stdio.tools.bench.voices import PLAYED_SECONDS, estimated_seconds, measure_voices
 
-        progress = _Progress(len(args.streams), estimated_seconds(args.streams, args.turns))
+        played_seconds = PLAYED_SECONDS if args.seconds is None else args.seconds
+        progress = _Progress(len(args.streams), estimated_seconds(args.streams, args.turns, played_seconds))
         figures["streams"] = {}
-        measure_voices(bundle.folder, args.streams, args.turns, progress, figures["streams"])
+        measure_voices(bundle.folder, args.streams, args.turns, played_seconds, progress, figures["streams"])
     elif args.encode:
         _measure_encoding(bundle, args, figures)
     else:

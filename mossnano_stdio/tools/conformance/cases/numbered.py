@@ -134,6 +134,23 @@ def refuse_windows_that_never_move(talk: Talk) -> None:
     voices.expect_errors(2, "bad_payload")
 
 
+def are_bounded_alone(talk: Talk) -> None:
+    """Where more than 1 MiB of tokens waits for credit, that stream goes bad with backlog_full, and no other."""
+    voices = _Voices(talk)
+    one = talk.format.frame_samples
+    frames = max(1, 30_000 // talk.format.frame_bytes)
+    piece = talk.tokens(talk.frames(frames))
+    voices.say(1, json_message(Kind.SETTINGS, {"window_samples": one, "chunk_frames": None}))
+    voices.say(2, talk.tokens(talk.frames(1)))
+    for _ in range((1 << 20) // len(piece.payload) + 2):
+        voices.say(1, piece)
+    voices.say(1, END)
+    voices.until_end_of(1)
+    voices.expect_errors(1, "backlog_full")
+    voices.say(2, talk.tokens(talk.frames(1)), END)
+    expect(voices.until_end_of(2).get("frames") == 2, "END of 2 frames in stream 2", voices.ends[2])
+
+
 def carry_marks_to_their_samples(talk: Talk) -> None:
     """A MARK comes back with its sample, before the AUDIO that holds it; what stands at the end, before END."""
     voices = _Voices(talk)
