@@ -43,7 +43,7 @@ ENTRANCES = frozenset(
 # What a room shows to others is in its face, `__init__.py`. Beside it there are side doors for what few need, so that
 # starting the process does not import them.
 SIDE_DOORS = {
-    "tokens": {"arrays", "ecdc", "plain"},
+    "tokens": {"arrays", "ecdc", "packed_ecdc", "plain"},
     "pcm": {"recordings", "comparison"},
     "weights": {"checked_json", "hub"},
     "playback": {"defaults"},

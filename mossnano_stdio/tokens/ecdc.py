@@ -39,8 +39,8 @@ MAX_METADATA_BYTES: Final = 1 << 16
 CODEBOOK_SIZE: Final = 1024
 BITS_PER_CODE: Final = 10
 
-_START: Final = struct.Struct(">4sBI")
-_SCALE: Final = struct.Struct(">f")
+ECDC_START: Final = struct.Struct(">4sBI")
+ECDC_SCALE: Final = struct.Struct(">f")
 _KEYS: Final = ("m", "al", "nc", "lm")  # in the order of the file
 
 
@@ -56,7 +56,7 @@ class EcdcModel(NamedTuple):
     @property
     def scale_bytes(self) -> int:
         """The model that cuts recordings into segments is the one that scales them."""
-        return _SCALE.size if self.maybe_segment else 0
+        return ECDC_SCALE.size if self.maybe_segment else 0
 
 
 ECDC_MODELS: Final = {
@@ -151,7 +151,7 @@ def build_ecdc(ecdc: Ecdc) -> bytes:
     header = ecdc.header
     values = (header.model_name, header.original_samples, header.quantizers, False)
     metadata = json.dumps(dict(zip(_KEYS, values, strict=True))).encode()
-    pieces = [_START.pack(ECDC_MAGIC, ECDC_VERSION, len(metadata)), metadata]
+    pieces = [ECDC_START.pack(ECDC_MAGIC, ECDC_VERSION, len(metadata)), metadata]
     header.check_size(MAX_ARTIFACT_BYTES)
     if len(ecdc.segments) != len(header.segment_frames):
         raise ArtifactError(
@@ -161,7 +161,7 @@ def build_ecdc(ecdc: Ecdc) -> bytes:
     for number, (segment, frames) in enumerate(zip(ecdc.segments, header.segment_frames, strict=True)):
         _check_codes(segment.codes, (frames, header.quantizers), number)
         if header.model.scale_bytes:
-            pieces.append(_SCALE.pack(_checked_scale(segment.maybe_scale, number)))
+            pieces.append(ECDC_SCALE.pack(checked_scale(segment.maybe_scale, number)))
         pieces.append(pack_codes(segment.codes.reshape(-1), BITS_PER_CODE))
     return b"".join(pieces)
 
@@ -206,7 +206,7 @@ class EcdcReader:
         self._received += data
         while self._maybe_missing_bytes() == 0:
             if self._maybe_metadata_bytes is None:
-                self._maybe_metadata_bytes = _parse_start(self._take(_START.size))
+                self._maybe_metadata_bytes = parse_ecdc_start(self._take(ECDC_START.size))
             elif self.maybe_header is None:
                 header = _parse_metadata(self._take(self._maybe_metadata_bytes))
                 header.check_size(self._max_bytes)
@@ -226,14 +226,14 @@ class EcdcReader:
         maybe_missing_bytes = self._maybe_missing_bytes()
         if self.maybe_header is not None and maybe_missing_bytes is None:
             return self.maybe_header
-        _check_ecdc_magic(self._received if self._maybe_metadata_bytes is None else ECDC_MAGIC)
+        check_ecdc_magic(self._received if self._maybe_metadata_bytes is None else ECDC_MAGIC)
         where = "its header" if self.maybe_header is None else f"segment {self._segment_number}"
         raise ArtifactError(f"the .ecdc is cut inside {where}: {maybe_missing_bytes} bytes are missing")
 
     def _maybe_missing_bytes(self) -> int | None:
         """Of the part that is on its way; None behind the last segment."""
         if self._maybe_metadata_bytes is None:
-            part_bytes = _START.size
+            part_bytes = ECDC_START.size
         elif self.maybe_header is None:
             part_bytes = self._maybe_metadata_bytes
         elif self._segment_frames:
@@ -246,7 +246,7 @@ class EcdcReader:
         number = self._segment_number
         body = self._take(header.segment_bytes(self._segment_frames))
         scale_bytes = header.model.scale_bytes
-        maybe_scale = _checked_scale(_SCALE.unpack_from(body)[0], number) if scale_bytes else None
+        maybe_scale = checked_scale(ECDC_SCALE.unpack_from(body)[0], number) if scale_bytes else None
         try:
             codes = unpack_codes(body[scale_bytes:], BITS_PER_CODE, self._segment_frames * header.quantizers)
         except TokenError as error:
@@ -259,10 +259,10 @@ class EcdcReader:
         return taken
 
 
-def _parse_start(start: bytes) -> int:
+def parse_ecdc_start(start: bytes) -> int:
     """The length of the metadata."""
-    _check_ecdc_magic(start)
-    _, version, metadata_bytes = _START.unpack(start)
+    check_ecdc_magic(start)
+    _, version, metadata_bytes = ECDC_START.unpack(start)
     if version != ECDC_VERSION:
         raise ArtifactError(f"the .ecdc's version is {version}, allowed is {ECDC_VERSION}")
     if metadata_bytes > MAX_METADATA_BYTES:
@@ -270,30 +270,36 @@ def _parse_start(start: bytes) -> int:
     return int(metadata_bytes)
 
 
-def _check_ecdc_magic(start: bytes | bytearray) -> None:
+def check_ecdc_magic(start: bytes | bytearray) -> None:
     found = bytes(start[: len(ECDC_MAGIC)])
     if not ECDC_MAGIC.startswith(found):
         raise ArtifactError(f"the first bytes are {found!r}, allowed is {ECDC_MAGIC!r}: this is no .ecdc")
 
 
-def _parse_metadata(metadata: bytes) -> EcdcHeader:
+def parse_ecdc_object(metadata: bytes) -> dict[str, Any]:
+    """The metadata as JSON, whatever is in it."""
     try:
         values: Any = json.loads(metadata)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"the .ecdc's metadata are no JSON ({error})") from None
     if not isinstance(values, dict):
         raise ArtifactError(f"the .ecdc's metadata are {type(values).__name__}, allowed is an object")
+    return values
+
+
+def _parse_metadata(metadata: bytes) -> EcdcHeader:
+    values = parse_ecdc_object(metadata)
     if "acv" in values:
         raise ArtifactError(
-            f"the .ecdc's acv is {_shown(values['acv'])}: encodec-rs packed its codes with a language model of its "
-            "own, which is not read here; allowed are files of EnCodec's own tool without a language model"
+            f"the .ecdc's acv is {shown(values['acv'])}: encodec-rs packed its codes with a language model, which "
+            "`mossnano unpack --bundle` knows; allowed here are files of EnCodec's own tool without a language model"
         )
     for key, kind in zip(_KEYS, (str, int, int, bool), strict=True):
         if type(values.get(key)) is not kind:  # True is no count
-            found = _shown(values[key]) if key in values else "missing"
+            found = shown(values[key]) if key in values else "missing"
             raise ArtifactError(f"the .ecdc's {key} is {found}, allowed is {kind.__name__}")
     if others := values.keys() - set(_KEYS):
-        raise ArtifactError(f"the .ecdc's metadata have {_shown(min(others))}, allowed are {', '.join(_KEYS)} only")
+        raise ArtifactError(f"the .ecdc's metadata have {shown(min(others))}, allowed are {', '.join(_KEYS)} only")
     if values["lm"]:
         raise ArtifactError(
             "the .ecdc's lm is true: a language model packed its codes, and only the very program that ran it unpacks "
@@ -302,12 +308,12 @@ def _parse_metadata(metadata: bytes) -> EcdcHeader:
     return EcdcHeader(values["m"], values["al"], values["nc"])
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _checked_scale(maybe_scale: float | None, number: int) -> float:
+def checked_scale(maybe_scale: float | None, number: int) -> float:
     if maybe_scale is None or not math.isfinite(maybe_scale):
         raise ArtifactError(f"the scale of segment {number} is {maybe_scale}, allowed is a finite number")
     return maybe_scale

@@ -8,17 +8,26 @@
 length, ...) is printed by `mossnano info`.
 
 IN may also be an .ecdc of EnCodec's own tool, whose codes no language model packed. Its segments follow each other;
-their scales are left out.
+their scales are left out. An .ecdc of encodec-rs (acv 2) takes the --bundle that it was made with: bundle.json and the
+language model, lm_weights_q8.bin, in a folder. With --salvage the chunks of it that are damaged are codes 0, and told
+on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
-from mossnano_stdio.errors import ExitStatus
+import numpy as np
+
+from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.tokens import load_artifact
+from mossnano_stdio.tokens import Codes, load_artifact
 from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, load_ecdc
+from mossnano_stdio.tokens.packed_ecdc import LostChunk, PackedEcdc, load_ecdc_bundle, load_packed_ecdc, starts_packed
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 
@@ -26,14 +35,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="IN", help="a .mossnano or .ecdc file")
     parser.add_argument("codes", metavar="OUT", help="where the codes go; its name says the form")
     parser.add_argument("--form", choices=FORMS, help="the form, where the name does not say it")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="of encodec-rs, which wrote IN")
+    parser.add_argument("--salvage", action="store_true", help="go on past damaged chunks; needs --bundle")
 
 
 def run(args: argparse.Namespace) -> int:
     form = form_of(args.codes, args.form)
+    if args.salvage and not args.bundle:
+        raise UsageError("--salvage is for chunks that have checksums: give --bundle, or leave it out")
     with open_input(args.artifact) as file:
-        start = file.read(len(ECDC_MAGIC))
-        load = load_ecdc if start == ECDC_MAGIC else load_artifact
-        codes = load(file, args.artifact, start).codes
+        codes = _load_packed(args, file) if args.bundle else _load(args, file)
     with open_output(args.codes) as file:
         file.write(save_codes(codes, form))
     return ExitStatus.DONE
+
+
+def _load(args: argparse.Namespace, file: BinaryIO) -> Codes:
+    start = file.read(len(ECDC_MAGIC))
+    load = load_ecdc if start == ECDC_MAGIC else load_artifact
+    return load(file, args.artifact, start).codes
+
+
+def _load_packed(args: argparse.Namespace, file: BinaryIO) -> Codes:
+    bundle = load_ecdc_bundle(args.bundle)
+    start, is_packed = starts_packed(file, b"")
+    if not is_packed:
+        raise UsageError(f"--bundle is for an .ecdc of encodec-rs, {args.artifact} is none; leave it out")
+    ecdc = load_packed_ecdc(file, args.artifact, bundle, start, salvage=args.salvage)
+    return np.concatenate([*_chunk_codes(args, ecdc)])
+
+
+def _chunk_codes(args: argparse.Namespace, ecdc: PackedEcdc) -> Iterator[Codes]:
+    for segment in ecdc.segments(salvage=args.salvage):
+        if isinstance(segment, LostChunk):
+            print(f"mossnano unpack: {args.artifact}: {segment.fault}; {segment.frames} frames lost", file=sys.stderr)
+            yield np.zeros((segment.frames, ecdc.header.quantizers), np.uint16)
+        else:
+            yield segment.codes

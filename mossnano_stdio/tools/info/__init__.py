@@ -1,7 +1,8 @@
 """Say what a file or a folder is, by its first bytes, and what is in it.
 
   an artifact         its header, its sizes, its bit rate, and how its codes are spread
-  an .ecdc            the same of EnCodec's own files, whose codes no language model packed
+  an .ecdc            the same of EnCodec's own files, whose codes no language model packed; of encodec-rs's (acv 2)
+                      also which chunks are damaged
   a framed stream     what mossnano-stdio reads or writes: messages by kind, frames, seconds, and whether it is whole;
                       the same of each numbered stream, up to 32
   a weights folder    its numbers, its graphs, and where they come from
@@ -15,16 +16,17 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.errors import ExitStatus
+from mossnano_stdio.errors import ArtifactError, ExitStatus, MossnanoError
 from mossnano_stdio.files import open_input
 from mossnano_stdio.protocol import LENGTH_BYTES, MAX_MESSAGE_BYTES
 from mossnano_stdio.tokens import MAGIC, Artifact, ArtifactReader, Codes
 from mossnano_stdio.tokens.ecdc import BITS_PER_CODE, CODEBOOK_SIZE, ECDC_MAGIC, Ecdc, load_ecdc
+from mossnano_stdio.tokens.packed_ecdc import PACKED_ACV, PackedEcdcReader, starts_packed
 from mossnano_stdio.tools.facts import as_json, as_table
 from mossnano_stdio.tools.info.tally import Tally
 from mossnano_stdio.weights import MODELS
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    maybe_fault = None
+    maybe_fault: MossnanoError | None = None
     if args.path != "-" and Path(args.path).is_dir():
         facts = weights_facts(Path(args.path))
     else:
@@ -59,7 +61,11 @@ def run(args: argparse.Namespace) -> int:
             pieces = itertools.chain([start], iter(lambda: file.read(PIECE_BYTES), b""))
             could_be_message = len(start) == LENGTH_BYTES and not MAGIC.startswith(start)
             if start == ECDC_MAGIC:
-                facts = ecdc_facts(load_ecdc(file, args.path, start))
+                start, is_packed = starts_packed(file, start)
+                if is_packed:
+                    facts, maybe_fault = packed_ecdc_facts(file, args.path, start)
+                else:
+                    facts = ecdc_facts(load_ecdc(file, args.path, start))
             elif could_be_message and 1 <= int.from_bytes(start, "little") <= args.max_message_bytes:
                 tally = Tally(args.max_message_bytes, args.model)
                 maybe_fault = tally.read(pieces)
@@ -116,6 +122,44 @@ def ecdc_facts(ecdc: Ecdc) -> dict[str, Any]:
         **({"scales": {"least": min(scales), "most": max(scales)}} if scales else {}),
         "codes": _code_statistics(ecdc.codes, CODEBOOK_SIZE),
     }
+
+
+def packed_ecdc_facts(file: BinaryIO, name: str, start: bytes) -> tuple[dict[str, Any], ArtifactError | None]:
+    """What can be said without the bundle, and the first fault that is found behind the header."""
+    reader = PackedEcdcReader()
+    payload_bytes: list[int] = []
+    faults: list[str] = []
+    damaged: list[int] = []
+    try:
+        for piece in itertools.chain([start], iter(lambda: file.read(PIECE_BYTES), b"")):
+            for chunk in reader.push(piece):
+                if chunk.maybe_fault is not None:
+                    damaged.append(len(payload_bytes))
+                    faults.append(chunk.maybe_fault)
+                payload_bytes.append(len(chunk.payload))
+        reader.finish()
+    except ArtifactError as error:
+        if reader.maybe_header is None:
+            raise ArtifactError(f"{name}: {error}") from None
+        faults.append(str(error))
+    assert reader.maybe_header is not None
+    header = reader.maybe_header
+    facts = {
+        "kind": "ecdc",
+        "acv": PACKED_ACV,
+        "model": header.model_name,
+        "sample_rate": header.model.sample_rate,
+        "channels": header.model.channels,
+        "original_samples": header.original_samples,
+        "quantizers": header.quantizers,
+        "language_model": header.lm_sha256,
+        "chunks": len(payload_bytes),
+        "damaged_chunks": damaged,
+        "duration_seconds": header.duration_seconds,
+        "payload_bytes": sum(payload_bytes),
+        "bitrate_bps": 8 * sum(payload_bytes) / header.duration_seconds,
+    }
+    return facts, ArtifactError(f"{name}: {faults[0]}") if faults else None
 
 
 def _code_statistics(codes: Codes, codebook_size: int) -> dict[str, Any]:
