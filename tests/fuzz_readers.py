@@ -5,6 +5,7 @@ behind them.
     python -m tests.fuzz_readers protocol --executions 10000000
     python -m tests.fuzz_readers session --executions 1000000
     python -m tests.fuzz_readers ecdc --executions 10000000
+    python -m tests.fuzz_readers packed-ecdc --executions 1000000
     python -m tests.fuzz_readers artifact --engine atheris --executions 10000000
 
 `mutate` needs nothing but this file: it changes what it has by bits, bytes, numbers and lengths, and keeps what gives
@@ -27,6 +28,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -38,13 +40,25 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.tokens import SAMPLE_BYTES, ArtifactReader, build_artifact
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcReader, EcdcSegment, build_ecdc
+from mossnano_stdio.tokens.interval_coder import Tabulation
+from mossnano_stdio.tokens.language_model import parse_lm_weights
+from mossnano_stdio.tokens.packed_ecdc import (
+    EcdcBundle,
+    LostChunk,
+    PackedChunk,
+    PackedEcdc,
+    PackedEcdcReader,
+    layout_of,
+)
 from tests.doubles import SMALL, CountingDecoder, advance, close, handle
+from tests.packed_writer import TABULATION, lm_file, packed_payload
 
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST_ARTIFACT_BYTES = 1000  # small limits, so that all of them are reached often
 LONGEST_MESSAGE_BYTES = 300
 LONGEST_INPUT_BYTES = 1200
 LONGEST_SESSION_BYTES = 400  # each byte may be a frame, and frames are decoded here
+MOST_FRAMES_UNPACKED = 8  # each takes a step of a language model
 EDGES = (
     0, 1, 2, 3, 7, 8, 15, 16, 17, 255, 256, 1023, 1024, 1025, 3840, 65535, 65536, 65537, 2**31 - 1, 2**31, 2**32 - 1,
 )  # fmt: skip
@@ -104,6 +118,56 @@ def _ecdc_in(data: bytes, piece_bytes: int) -> str:
     bodies = [file[9 + size :] for file, size in zip((data, written), metadata_bytes, strict=True)]
     assert bodies[0] == bodies[1], "what was read does not write back"  # metadata may be spaced otherwise
     return f"{header.model_name}: {header.quantizers} x {header.frames}"
+
+
+@cache
+def _small_bundle() -> EcdcBundle:
+    """Its language model is the smallest there is; its chunks are of two frames."""
+    weights = parse_lm_weights(lm_file(dim=1, heads=1))
+    return EcdcBundle("encodec_48khz", 640, 600, 2, weights.codebooks, True, TABULATION.logit_step, weights)
+
+
+def read_packed_ecdc(data: bytes) -> str:
+    """Checksums that do not fit are counted and forgiven, or next to nothing would reach the coder."""
+    reader, chunks, answer = _packed_chunks_in(data, len(data) or 1)
+    _, chunks_in_pieces, answer_in_pieces = _packed_chunks_in(data, 1 + data[0] % 40 if data else 1)
+    assert (chunks_in_pieces, answer_in_pieces) == (chunks, answer), "another split, another answer"
+    if answer or reader.maybe_header is None:
+        return answer
+    header, bundle = reader.maybe_header, _small_bundle()
+    faults = sum(chunk.maybe_fault is not None for chunk in chunks)
+    try:
+        layout = layout_of(header, bundle)
+    except ArtifactError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    if len(chunks) != len(layout.chunk_frames) or sum(layout.chunk_frames) > MOST_FRAMES_UNPACKED:
+        return f"{len(chunks)} chunks, {faults} with faults, not unpacked"
+    forgiven = [chunk._replace(maybe_fault=None) for chunk in chunks]
+    words = [f"{faults} faults"]
+    for chunk, segment in zip(chunks, PackedEcdc(header, bundle, layout, forgiven).segments(salvage=True), strict=True):
+        if isinstance(segment, LostChunk):
+            words.append(segment.fault)
+        else:
+            tabulation = Tabulation(bundle.logit_step, header.temperature, header.counts, header.smallest_share)
+            written = packed_payload(bundle.weights, segment.codes, tabulation, segment.maybe_scale)
+            assert len(written) == len(chunk.payload), "what was read does not write back"
+            assert written[:4] == chunk.payload[:4], "what was read does not write back"
+            words.append(f"{len(segment.codes)} frames")
+    return " ".join(words)
+
+
+def _packed_chunks_in(data: bytes, piece_bytes: int) -> tuple[PackedEcdcReader, list[PackedChunk], str]:
+    reader = PackedEcdcReader(LONGEST_ARTIFACT_BYTES)
+    chunks: list[PackedChunk] = []
+    try:
+        for start in range(0, len(data), piece_bytes):
+            chunks += reader.push(data[start : start + piece_bytes])
+        reader.finish()
+    except ArtifactError as error:
+        assert "\n" not in str(error)
+        return reader, chunks, str(error)
+    return reader, chunks, ""
 
 
 def read_protocol(data: bytes) -> str:
@@ -192,6 +256,7 @@ def _is_cancelled(answer: Message) -> bool:
 TARGETS: dict[str, Callable[[bytes], str]] = {
     "artifact": read_artifact,
     "ecdc": read_ecdc,
+    "packed-ecdc": read_packed_ecdc,
     "protocol": read_protocol,
     "session": read_session,
 }
