@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
             channels = model.channels if args.channels is None else args.channels
             source = open_raw(file, name, sample_rate, channels)
         else:
-            source = open_source(file, name, Decoding(args.weights, args.threads, args.provider, args.graph))
+            source = open_source(
+                file, name, Decoding(args.weights, args.threads, args.provider, args.graph, args.precision)
+            )
         return _play(source, args)
 
 
