@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,10 +19,12 @@ from onnx import helper, numpy_helper
 from mossnano_stdio import Codec, codecs
 from mossnano_stdio.build import precision, trial
 from mossnano_stdio.build.bundle import Int8Wish, build_from_checkpoint
-from mossnano_stdio.build.int8 import MAX_PAIR, quantized
+from mossnano_stdio.build.int8 import BLOCK, MAX_PAIR, ZERO, in_blocks, in_columns
 from mossnano_stdio.codecs.engine import import_onnxruntime
 from mossnano_stdio.errors import CheckFailedError, ExitStatus
 from mossnano_stdio.tokens import Artifact, Codes, build_artifact
+from mossnano_stdio.tools.bench.sides import float32_side, sides_of
+from mossnano_stdio.tools.bench.worker import Worker
 from mossnano_stdio.weights import Bundle, load_bundle
 from tests.child import PROCESS, decoded, encoded, fields, random_tokens, run
 from tests.conftest import skip_if_nothing_can_be_built
@@ -86,7 +89,7 @@ def matrices() -> st.SearchStrategy[NDArray[np.float32]]:
 
 @given(matrices())
 def test_no_cpu_saturates(matrix: NDArray[np.float32]) -> None:
-    values = quantized(matrix).values.astype(np.int64)
+    values = in_columns(matrix).values.astype(np.int64)
     x = loudest_inputs(values)
     assert (saturating_products(x, values) == x @ values.T).all()
 
@@ -101,7 +104,7 @@ def test_plain_rounding_would_saturate() -> None:
 @given(matrices())
 def test_what_is_quantized_is_near(matrix: NDArray[np.float32]) -> None:
     """No farther from the matrix than 7 bits would be, with which no neighbours saturate either."""
-    values, scales = quantized(matrix)
+    values, scales = in_columns(matrix)
     seven_bits = np.maximum(np.abs(matrix).max(axis=1, keepdims=True), 1e-30) / (MAX_PAIR // 2)
     rounded = np.rint(matrix / seven_bits) * seven_bits
     found, expected = (np.square(made - matrix, dtype=np.float64).sum() for made in (values * scales[:, None], rounded))
@@ -109,23 +112,57 @@ def test_what_is_quantized_is_near(matrix: NDArray[np.float32]) -> None:
     assert (scales > 0).all()
 
 
-def test_the_runtime_multiplies_extremes_exactly() -> None:
-    """On the CPU that runs this test; under an emulated one without VNNI, it is how the rule was found."""
-    matrix = np.sign(np.random.default_rng(0).standard_normal((64, 260))).astype(np.float32)
-    values = quantized(matrix).values
+@given(matrices())
+def test_blocks_are_as_near_as_their_largest_value_allows(matrix: NDArray[np.float32]) -> None:
+    values, scales = in_blocks(matrix)
+    found = ((values.astype(np.int64) - ZERO) * scales[:, :, np.newaxis]).reshape(len(matrix), -1)
+    padded = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % BLOCK)))
+    steps = np.repeat(scales, BLOCK, axis=1)
+    assert (np.abs(found - padded) <= steps * 0.501).all()
+    assert (values >= ZERO - 127).all()
+
+
+def extreme_matrix() -> NDArray[np.float32]:
+    signs: NDArray[np.float32] = np.sign(np.random.default_rng(0).standard_normal((64, 256))).astype(np.float32)
+    return signs
+
+
+def run_product(
+    kind: str, x: NDArray[np.int64], values: NDArray[Any], scales: tuple[int, ...], **attributes: int
+) -> Any:
+    """y of one node, with scales of 1."""
+    node = helper.make_node(kind, ["x", "values", "scales"], ["y"], domain="com.microsoft", **attributes)
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(values), "values")]
+    tensors.append(numpy_helper.from_array(np.ones(scales, np.float32), "scales"))
+    x_end, y_end = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["t", "c"]) for name in "xy")
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph([node], "product", [x_end], [y_end], tensors)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x.astype(np.float32)})[0]
+
+
+# On the CPU that runs these two. Where it has VNNI, an emulated one without shows more: `qemu-x86_64 -cpu Haswell`.
+
+
+def test_the_runtime_multiplies_extreme_columns_exactly() -> None:
+    values = in_columns(extreme_matrix()).values
     assert np.abs(values).max() == MAX_PAIR // 2
     x = loudest_inputs(values.astype(np.int64))[-5:]
     x[:, :2] = (0, 255)  # so that 255 is 255, and 0 is 0
-    node = helper.make_node("DynamicQuantizeMatMul", ["x", "values", "scales"], ["y"], domain="com.microsoft")
-    tensors = [numpy_helper.from_array(np.ascontiguousarray(values.T), "values")]
-    tensors.append(numpy_helper.from_array(np.ones(len(values), np.float32), "scales"))
-    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy"]
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph([node], "product", ends[:1], ends[1:], tensors)
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": x.astype(np.float32)})
+    found = run_product("DynamicQuantizeMatMul", x, values.T, (len(values),))
     assert (found == x @ values.T.astype(np.int64)).all()
+
+
+def test_the_runtime_multiplies_extreme_blocks_exactly() -> None:
+    values = in_blocks(extreme_matrix()).values
+    signed = values.reshape(len(values), -1).astype(np.int64) - ZERO
+    assert np.abs(signed).min() == 127
+    x = np.concatenate([127 * np.sign(signed[:5]), np.full((1, signed.shape[1]), 127)])
+    rows, columns = signed.shape
+    attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+    found = run_product("MatMulNBits", x, values, (rows, columns // BLOCK), **attributes)
+    assert np.abs(found - x @ signed.T).max() <= 1e-6 * np.abs(x @ signed.T).max()
 
 
 # --- what is built -----------------------------------------------------------------------------------------------
@@ -152,7 +189,8 @@ def test_the_sidecar_says_what_was_done(bundle: Bundle, int8_bundle: Path) -> No
 def test_products_are_in_8_bits_as_planned_and_nothing_else_is(bundle: Bundle) -> None:
     graph = bundle.graph("fast_int8")
     model = onnx.load(graph.path)
-    products = [node for node in model.graph.node if node.op_type == "DynamicQuantizeMatMul"]
+    forms = {"DynamicQuantizeMatMul": onnx.TensorProto.INT8, "MatMulNBits": onnx.TensorProto.UINT8}
+    products = [node for node in model.graph.node if node.op_type in forms]
     weights = [node.input[1].removesuffix(".values") for node in products]
     parts = {".".join([*weight.split(".")[:2], weight.split(".")[-1]]) for weight in weights}
     assert parts == set(graph.facts["int8"]["parts"])
@@ -160,9 +198,8 @@ def test_products_are_in_8_bits_as_planned_and_nothing_else_is(bundle: Bundle) -
     floats = [node.input[1] for node in model.graph.node if node.op_type == "FusedMatMul"]
     assert floats, "the bar is such that not all of it is"
     assert {"audio.weight", "decoder.1.in.weight", "decoder.3.in.weight"} <= set(floats)
-    assert {tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith(".values")} == {
-        onnx.TensorProto.INT8
-    }
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert all(types[node.input[1]] == forms[node.op_type] for node in products)
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 8])
@@ -303,6 +340,18 @@ def test_a_noisy_int8_fails_the_check(int8_bundle: Path, tmp_path: Path) -> None
     failed = [row["name"] for row in json.loads(outcome.out)["checks"] if row["verdict"] == "FAILED"]
     assert outcome.status == ExitStatus.CHECK_FAILED
     assert failed == [f"fast_int8, chunks of {chunk}" for chunk in (1, 7, 23)]
+
+
+def test_the_bench_has_a_side_for_it(int8_bundle: Path, tiny_bundle: Path) -> None:
+    sides = sides_of(load_bundle(int8_bundle), [load_bundle(tiny_bundle)])
+    assert [(side.name, side.kind) for side in sides] == [
+        ("fast graph", "fast"),
+        ("fast graph, int8", "fast-int8"),
+        ("bundle, official", "official"),
+    ]
+    assert float32_side(load_bundle(int8_bundle)).kind == "fast"
+    (stream,) = Worker("fast-int8", str(int8_bundle), 1, 8, 1024, 16, 3840).streams
+    assert stream.runtime.precision == "int8"
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """The int8 graph: a graph of ours in which chosen matrix products multiply 8 bits by 8 bits.
 
-    y = scale_of_x * scale_of_column * (x in 8 bits . column in 8 bits)
+    many tokens   y = scale_of_x * scale_of_column * (x in 8 bits . column in 8 bits)
+    few tokens    the same, with a scale for each BLOCK of a column and of a token: nearer, and as quick for few only
 
-The runtime finds the scale of x for each product anew, over all tokens of a step; those of columns are found here.
+The scales of x are found by the runtime in each run, those of columns and blocks here.
 
 Rules of this room:
 
 - A graph is made of the float32 one, node by node: what is not chosen stays as it is. Codebooks, joints, norms and
   attention cannot be chosen, as most of the error would come from them and next to none of the time.
-- CPUs without VNNI add the products of two neighbours, unsigned by signed, in 16 bits, and saturate. So no two
-  neighbours of one sign add up to more than MAX_PAIR: 255 * 128 fits. Neighbours of two signs cannot get there.
+- CPUs without VNNI add the products of two neighbours in a column, unsigned by signed, in 16 bits, and saturate. So no
+  two neighbours of one sign add up to more than MAX_PAIR: 255 * 128 fits. Neighbours of two signs cannot get there. In
+  blocks no CPU does that.
 - The same weights give the same bytes.
 """
 
@@ -32,6 +34,10 @@ from mossnano_stdio.build.model import Array
 from mossnano_stdio.build.transformers import MICROSOFT
 from mossnano_stdio.files import open_named
 
+FEW_TOKENS = 8  # of a product in a step of one frame
+BLOCK = 64
+ZERO = 128  # of values in blocks, which are unsigned
+
 MAX_VALUE = 127
 MAX_PAIR = 128  # times 255 is 32,640, below 2 ** 15
 # Of the scale by which the largest value of a column becomes MAX_VALUE. Less cuts off the largest to have finer steps
@@ -45,14 +51,26 @@ SAVED_MS_PER_MAC = 10e-9
 
 IN_LAYER = re.compile(r"(?P<transformer>.+)\.layers\.(?P<layer>\d+)\.(?P<kind>\w+)")
 
-Int8 = NDArray[np.int8]
 
-
-class QuantizedMatrix(NamedTuple):
+class QuantizedColumns(NamedTuple):
     """y = scales * (values . x)"""
 
-    values: Int8  # [out, in]
+    values: NDArray[np.int8]  # [out, in]
     scales: Array  # [out]
+
+
+class QuantizedBlocks(NamedTuple):
+    """y = sum over blocks: scales * ((values - ZERO) . x)"""
+
+    values: NDArray[np.uint8]  # [out, blocks, BLOCK]
+    scales: Array  # [out, blocks]
+
+
+class Product(NamedTuple):
+    """One that can be chosen."""
+
+    part: str
+    tokens: int  # of a frame
 
 
 @dataclass(frozen=True)
@@ -64,11 +82,19 @@ class Part:
     saved_ms: float  # in a step of one frame
 
 
-def quantized(matrix: Array) -> QuantizedMatrix:
+def in_blocks(matrix: Array) -> QuantizedBlocks:
+    """The nearest in 8 bits, block by block. [out, in]"""
+    rows, columns = matrix.shape
+    blocks = np.pad(matrix, ((0, 0), (0, -columns % BLOCK))).reshape(rows, -1, BLOCK)
+    scales = _scales(blocks)
+    values = np.rint(blocks / scales[..., np.newaxis]) + ZERO
+    return QuantizedBlocks(values.astype(np.uint8), scales)
+
+
+def in_columns(matrix: Array) -> QuantizedColumns:
     """The nearest in 8 bits that no CPU saturates on. [out, in]"""
-    largest = np.abs(matrix).max(axis=1)
-    whole = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(MAX_VALUE)
-    best = QuantizedMatrix(np.zeros(matrix.shape, np.int8), whole.copy())
+    whole = _scales(matrix)
+    best = QuantizedColumns(np.zeros(matrix.shape, np.int8), whole.copy())
     least = np.full(len(matrix), np.inf)
     for tried in TRIED_SCALES:
         scales = whole * np.float32(tried)
@@ -79,6 +105,12 @@ def quantized(matrix: Array) -> QuantizedMatrix:
         best.values[better] = values[better].astype(np.int8)
         best.scales[better] = scales[better]
     return best
+
+
+def _scales(values: Array) -> Array:
+    """By which the largest of each row becomes MAX_VALUE; any where all are 0."""
+    largest = np.abs(values).max(axis=-1)
+    return np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(MAX_VALUE)
 
 
 def _without_loud_pairs(values: Array) -> Array:
@@ -96,24 +128,25 @@ def _without_loud_pairs(values: Array) -> Array:
 class FloatGraph:
     """A float32 graph of ours, as it lies in a folder, of which int8 graphs are made."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, transformer_tokens: Sequence[int]) -> None:
+        """`transformer_tokens`: how many a frame has in each transformer."""
         self._folder = path.parent
         self._model = onnx.load(path, load_external_data=False)
         self._tensors = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        self._quantized: dict[str, QuantizedMatrix] = {}
+        self._products = dict(self._found_products(transformer_tokens))  # by the names of their weights
+        self._quantized: dict[str, QuantizedColumns | QuantizedBlocks] = {}
 
-    def parts(self, transformer_tokens: Sequence[int]) -> list[Part]:
-        """All that can be chosen. `transformer_tokens`: how many a frame has in each transformer."""
+    def parts(self) -> list[Part]:
+        """All that can be chosen."""
         weights: dict[str, list[str]] = {}
         saved_ms: dict[str, float] = {}
-        for name, weight, tokens in self._products(transformer_tokens):
+        for weight, (name, tokens) in self._products.items():
             values = math.prod(self._tensors[weight].dims)
             weights.setdefault(name, []).append(weight)
             saved_ms[name] = saved_ms.get(name, 0.0) + values * (SAVED_MS_PER_VALUE + tokens * SAVED_MS_PER_MAC)
         return [Part(name, tuple(found), saved_ms[name]) for name, found in weights.items()]
 
-    def _products(self, transformer_tokens: Sequence[int]) -> Iterator[tuple[str, str, int]]:
-        """Part, weight and tokens in a frame of each product that can be chosen."""
+    def _found_products(self, transformer_tokens: Sequence[int]) -> Iterator[tuple[str, Product]]:
         transformers: list[str] = []
         widths: dict[str, int] = {}  # of what the products outside of transformers give
         tokens = 1
@@ -124,9 +157,9 @@ class FloatGraph:
                         if place["transformer"] not in transformers:
                             transformers.append(place["transformer"])
                         tokens = transformer_tokens[len(transformers) - 1]
-                        yield f"{place['transformer']}.{place['kind']}", node.input[1], tokens
+                        yield node.input[1], Product(f"{place['transformer']}.{place['kind']}", tokens)
                 case "Gemm":
-                    yield node.input[1].removesuffix(".weight"), node.input[1], tokens
+                    yield node.input[1], Product(node.input[1].removesuffix(".weight"), tokens)
                     widths[node.output[0]] = self._tensors[node.input[1]].dims[0]
                 case "Reshape" if node.input[0] in widths:  # each column becomes several
                     tokens *= widths[node.input[0]] // int(self._array(node.input[1])[-1])
@@ -157,15 +190,20 @@ class FloatGraph:
         """Turn a product into one of 8 bits. Returns its new weights."""
         x, weight, *biases = node.input
         if weight not in self._quantized:
-            self._quantized[weight] = quantized(self._array(weight))
-        values, scales = self._quantized[weight]
-        arrays: dict[str, NDArray[Any]] = {
-            f"{weight}.values": np.ascontiguousarray(values.T),
-            f"{weight}.scales": scales,
-        }
-        node.op_type, node.domain = "DynamicQuantizeMatMul", MICROSOFT
-        del node.input[:], node.attribute[:]
-        node.input.extend([x, *arrays, *(["", *biases] if biases else [])])  # "": zero stands for 0
+            has_few = self._products[weight].tokens <= FEW_TOKENS
+            self._quantized[weight] = (in_blocks if has_few else in_columns)(self._array(weight))
+        match self._quantized[weight]:
+            case QuantizedColumns(values, scales):
+                kind, left_out, attributes = "DynamicQuantizeMatMul", [""], {}  # zero stands for 0
+                stored: NDArray[Any] = np.ascontiguousarray(values.T)
+            case QuantizedBlocks(values, scales):
+                kind, left_out = "MatMulNBits", ["", ""]  # zero stands for ZERO, and blocks lie in order
+                rows, columns = self._tensors[weight].dims
+                attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+                stored = values
+        arrays: dict[str, NDArray[Any]] = {f"{weight}.values": stored, f"{weight}.scales": scales}
+        inputs = [x, *arrays, *([*left_out, *biases] if biases else [])]
+        node.CopyFrom(helper.make_node(kind, inputs, node.output, node.name, domain=MICROSOFT, **attributes))
         return {
             name: data.add(name, array) if array.nbytes >= EXTERNAL_BYTES else numpy_helper.from_array(array, name)
             for name, array in arrays.items()
