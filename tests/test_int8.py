@@ -260,7 +260,7 @@ def test_a_graph_that_misses_its_bar_is_not_kept(bundle: Bundle) -> None:
 
 def test_a_bar_that_nothing_reaches(tiny_reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "DECODED_SECONDS", 1)
-    with pytest.raises(CheckFailedError, match=r"no part of this graph can be done in 8 bits at 150 dB, the best one"):
+    with pytest.raises(CheckFailedError, match=r"no part of this graph can be in 8 bits at 150 dB, the best one"):
         build_from_checkpoint(tiny_reference, tmp_path / "out", "decode", "fast", Int8Wish(150, ()))
     assert not (tmp_path / "out").exists()
 

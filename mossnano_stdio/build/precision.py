@@ -185,8 +185,8 @@ def _choose(parts: Sequence[Part], trials: _Trials, data: DataFile, bar_db: floa
     if not chosen:
         best_db = max(map(worst_db, noises.values()))
         raise CheckFailedError(
-            f"no part of this graph can be done in 8 bits at {bar_db:g} dB, the best one alone reaches {best_db:.1f} dB, "
-            "so nothing is kept; leave int8 out or lower the bar with --int8-db"
+            f"no part of this graph can be in 8 bits at {bar_db:g} dB, the best one alone reaches {best_db:.1f} dB; "
+            "nothing is kept; leave int8 out or lower the bar with --int8-db"
         )
     return chosen, reached
 
