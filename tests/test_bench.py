@@ -265,7 +265,7 @@ def test_many_streams_are_measured_of_our_own_sides(tiny_bundle: Path) -> None:
     GraphBench(12.5, sides, 1, start, lambda line: None).streams(1, found)
     assert set(started) == set(found["real_time_streams"]["8"]) == {"ours"}
     assert found["real_time_streams"]["8"]["ours"]["median"] == 24 / 12.5
-    assert found["real_time_streams_per_busy_core"]["8"]["ours"]["median"] == 1
+    assert found["real_time_streams_per_core"]["8"]["ours"]["median"] == 1
 
 
 @pytest.mark.parametrize(

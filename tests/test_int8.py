@@ -21,7 +21,7 @@ from mossnano_stdio.build import precision, trial
 from mossnano_stdio.build.bundle import Int8Wish, build_from_checkpoint
 from mossnano_stdio.build.int8 import BLOCK, MAX_PAIR, ZERO, in_blocks, in_columns
 from mossnano_stdio.codecs.engine import import_onnxruntime
-from mossnano_stdio.errors import CheckFailedError, ExitStatus
+from mossnano_stdio.errors import BundleError, CheckFailedError, ExitStatus
 from mossnano_stdio.tokens import Artifact, Codes, build_artifact
 from mossnano_stdio.tools.bench.sides import float32_side, sides_of
 from mossnano_stdio.tools.bench.worker import Worker
@@ -398,3 +398,32 @@ def test_an_encoder_has_no_precision() -> None:
     done = run([*PROCESS, "--encode", "--precision", "int8"])
     assert done.returncode == ExitStatus.USAGE
     assert b"--precision is for decoding" in done.stderr
+
+
+# --- Mimi --------------------------------------------------------------------------------------------------------
+
+
+def test_mimi_in_int8(mimi_standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same code: products of its transformer, and convolutions, which have biases."""
+    monkeypatch.setattr(precision, "DECODED_SECONDS", 2)
+    build_from_checkpoint(mimi_standin / "checkpoint", tmp_path, "decode", "fast", Int8Wish(15, ()))
+    for name in ("mimi_decode_step.onnx", "mimi_decode_step.data"):
+        assert (tmp_path / name).read_bytes() == (mimi_standin / name).read_bytes()
+    built = load_bundle(tmp_path)
+    graph = built.graph("decode_step_int8")
+    nodes = onnx.load(graph.path, load_external_data=False).graph.node
+    with_biases = {node.op_type for node in nodes if any(name.endswith(".bias") for name in node.input)}
+    assert {"DynamicQuantizeMatMul", "MatMulNBits"} <= with_biases, "columns, and blocks where tokens are few"
+    stream = np.random.default_rng(8).integers(0, 2048, (30, 8)).astype(np.uint16)
+    runtimes = [codecs.load_runtime(built, precision=name, threads=1) for name in ("float32", "int8")]
+    assert [(runtime.graph_name, runtime.precision) for runtime in runtimes] == [
+        ("decode_step", "float32"),
+        ("decode_step", "int8"),
+    ]
+    expected, found = (in_chunks(runtime.new_decoder(), stream, 1) for runtime in runtimes)
+    assert 12 < -10 * np.log10(np.square(found - expected).sum() / np.square(expected).sum()) < 60
+
+
+def test_mimi_without_int8_says_so(mimi_standin: Path) -> None:
+    with pytest.raises(BundleError, match="has no int8 graph; `mossnano build --precision float32,int8` makes one"):
+        codecs.load_runtime(load_bundle(mimi_standin), precision="int8")

@@ -113,7 +113,8 @@ def build_from_bundle(source: Path, folder: Path, maybe_int8: Int8Wish | None = 
                 _copy(path, stage)
         graphs = _save_own_graphs(stage, weights)
         records = record_files(stage, _files_of(graphs))
-        keeps_int8 = beside and all(bundle.sidecar.files.get(name) == record for name, record in records.items())
+        fast_files = _files_of({name: graph for name, graph in graphs.items() if name == "fast"})
+        keeps_int8 = beside and all(bundle.sidecar.files.get(name) == records[name] for name in fast_files)
         older = {name: graph for name, graph in bundle.sidecar.graphs.items() if keeps_int8 or graph.precision != INT8}
         sidecar = replace(
             bundle.sidecar,

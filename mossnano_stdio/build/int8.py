@@ -35,7 +35,7 @@ from mossnano_stdio.build.transformers import MICROSOFT
 from mossnano_stdio.files import open_named
 
 FEW_TOKENS = 8  # of a product in a step of one frame
-BLOCK = 64
+BLOCK = 32
 ZERO = 128  # of values in blocks, which are unsigned
 
 MAX_VALUE = 127

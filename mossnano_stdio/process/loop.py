@@ -465,9 +465,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stop-on-zero-frame is for decoding; leave it out with --encode")
     if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
         parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
+    if options.encode and options.precision:
+        parser.error("--precision is for decoding; leave it out with --encode: encoders are float32")
     for name in (*SOUND_OPTIONS, "window_samples"):
         if options.encode and getattr(options, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for decoding: --encode writes no sound")
-    if options.encode and options.precision:
-        parser.error("--precision is for decoding; leave it out with --encode: encoders are float32")
     return options

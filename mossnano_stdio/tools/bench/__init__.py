@@ -18,7 +18,7 @@ or measure steps in --cpu-time.
 
 What to compare: for one voice, steps and starts ("start to first audio" is a process from its very beginning, imports
 included), with as many threads as it will have; for many voices, real-time streams with one thread each. Those are all
-that the machine decodes at once; "per busy core" divides by the CPU time that they took, whatever ran how many threads.
+that the machine decodes at once; "per core" divides by the CPU time that they took, whatever ran how many threads.
 
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
@@ -62,7 +62,7 @@ START_TITLES = {
 
 STREAM_TITLES = {
     "real_time_streams": "real-time streams",
-    "real_time_streams_per_busy_core": "real-time streams per busy core",
+    "real_time_streams_per_core": "real-time streams per core that was busy",
 }
 
 
