@@ -738,6 +738,7 @@ static bool mossnano__take_numbered(mossnano *c, int kind, size_t bytes) { /* is
     mossnano_voice *v = c->voices;
     while (v && v->number != number) v = v->next;
     bool is_there = v && bytes >= 4 && !mossnano__is_over(v);
+    is_there &= kind != MOSSNANO_END || !c->fatal_was_said; /* behind a fatal ERROR it says what was sent: not all */
     if (is_there) mossnano__take_of_voice(v, kind, c->message + 4, bytes - 4);
     mossnano__leave(c);
     return is_there;

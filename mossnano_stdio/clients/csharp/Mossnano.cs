@@ -492,6 +492,7 @@ public sealed class Mossnano : IDisposable
     bool TakeNumbered(int kind, byte[] payload, int bytes) // whoever is not there any more was closed
     {
         if (bytes < NumberBytes) return true;
+        if (kind == End && fatalWasSaid) return true; // behind a fatal ERROR it says what was sent: not all
         uint number = BitConverter.ToUInt32(payload, 0);
         Dictionary<string, string> maybeError = null;
         lock (gate)
