@@ -472,6 +472,18 @@ def test_an_end_that_a_fatal_error_brings_is_no_end(
     assert "framing_lost" in driver.ask("reason", 0)
 
 
+def test_a_ring_holds_at_least_what_a_resampler_keeps_until_the_end(
+    start: Program, utterances: tuple[Path, list[bytes]], tmp_path: Path
+) -> None:
+    driver = start([*DEMO, "--sample-rate", "11025"])
+    assert driver.ask("open", 0, 0.001, *PLAIN[1:]) == "opened"
+    assert driver.ask("feed", 0, utterances[0] / "0.tokens") == "1"
+    assert driver.ask("finish", 0) == "1"
+    driver.ask("hear", tmp_path, 0)
+    assert driver.ask("reason", 0) == ""
+    assert len((tmp_path / "0.pcm").read_bytes()) == 4 * round(SAMPLES * 11025 / NANO.sample_rate)
+
+
 def test_gain_and_mono_are_the_voices_own(driver: Driver, utterances: tuple[Path, list[bytes]]) -> None:
     folder, pcm = utterances
     assert driver.ask("open", 0, 2, 0, 0, 0.5, 0, 0) == "opened"

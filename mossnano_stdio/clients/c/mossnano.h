@@ -1224,6 +1224,7 @@ static mossnano_voice *mossnano__make_voice(mossnano *c, const mossnano_voice_op
     int64_t rate = c->format.sample_rate, codec_rate = mossnano__number(c->handshake, "codec_sample_rate");
     int64_t chunk_frames = mossnano__number(c->handshake, "chunk_frames"); /* null, and so 0, where chunks may be cut */
     int64_t chunk = ((chunk_frames > 0 ? chunk_frames : 1) * c->format.frame_samples * rate) / (codec_rate > 0 ? codec_rate : rate) + 1;
+    if (codec_rate > 0 && codec_rate != rate && chunk < rate / 10) chunk = rate / 10; /* resampling keeps up to 81 ms */
     int64_t least = (int64_t)(o->prebuffer_ms * (double)rate / 1000) + chunk; /* or the prebuffer could never fill */
     v->client = c;
     v->is_numbered = v->is_open = true;

@@ -803,6 +803,7 @@ public sealed class MossnanoVoice : IDisposable
         long codecRate = client.Said("codec_sample_rate", client.SampleRate);
         frameSamples = Math.Max(1, client.FrameSamples * (long)client.SampleRate / codecRate);
         long chunk = (client.Said("chunk_frames", 1) * client.FrameSamples * client.SampleRate + codecRate - 1) / codecRate;
+        if (codecRate != client.SampleRate) chunk = Math.Max(chunk, client.SampleRate / 10); // resampling keeps 81 ms
         long least = (long)(options.PrebufferMs * client.SampleRate / 1000) + chunk; // or the prebuffer could never fill
         window = granted = Math.Max((long)(options.RingSeconds * client.SampleRate), least);
         isNumbered = isOpen = true;

@@ -648,6 +648,8 @@ class Voice:
 		var rate := float(client.format["sample_rate"])
 		var chunk_frames: Variant = client.format.get("chunk_frames")  # null where chunks may be cut
 		var chunk := ceili((chunk_frames if chunk_frames else 1) * _frame_samples())
+		if client.format.get("codec_sample_rate", rate) != rate:
+			chunk = maxi(chunk, ceili(rate / 10.0))  # a resampler's tail is up to 81 ms
 		# Or what is gathered could never come.
 		window = maxi(floori(ring_seconds * rate), floori(gathered_ms * rate / 1000.0) + chunk)
 		_granted = window
