@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import NonFiniteError, UsageError
-from mossnano_stdio.pcm import to_pcm16
+from mossnano_stdio.pcm import BLOCK_SAMPLES, check_finite, to_pcm16
 from mossnano_stdio.tokens import CodecFormat, Codes, frames_before_zeros
 
 MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
+MAX_PIECES = 1000  # that wait apart
 RAMP_MAX_FRAMES = 8  # larger chunks cost more per frame, and nobody hears that they came at once
 
 Audio = NDArray[np.float32]  # [samples, channels]
@@ -169,9 +170,12 @@ class Backlog(Generic[Row]):
         return self._rows
 
     def push(self, rows: NDArray[Row]) -> None:
-        if len(rows):
-            self._pieces.append(rows)
-            self._rows += len(rows)
+        if not len(rows):
+            return
+        self._pieces.append(rows)
+        self._rows += len(rows)
+        if len(self._pieces) > MAX_PIECES:  # an array costs more than the few frames that a live stream's pieces hold
+            self._pieces = deque([np.concatenate(self._pieces)])
 
     def take(self, count: int) -> NDArray[Row]:
         """The first `count` rows, which must be there. Only those that were pushed apart are copied."""
@@ -264,18 +268,14 @@ class Chunks(Generic[Row]):
         return self.schedule.next_frames(self._waiting_frames, self._finished)
 
     @property
-    def is_complete(self) -> bool:
-        """Will no more rows come?"""
-        return self._finished
-
-    @property
     def is_sated(self) -> bool:
         """Would more frames leave the next chunk as it is?"""
         return self._waiting_frames >= self.schedule.wanted_frames
 
-    def push(self, rows: NDArray[Row]) -> None:
-        """Take [rows, ...] of the stream that is open."""
+    def push(self, rows: NDArray[Row]) -> int:
+        """Take [rows, ...] of the stream that is open. Returns how many were taken."""
         self._waiting.push(rows)
+        return len(rows)
 
     def finish(self) -> None:
         """No more rows will come: what is left is due."""
@@ -288,9 +288,9 @@ class Chunks(Generic[Row]):
         self.schedule.reset()
         self._codec.reset()
 
-    def _step(self) -> NDArray[Any] | None:
+    def _step(self, most_frames: int) -> NDArray[Any] | None:
         """What the codec makes of the chunk that is due. Where the codec refuses it, its frames are gone."""
-        frames = self.due_frames
+        frames = min(self.due_frames, most_frames)
         if not frames:
             return None
         rows = self._waiting.take(frames * self._rows_per_frame)
@@ -301,13 +301,17 @@ class Chunks(Generic[Row]):
         return made
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodedChunk:
     """What came of one chunk of codes."""
 
-    pcm: bytes
+    audio: Audio
     frames: int
     error: NonFiniteError | None = None
+
+    @property
+    def pcm(self) -> bytes:
+        return to_pcm16(self.audio)
 
 
 class DecodingChunks(Chunks[np.uint16]):
@@ -328,18 +332,20 @@ class DecodingChunks(Chunks[np.uint16]):
         super().__init__(decoder, schedule, 1, on_step)
         self.decoder = decoder
         self._stops_on_zero_frame = stops_on_zero_frame
+        self.met_zeros = False  # in this stream, which they have ended
         self._samples_left: int | None = None
 
-    def push(self, codes: Codes) -> None:
-        """Take [frames, quantizers] of the stream that is open."""
+    def push(self, codes: Codes) -> int:
+        """Take [frames, quantizers] of the stream that is open. Returns how many were taken."""
         if self._stops_on_zero_frame:
-            if self.is_complete:
-                return
+            if self.met_zeros:
+                return 0
             end_frame = frames_before_zeros(codes)
             if end_frame < len(codes):
+                self.met_zeros = True
                 self.finish()
             codes = codes[:end_frame]
-        super().push(codes)
+        return super().push(codes)
 
     def finish(self, original_samples: int | None = None) -> None:
         """No more frames will come: what is left is due, trimmed to `original_samples` where they are known."""
@@ -348,30 +354,38 @@ class DecodingChunks(Chunks[np.uint16]):
 
     def reset(self) -> None:
         super().reset()
+        self.met_zeros = False
         self._samples_left = None
 
-    def step(self) -> DecodedChunk | None:
+    def step(self, most_frames: int = MAX_CHUNK_FRAMES) -> DecodedChunk | None:
         """Decode the chunk that is due.
 
         Where the graph answers NaN or infinity, there is silence of its exact length, the error beside it, and a
         decoder that begins anew.
         """
-        frames = self.due_frames
-        audio = self._step()
+        audio = self._step(most_frames)
         if audio is None:
             return None
+        frames = len(audio) // self.decoder.format.frame_samples
         error = None
         try:
-            pcm = to_pcm16(audio)
+            for start in range(0, len(audio), BLOCK_SAMPLES):
+                check_finite(audio[start : start + BLOCK_SAMPLES], start)
         except NonFiniteError as not_finite:
             error = not_finite
-            pcm = bytes(frames * self.decoder.format.frame_pcm_bytes)
+            audio = np.zeros_like(audio)
             self.decoder.reset()
         if self._samples_left is not None:
-            sample_bytes = self.decoder.format.sample_bytes
-            pcm = pcm[: self._samples_left * sample_bytes]
-            self._samples_left -= len(pcm) // sample_bytes
-        return DecodedChunk(pcm, frames, error)
+            audio = audio[: self._samples_left]
+            self._samples_left -= len(audio)
+        return DecodedChunk(audio, frames, error)
+
+    @property
+    def samples_left(self) -> int | None:
+        """How many samples are still to come, where that is known."""
+        if self._samples_left is not None or not self._finished:
+            return self._samples_left
+        return self._waiting_frames * self.decoder.format.frame_samples
 
 
 class EncodingChunks(Chunks[np.float32]):
@@ -387,10 +401,10 @@ class EncodingChunks(Chunks[np.float32]):
         self.encoder = encoder
         self.original_samples = 0
 
-    def push(self, audio: Audio) -> None:
-        """Take [samples, channels] of the stream that is open."""
-        super().push(audio)
+    def push(self, audio: Audio) -> int:
+        """Take [samples, channels] of the stream that is open. Returns how many were taken."""
         self.original_samples += len(audio)
+        return super().push(audio)
 
     def finish(self) -> None:
         """No more samples will come: what is left is due, the last frame filled up with silence."""
@@ -402,6 +416,6 @@ class EncodingChunks(Chunks[np.float32]):
         super().reset()
         self.original_samples = 0
 
-    def step(self) -> Codes | None:
+    def step(self, most_frames: int = MAX_CHUNK_FRAMES) -> Codes | None:
         """Encode the chunk that is due."""
-        return self._step()
+        return self._step(most_frames)

@@ -20,10 +20,22 @@ from mossnano_stdio.chunks import (
     Schedule,
     frames_for_seconds,
 )
+from mossnano_stdio.errors import UsageError
+from mossnano_stdio.pcm import (
+    FORM_SETTINGS,
+    LEAST_GAIN_DB,
+    LEAST_SAMPLE_RATE,
+    LEVELS_MS,
+    MOST_GAIN_DB,
+    MOST_SAMPLE_RATE,
+    SAMPLE_FORMATS,
+)
 from mossnano_stdio.playback.defaults import LATENCY_MS, MAX_VOLUME, PREBUFFER_MS
 
 MAX_CHUNK_SECONDS: Final = 80.0
 LONGEST_WAIT_MS: Final = 60_000.0
+INT8_DB: Final = 45.0
+MOST_INT8_DB: Final = 200.0
 
 
 Arguments = argparse._ActionsContainer  # a parser, or a group of one
@@ -34,6 +46,11 @@ def add_decoder_arguments(parser: Arguments) -> None:
     parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
     add_engine_arguments(parser)
     parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "int8"),
+        help="int8: the graph that `mossnano build --precision float32,int8` makes, smaller and quicker (float32)",
+    )
 
 
 def add_engine_arguments(parser: Arguments) -> None:
@@ -59,6 +76,34 @@ def add_chunk_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sound_arguments(parser: Arguments) -> None:
+    """In which form the sound leaves. None says that a flag was not given."""
+    parser.add_argument(
+        "--sample-rate",
+        type=whole_number(LEAST_SAMPLE_RATE, MOST_SAMPLE_RATE),
+        metavar="HZ",
+        help="resample to so many samples a second (as the weights have it)",
+    )
+    parser.add_argument("--channels", type=whole_number(1, 2), metavar="N", help="1: their mean, or 2 (as the weights)")
+    parser.add_argument("--sample-format", choices=SAMPLE_FORMATS, help="f32le is not clipped (s16le)")
+    parser.add_argument(
+        "--gain-db",
+        type=number_between(LEAST_GAIN_DB, MOST_GAIN_DB),
+        metavar="DB",
+        help=f"louder or softer, {LEAST_GAIN_DB:g} to {MOST_GAIN_DB:g} (0)",
+    )
+    parser.add_argument(
+        "--levels-ms",
+        type=int,
+        choices=LEVELS_MS,
+        metavar="MS",
+        help=f"say how loud each so many ms are: {', '.join(map(str, LEVELS_MS))} (0: do not)",
+    )
+
+
+SOUND_OPTIONS: Final = FORM_SETTINGS  # what add_sound_arguments adds
+
+
 def chosen_schedule(
     options: argparse.Namespace, frames_per_second: float, new_ramp: Callable[[], Schedule] = Ramp
 ) -> Schedule:
@@ -68,6 +113,35 @@ def chosen_schedule(
     if options.chunk_frames is not None:
         return Fixed(options.chunk_frames)
     return new_ramp()
+
+
+def add_build_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """In which precisions the graph that decodes is built."""
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float32,int8"),
+        default="float32",
+        help="float32,int8: beside the float32 graph one that does some layers in 8 bits (float32)",
+    )
+    parser.add_argument(
+        "--int8-db",
+        type=number_above_zero(MOST_INT8_DB),
+        default=INT8_DB,
+        metavar="DB",
+        help="how far the noise of int8 must lie below the sound in the worst second (%(default)g)",
+    )
+    parser.add_argument(
+        "--codes",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with int8: recorded codes (.mossnano, .npy, .json, .u16le) that it must hold over, too; may be repeated",
+    )
+
+
+def check_build_precision(options: argparse.Namespace) -> None:
+    if options.precision == "float32" and (options.codes or options.int8_db != INT8_DB):
+        raise UsageError("--codes and --int8-db are for --precision float32,int8, which is not given")
 
 
 def add_zero_frame_argument(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +207,22 @@ def number_above_zero(most: float) -> Callable[[str], float]:
         number = _number(text)
         if not 0 < number <= most:
             raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 and up to {most:g} is allowed")
+        return number
+
+    return parse
+
+
+def number_between(least: float, most: float) -> Callable[[str], float]:
+    """An argument that is a number in a range.
+
+    >>> number_between(-60, 20)("-3.5")
+    -3.5
+    """
+
+    def parse(text: str) -> float:
+        number = _number(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number from {least:g} to {most:g} is allowed")
         return number
 
     return parse

@@ -6,6 +6,7 @@
                                                 environment that --peer-python names
   mossnano bench --weights DIR --steps          of all that the steps only: minutes instead of many
   mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
+  mossnano bench --weights DIR --streams 1,4,16 so many streams in one process, against a process for each
   mossnano bench --weights DIR --encode         streaming encoding beside decoding
   mossnano bench --bits                         packing an hour of codes; needs no weights
 
@@ -14,6 +15,10 @@ brackets; "x" is how many times as good as the first side a side is. The first i
 official loop, where the folder has official graphs. Where it has one graph of ours only, that is measured alone, or
 with --against beside others. On a machine that does other things as well, believe the ratios and not the milliseconds,
 or measure steps in --cpu-time.
+
+What to compare: for one voice, steps and starts ("start to first audio" is a process from its very beginning, imports
+included), with as many threads as it will have; for many voices, real-time streams with one thread each. Those are all
+that the machine decodes at once; "per core" divides by the CPU time that they took, whatever ran how many threads.
 
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
@@ -55,6 +60,12 @@ START_TITLES = {
 }
 
 
+STREAM_TITLES = {
+    "real_time_streams": "real-time streams",
+    "real_time_streams_per_core": "real-time streams per core that was busy",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help="the weights folder to measure")
     parser.add_argument("--against", metavar="DIR", action="append", default=[], help="another one beside it")
@@ -78,10 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--steps", action="store_true", help="measure steps only")
     what.add_argument("--process", action="store_true", help="measure mossnano-stdio itself")
+    what.add_argument("--streams", type=_whole_numbers, metavar="N,...", help="measure so many streams over one pipe")
     what.add_argument("--encode", action="store_true", help="measure streaming encoding")
     what.add_argument("--bits", action="store_true", help="measure packing")
     parser.add_argument(
         "--cpu-time", action="store_true", help="with --steps or --encode: what all threads together computed"
+    )
+    parser.add_argument(
+        "--seconds", type=whole_number(1, 86400), metavar="S", help="with --streams: how long each is played (4)"
     )
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="a picture of the steps")
@@ -112,7 +127,7 @@ def _opened_picture(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
     if args.plot is None:
         yield None
         return
-    if args.process or args.encode or args.bits:
+    if args.process or args.streams or args.encode or args.bits:
         raise UsageError("--plot draws the steps of graphs; leave --process, --encode and --bits out")
     if args.plot == STANDARD_STREAM:
         raise UsageError("--plot takes a file: stdout has the figures")
@@ -149,8 +164,10 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         raise UsageError("--peer-python and --peer-checkpoint are for --peer, which is not given")
     if args.cpu_time and not (args.steps or args.encode):
         raise UsageError("--cpu-time is for steps; add --steps or --encode")
-    if (args.bits or args.process) and (args.peer or args.quantizers):
-        raise UsageError("--peer and --quantizers are for graphs; leave --bits and --process out")
+    if args.seconds and not args.streams:
+        raise UsageError("--seconds is how long streams are played; add --streams")
+    if (args.bits or args.process or args.streams) and (args.peer or args.quantizers):
+        raise UsageError("--peer and --quantizers are for graphs; leave --bits, --process and --streams out")
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
@@ -162,6 +179,13 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     bundle = load_bundle(find_weights(args.weights))
     if args.process:
         _measure_process(bundle, args, figures)
+    elif args.streams:
+        from mossnano_stdio.tools.bench.voices import PLAYED_SECONDS, estimated_seconds, measure_voices
+
+        played_seconds = PLAYED_SECONDS if args.seconds is None else args.seconds
+        progress = _Progress(len(args.streams), estimated_seconds(args.streams, args.turns, played_seconds))
+        figures["streams"] = {}
+        measure_voices(bundle.folder, args.streams, args.turns, played_seconds, progress, figures["streams"])
     elif args.encode:
         _measure_encoding(bundle, args, figures)
     else:
@@ -202,7 +226,7 @@ def _measure_graphs(
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
     from mossnano_stdio.codecs import stepping_graphs
     from mossnano_stdio.tools.bench.peers import peer_sides
-    from mossnano_stdio.tools.bench.sides import Side, decoding_sides
+    from mossnano_stdio.tools.bench.sides import Side, float32_side
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
@@ -210,7 +234,7 @@ def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[st
         raise UsageError("--quantizers is for decoding: encoding gives all codes of a frame")
     sides = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=True)
     if not sides and any(map(bundle.has_graph, stepping_graphs(bundle))):
-        sides.append(replace(decoding_sides(bundle)[-1], name="decoding"))
+        sides.append(replace(float32_side(bundle), name="decoding"))
     sides.append(Side("encoding", "encode", bundle.folder))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
@@ -312,7 +336,7 @@ def _limits(work: _Work, threads: int) -> dict[str, float]:
 
 
 def _tables(figures: Mapping[str, Any]) -> list[str]:
-    if "bits" in figures or "process" in figures:
+    if "bits" in figures or "process" in figures or "streams" in figures:
         return json.dumps(figures, indent=1).replace('"', "").splitlines()
     lines = [f"{figures['weights']}"]
     for threads, found in figures["threads"].items():
@@ -324,8 +348,9 @@ def _tables(figures: Mapping[str, Any]) -> list[str]:
             lines += _rows(f"{seconds} s from a reset, steps of 1, ms", sides)
         for part, sides in found.get("starts", {}).items():
             lines += _rows(START_TITLES[part], sides)
-        for count, sides in found.get("real_time_streams_per_core", {}).items():
-            lines += _rows(f"{count} streams at once: real-time streams per core", sides)
+        for figure, words in STREAM_TITLES.items():
+            for count, sides in found.get(figure, {}).items():
+                lines += _rows(f"{count} streams at once: {words}", sides)
         if "resident_mb_of_four_streams" in found:
             lines += _rows("resident_mb of four streams", found["resident_mb_of_four_streams"])
         if found.get("limit_ms_per_frame"):
@@ -345,13 +370,13 @@ def _rows(title: str, sides: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _limit_rows(found: Mapping[str, Any]) -> list[str]:
     limit_ms, reading_ms = found["limit_ms_per_frame"], found["reading_ms_per_step"]
     rows = [
-        f"  a bare matrix product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least",
+        f"  a bare float32 product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least",
         f"  memory is read at {found['stream_gb_per_second']} GB/s: {reading_ms} ms a step at the least",
     ]
     for frames, sides in found["steps_ms"].items():
         for name, side in sides.items():
             distance = side["median"] / int(frames) / limit_ms
-            rows.append(f"    step of {frames}: {name} takes {distance:.2f} times what the products alone would")
+            rows.append(f"    step of {frames}: {name} takes {distance:.2f} times what those products alone would")
     return rows
 
 
