@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.tools.datasets.work import Outcome, Work, work_of
+from mossnano_stdio.tools.datasets.work import answer_to, failure_answer, work_of
 
 
 def main() -> int:
@@ -27,40 +27,16 @@ def main() -> int:
     try:
         work = work_of(json.loads(items.readline()))
     except (MossnanoError, MemoryError) as error:
-        _answer(answers, _failure(error))
+        _answer(answers, failure_answer(error))
         return ExitStatus.DONE
     _answer(answers, {})
     while item := items.readline():
-        _answer_item(answers, work, item.decode())
+        _answer(answers, *answer_to(work, item.decode()))
     return ExitStatus.DONE
 
 
-def _answer_item(answers: BinaryIO, work: Work, item: str) -> None:
-    try:
-        outcome = work.do(item)
-    except (MossnanoError, MemoryError) as error:
-        _answer(answers, _failure(error))
-        return
-    except Exception as error:  # noqa: BLE001 - one recording that we cannot handle does not end a job of a million
-        outcome = Outcome(f"a bug of ours: {type(error).__name__}: {error}")
-    _answer(answers, *_parts(outcome))
-
-
-def _parts(outcome: Outcome) -> tuple[Mapping[str, Any], bytes]:
-    line: dict[str, Any] = {"fault": outcome.maybe_fault, "facts": dict(outcome.facts)}
-    if outcome.maybe_codes is None:
-        return line, b""
-    line["shape"] = list(outcome.maybe_codes.shape)
-    return line, outcome.maybe_codes.astype("<u2").tobytes()
-
-
-def _failure(error: MossnanoError | MemoryError) -> Mapping[str, Any]:
-    status = error.exit_status if isinstance(error, MossnanoError) else ExitStatus.NO_MEMORY
-    return {"failure": str(error) or "out of memory", "exit_status": int(status)}
-
-
-def _answer(answers: BinaryIO, line: Mapping[str, Any], codes: bytes = b"") -> None:
-    answers.write(json.dumps(line).encode() + b"\n" + codes)
+def _answer(answers: BinaryIO, document: Mapping[str, Any], codes: bytes = b"") -> None:
+    answers.write(json.dumps(document).encode() + b"\n" + codes)
     answers.flush()
 
 

@@ -18,26 +18,12 @@ from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, cast
 
-import numpy as np
-
-from mossnano_stdio.errors import (
-    BugError,
-    BundleError,
-    DeviceError,
-    InputError,
-    MossnanoError,
-    OutOfMemoryError,
-    OutputError,
-    UsageError,
-)
-from mossnano_stdio.tools.datasets.work import Outcome
+from mossnano_stdio.tools.datasets.work import Outcome, codes_bytes, outcome_of
 
 PROGRAM: Final = "mossnano_stdio.tools.datasets.labourer"
 DEATHS: Final = 5
 ITEMS_AHEAD: Final = 64  # for each process: so many may be done, and wait for one before them that takes longer
 WAITING_BYTES: Final = 64 << 20  # of codes that wait so
-
-FAILURES: Final = (UsageError, InputError, BundleError, DeviceError, OutOfMemoryError, OutputError)
 
 
 def usable_cpus() -> int:
@@ -155,18 +141,13 @@ class _Labourer:
         answer_line = self._child.stdout.readline()
         if not answer_line.endswith(b"\n"):
             raise EOFError
-        answer = json.loads(answer_line)
-        if "failure" in answer:
-            raise failure_of(answer["exit_status"], answer["failure"])
-        maybe_codes = None
-        if "shape" in answer:
-            size_bytes = 2 * int(np.prod(answer["shape"]))
-            data = self._child.stdout.read(size_bytes)
-            if len(data) < size_bytes:
-                raise EOFError
-            maybe_codes = np.frombuffer(data, "<u2").astype(np.uint16, copy=False).reshape(answer["shape"])
+        document = json.loads(answer_line)
+        size_bytes = codes_bytes(document)
+        codes = self._child.stdout.read(size_bytes)
+        if len(codes) < size_bytes:
+            raise EOFError
         self._errors.truncate(0)  # whatever libraries said of an item that they could read after all
-        return Outcome(answer.get("fault"), answer.get("facts", {}), maybe_codes)
+        return outcome_of(document, codes)
 
     def kill(self) -> None:
         self._child.kill()
@@ -184,12 +165,6 @@ class _Labourer:
         self.close()
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"status {self._child.returncode}" + (f" ({said})" if said else "")
-
-
-def failure_of(exit_status: int, message: str) -> MossnanoError:
-    """What ended a worker that could say it, as the error that it was there."""
-    kind = next((kind for kind in FAILURES if kind.exit_status == exit_status), BugError)
-    return kind(message)
 
 
 def _size(outcome: Outcome) -> int:

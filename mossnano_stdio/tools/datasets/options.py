@@ -43,7 +43,7 @@ def chosen_engine(args: argparse.Namespace) -> Engine:
     if args.engine == "ray":
         from mossnano_stdio.tools.datasets.ray_cluster import import_ray, ray_outcomes
 
-        import_ray()
+        import_ray(args.address)
         return lambda items, settings: ray_outcomes(items, settings, args.address, args.workers)
     if args.address is not None:
         raise UsageError("--address is for --engine ray, which is not given")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import threading
@@ -19,7 +20,19 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.chunks import DecodingChunks, Fixed
 from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
-from mossnano_stdio.errors import InputError, NonFiniteError, PayloadError
+from mossnano_stdio.errors import (
+    BugError,
+    BundleError,
+    DeviceError,
+    ExitStatus,
+    InputError,
+    MossnanoError,
+    NonFiniteError,
+    OutOfMemoryError,
+    OutputError,
+    PayloadError,
+    UsageError,
+)
 from mossnano_stdio.files import cannot_write, open_output, told_as
 from mossnano_stdio.library import STEP_FRAMES, encode_blocks
 from mossnano_stdio.pcm.recordings import Sound, read_part, resampled, write_sound
@@ -31,6 +44,7 @@ from mossnano_stdio.weights import load_bundle
 
 MOST_CHANNELS: Final = 8  # that are mixed; who records with more has channels that are no one sound
 BLOCKS_AHEAD: Final = 4  # read, and waiting to be encoded
+FAILURES: Final = (UsageError, InputError, BundleError, DeviceError, OutOfMemoryError, OutputError)
 
 Audio = NDArray[np.float32]  # [samples, channels]
 
@@ -50,6 +64,48 @@ class Work(Protocol):
 
 def work_of(settings: Mapping[str, Any]) -> Work:
     return Tokenizing(settings) if settings["verb"] == "tokenize" else Detokenizing(settings)
+
+
+# --- between processes --------------------------------------------------------------------------------------------
+
+
+def answer_to(work: Work, item: str) -> tuple[dict[str, Any], bytes]:
+    """What comes of an item, as it crosses processes: a document, and the codes, uint16 little-endian.
+
+    A failure, which ends the job, is an answer too. So is a bug of ours that one recording brings to light: as one
+    that is bad, it does not end a job of a million.
+    """
+    try:
+        outcome = work.do(item)
+    except (MossnanoError, MemoryError) as error:
+        return failure_answer(error), b""
+    except Exception as error:  # noqa: BLE001 - see above
+        outcome = Outcome(f"a bug of ours: {type(error).__name__}: {error}")
+    document: dict[str, Any] = {"fault": outcome.maybe_fault, "facts": dict(outcome.facts)}
+    if outcome.maybe_codes is None:
+        return document, b""
+    return document | {"shape": list(outcome.maybe_codes.shape)}, outcome.maybe_codes.astype("<u2").tobytes()
+
+
+def failure_answer(error: MossnanoError | MemoryError) -> dict[str, Any]:
+    status = error.exit_status if isinstance(error, MossnanoError) else ExitStatus.NO_MEMORY
+    return {"failure": str(error) or "out of memory", "exit_status": int(status)}
+
+
+def codes_bytes(document: Mapping[str, Any]) -> int:
+    """How many bytes of codes there are beside an answer."""
+    return 2 * math.prod(document["shape"]) if "shape" in document else 0
+
+
+def outcome_of(document: Mapping[str, Any], codes: bytes) -> Outcome:
+    """What the answer means; a failure is raised, as the error that it was there."""
+    if "failure" in document:
+        kind = next((kind for kind in FAILURES if kind.exit_status == document["exit_status"]), BugError)
+        raise kind(document["failure"])
+    maybe_codes = None
+    if "shape" in document:
+        maybe_codes = np.frombuffer(codes, "<u2").astype(np.uint16, copy=False).reshape(document["shape"])
+    return Outcome(document.get("fault"), document.get("facts", {}), maybe_codes)
 
 
 # --- recordings to codes ------------------------------------------------------------------------------------------
