@@ -39,6 +39,8 @@ VERBS = {
     "diagnose": "what is wrong with another decoder's sound?",
     "decode": "artifact -> WAV or raw PCM",
     "encode": "WAV, FLAC, OGG, MP3, ... -> artifact",
+    "tokenize": "a data set of recordings -> shards of codes",
+    "detokenize": "shards of codes -> recordings",
     "play": "play an artifact or a stream of PCM, live",
     "check": "are these weights whole, and do they decode right?",
     "fetch": "get the official weights, verified",

@@ -81,6 +81,7 @@ class Decoding:
     threads: int | None = None
     provider: str = "cpu"
     graph: Literal["official", "fast"] | None = None
+    precision: Literal["float32", "int8"] | None = None
 
 
 def open_source(file: BinaryIO, name: str, decoding: Decoding, maybe_number: int | None = None) -> Source:
@@ -170,7 +171,13 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
     bundle = load_bundle(find_weights(decoding.weights))
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
-    runtime = load_runtime(bundle, provider=decoding.provider, threads=decoding.threads, graph=decoding.graph)
+    runtime = load_runtime(
+        bundle,
+        provider=decoding.provider,
+        threads=decoding.threads,
+        graph=decoding.graph,
+        precision=decoding.precision,
+    )
     artifact.check_fits(runtime.format, runtime.decodes_prefix)
 
     ramp = Ramp(second_frames=ramp_second_frames(runtime))
