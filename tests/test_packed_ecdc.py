@@ -253,6 +253,32 @@ def test_logits_that_say_nothing_give_a_flat_table() -> None:
     assert Tabulation(logit_step=0.1, counts=1).tables(almost).tolist() == [flat]  # all counts are 0
 
 
+def test_padding_is_zero() -> None:
+    (table,) = Tabulation().tables(np.zeros((1, 1024), np.float32))  # 10 bits a code, and 14 open ones at the end
+    encoder = IntervalEncoder()
+    for code in (700, 300):
+        encoder.push(code, table)
+    packed = encoder.finish()
+    assert len(packed) == 5  # of 34 bits
+    for bit in range(2, 8):
+        decoder = IntervalDecoder(flipped(packed, 4, bit))
+        assert [decoder.pull(table), decoder.pull(table)] == [700, 300]
+        with pytest.raises(ArtifactError, match="6 bits are left over behind its codes, allowed are up to 7"):
+            decoder.finish()
+
+
+def test_more_bits_open_than_the_writer_holds() -> None:
+    """A code on both sides of the middle decides no bit, however often it comes."""
+    table = np.array([1 << 22, 3 << 22, 1 << 24])
+    encoder = IntervalEncoder()
+    for _ in range(60):
+        encoder.push(1, table)
+    decoder = IntervalDecoder(encoder.finish())
+    assert [decoder.pull(table) for _ in range(39)] == [1] * 39
+    with pytest.raises(ArtifactError, match="it holds 63 bits open, allowed are 62"):
+        decoder.pull(table)
+
+
 def test_logits_that_overflow() -> None:
     with pytest.raises(ArtifactError, match="logits overflow"):
         Tabulation().tables(np.full((1, 1024), np.inf, np.float32))
