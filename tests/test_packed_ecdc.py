@@ -144,7 +144,7 @@ def test_products_in_halves_are_exact(seed: int) -> None:
     rows = chance.choice([-128, -127, 127, int(chance.integers(-127, 128))], (6, 1024))  # the largest there may be
     scales, bias = chance.standard_normal((2, 6)).astype(np.float32)
     x = (chance.choice([-1, 1], 1024) * chance.choice([1, chance.random()], 1024)).astype(np.float32)
-    columns = np.ascontiguousarray(rows.T.astype(np.float32))
+    columns = np.ascontiguousarray(rows.reshape(2, 3, 1024).transpose(0, 2, 1).astype(np.float32))
     assert np.array_equal(_product(Matrix(columns, scales, bias), x), plain_product(rows, scales, bias, x))
 
 

@@ -42,6 +42,7 @@ MAX_LM_BYTES: Final = 64 << 20
 _NUMBERS: Final = struct.Struct("<8s7I")
 _NORM_EPSILON: Final = 1e-5
 _LARGEST_I16: Final = 32767
+_PIECE_NUMBERS: Final = 8192  # OpenBLAS puts more of them on all cores, which wait for each other longer than they work
 _SMALLEST_TOP: Final = 1e-30  # its inverse, and that of its steps, are numbers still
 
 F32 = NDArray[np.float32]
@@ -56,7 +57,7 @@ class NormWeights(NamedTuple):
 class Matrix(NamedTuple):
     """Rows of bytes, each with its scale and bias."""
 
-    columns: F32  # [columns, rows] of whole numbers, -128 to 127
+    columns: F32  # [pieces, columns, rows of a piece] of whole numbers, -128 to 127
     scales: F32
     bias: F32
 
@@ -149,8 +150,9 @@ class _Tensors:
 
     def matrix(self, rows: int, columns: int) -> Matrix:
         scales = self.floats(rows)
-        values = self._taken("i1", (rows, columns)).T.astype(np.float32, order="C")
-        return Matrix(values, scales, self.floats(rows))
+        piece_rows = max(size for size in range(1, rows + 1) if rows % size == 0 and size * columns <= _PIECE_NUMBERS)
+        pieces = self._taken("i1", (rows, columns)).reshape(-1, piece_rows, columns).transpose(0, 2, 1)
+        return Matrix(pieces.astype(np.float32, order="C"), scales, self.floats(rows))
 
     def layer(self, dim: int) -> Layer:
         in_proj, out_proj = self.matrix(3 * dim, dim), self.matrix(dim, dim)
@@ -164,7 +166,7 @@ class _Tensors:
 
 
 def _stacked(matrices: list[Matrix]) -> Matrix:
-    return Matrix(*(np.concatenate(parts, axis=-1) for parts in zip(*matrices, strict=True)))
+    return Matrix(*(np.concatenate(parts, axis=0) for parts in zip(*matrices, strict=True)))
 
 
 class LanguageModel:
@@ -255,8 +257,8 @@ def _product(matrix: Matrix, x: F32) -> F32:
     whole = (steps + np.copysign(0.5, steps)).astype(np.int32)  # halves are rounded away from zero
     high = (whole + 128) >> 8
     halves = np.stack([high, whole - (high << 8)]).astype(np.float32)  # -128 to 128, and -128 to 127
-    # One product at a time, and these with the columns in rows: BLAS is faster so than with both halves at once.
-    sums = np.float32(256) * (halves[0] @ matrix.columns) + halves[1] @ matrix.columns
+    # One half at a time, and these with the columns in rows: BLAS is faster so than with both at once.
+    sums = (np.float32(256) * (halves[0] @ matrix.columns) + halves[1] @ matrix.columns).reshape(-1)
     return matrix.bias + sums * scale * matrix.scales  # type: ignore[no-any-return]
 
 
