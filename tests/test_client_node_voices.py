@@ -322,6 +322,23 @@ def test_what_is_pulled_is_as_loud_as_its_gain_says_and_mono_where_that_is_set(
     assert said[3] == ["channels", [2, 2, 1]]
 
 
+def test_what_comes_ahead_is_at_least_what_a_resampler_keeps_until_the_end(spoken: tuple[Path, list[bytes]]) -> None:
+    said = speak(
+        spoken[0],
+        """
+        const first = await Mossnano.start({ command, onError });
+        const voice = first.openVoice({ bufferSeconds: 0, fadeMs: 0, settings: { sample_rate: 11025 } });
+        voice.feed(frames(0));
+        voice.finish();
+        const [pieces] = await pullAll([voice]);
+        say("samples", Buffer.concat(pieces).length / 4);
+        await first.stop();
+        """,
+        DEMO,
+    )
+    assert said == [["samples", round(len(spoken[1][0]) / 4 * 11025 / NANO.sample_rate)]]
+
+
 def test_a_gain_that_changes_does_not_click() -> None:
     said = play(
         """

@@ -459,6 +459,31 @@ def test_a_process_that_is_killed_ends_every_voice_and_the_next_one_speaks(
     assert re.match("1 process_ended", driver.ask("errors"))
 
 
+def test_an_end_that_a_fatal_error_brings_is_no_end(
+    start: Program, utterances: tuple[Path, list[bytes]], tmp_path: Path
+) -> None:
+    """It says how much was sent, which is less than all."""
+    long = tmp_path / "long.tokens"
+    long.write_bytes((utterances[0] / "0.tokens").read_bytes() * 4)
+    driver = start([*CHUNKED, "--max-message-bytes", "300"])  # one message with all of it is more
+    assert driver.ask("open", 0, *PLAIN) == "opened"
+    assert driver.ask("feed", 0, long) == "1"
+    until(lambda: driver.ask("reason", 0) != "" or driver.ask("speaking", 0) == "0")
+    assert "framing_lost" in driver.ask("reason", 0)
+
+
+def test_a_ring_holds_at_least_what_a_resampler_keeps_until_the_end(
+    start: Program, utterances: tuple[Path, list[bytes]], tmp_path: Path
+) -> None:
+    driver = start([*DEMO, "--sample-rate", "11025"])
+    assert driver.ask("open", 0, 0.001, *PLAIN[1:]) == "opened"
+    assert driver.ask("feed", 0, utterances[0] / "0.tokens") == "1"
+    assert driver.ask("finish", 0) == "1"
+    driver.ask("hear", tmp_path, 0)
+    assert driver.ask("reason", 0) == ""
+    assert len((tmp_path / "0.pcm").read_bytes()) == 4 * round(SAMPLES * 11025 / NANO.sample_rate)
+
+
 def test_gain_and_mono_are_the_voices_own(driver: Driver, utterances: tuple[Path, list[bytes]]) -> None:
     folder, pcm = utterances
     assert driver.ask("open", 0, 2, 0, 0, 0.5, 0, 0) == "opened"

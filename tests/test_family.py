@@ -204,8 +204,9 @@ def test_the_process_measures_its_ramp_once_and_when_it_is_asked_for(
         return 8
 
     monkeypatch.setattr(codecs, "ramp_second_frames", measure)
-    options = {"weights": str(member.bundle.folder), "provider": "cpu", "threads": 1, "encode": encodes, "graph": None}
-    loaded = load_codec(argparse.Namespace(**options))
+    engine = {"provider": "cpu", "threads": 1}
+    options = {"weights": str(member.bundle.folder), "encode": encodes, "graph": None, "precision": None}
+    loaded = load_codec(argparse.Namespace(**options, **engine))
     assert measured == []
     assert loaded.ramp_second_frames() == loaded.ramp_second_frames() == 8
     assert measured == [graph]

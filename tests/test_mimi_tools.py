@@ -371,7 +371,7 @@ def test_peers_encode_beside_us(mimi_standin: Path, peers_were_told: Callable[[s
         (["--peer", "rustymimi", "--peer-python", sys.executable], "rustymimi is not installed for"),
         (["--peer", "moshi", "--weights", "demo"], "--peer is for Mimi, and"),
         (["--peer-python", sys.executable], "are for --peer, which is not given"),
-        (["--peer", "moshi", "--process"], "leave --bits and --process out"),
+        (["--peer", "moshi", "--process"], "leave --bits, --process and --streams out"),
         (["--cpu-time"], "--cpu-time is for steps; add --steps or --encode"),
         (["--quantizers", "33"], "--quantizers is 33;"),
         (["--quantizers", "8", "--encode"], "--quantizers is for decoding"),

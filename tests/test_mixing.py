@@ -104,6 +104,8 @@ def test_what_is_dropped_is_not_mixed_and_holds_up_nobody() -> None:
     assert np.array_equal(steps(mixer.drop(1)), tone(30, 3))
     assert mixer.finish(3) == b""
     assert mixer.is_idle
+    assert not mixer.is_all_of(4), "what was mixed is still heard, maybe"
+    mixer.push(4, tone(10).tobytes(), MONO)
     assert mixer.is_all_of(4)
 
 

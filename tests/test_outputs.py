@@ -50,6 +50,7 @@ class FakePlayer:
     def __init__(self, lost_at: int = 1000) -> None:
         self.calls: list[str] = []
         self.pushed: list[bytes] = []
+        self.drops: list[bool] = []  # would a push, or the end of a stream, have been broken off?
         self._lost_at = lost_at
 
     def __getattr__(self, name: str) -> Callable[..., bool]:
@@ -59,6 +60,8 @@ class FakePlayer:
             self.calls.append(name)
             if name == "push":
                 self.pushed.append(arguments[0])
+            if name in ("push", "end_stream"):
+                self.drops.append(arguments[-1]())
             return True
 
         return call
@@ -101,6 +104,24 @@ def test_the_speaker_mixes_numbered_streams() -> None:
     output.finish()
     assert player.pushed == [AUDIO.payload, b"\x11\0\x22\0", AUDIO.payload]
     assert player.calls == ["push", "push", "end_stream", "push", "flush", "finish"]
+
+
+def test_a_cancel_drops_nothing_of_another_stream_that_is_over_and_still_heard() -> None:
+    player = FakePlayer()
+    output = speaker(player)
+    output.start(FORM)
+    for message in (in_stream(1, AUDIO), in_stream(1, END), in_stream(2, CANCELLED), CANCELLED):
+        output.put(message)
+    assert player.calls == ["push", *["end_stream"] * 3]
+
+
+def test_a_plain_cancel_that_waits_takes_no_sound_from_numbered_streams() -> None:
+    player = FakePlayer()
+    output = SpeakerOutput(lambda _: player, lambda: True)  # type: ignore[arg-type, return-value]
+    output.start(FORM)
+    for message in (AUDIO, END, in_stream(1, AUDIO), in_stream(1, END)):
+        output.put(message)
+    assert player.drops == [True, True, False, False]
 
 
 def test_what_waits_in_the_mix_is_played_at_the_end() -> None:

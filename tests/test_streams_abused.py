@@ -289,6 +289,18 @@ def test_more_streams_than_there_may_be() -> None:
         assert sound_of(few.until_end_of(1000)) == expected_pcm(frames[0], SMALL)
 
 
+@pytest.mark.parametrize("on_error", ["skip", "stop"])
+def test_an_error_of_a_numbered_stream_is_logged_and_stops_where_any_does(on_error: str) -> None:
+    with Child(double({}, "--on-error", on_error), stderr=subprocess.PIPE) as child:
+        voices = Voices(child)
+        voices.say(1, tokens(some_frames(2)), Message(Kind.TOKENS, b"x"), END)
+        status, answers, log = child.finish()
+    codes = [fields(inner)["code"] for inner in of_stream(answers, 1) if inner.kind == Kind.ERROR]
+    assert (status, codes) == ((65, ["bad_tokens"]) if on_error == "stop" else (0, ["bad_tokens"]))
+    assert log.count("error: 1 bytes are no whole number of frames") == 1
+    assert (len(numbers_of_ends(answers)) == 0) == (on_error == "stop")
+
+
 # --- cancels -----------------------------------------------------------------------------------------------------
 
 

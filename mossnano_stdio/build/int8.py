@@ -39,6 +39,7 @@ BLOCK = 32
 ZERO = 128  # of values in blocks, which are unsigned
 
 MAX_VALUE = 127
+NEXT_TO_NOTHING = 1e-30  # what divides this by 127 may give 0
 MAX_PAIR = 128  # times 255 is 32,640, below 2 ** 15
 # Of the scale by which the largest value of a column becomes MAX_VALUE. Less cuts off the largest to have finer steps
 # for all others, more cuts off fewer pairs, the last one none. For each column the one with the least error is taken.
@@ -108,9 +109,9 @@ def in_columns(matrix: Array) -> QuantizedColumns:
 
 
 def _scales(values: Array) -> Array:
-    """By which the largest of each row becomes MAX_VALUE; any where all are 0."""
+    """By which the largest of each row becomes MAX_VALUE; any where all are as good as 0."""
     largest = np.abs(values).max(axis=-1)
-    return np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(MAX_VALUE)
+    return np.where(largest > NEXT_TO_NOTHING, largest, 1).astype(np.float32) / np.float32(MAX_VALUE)
 
 
 def _without_loud_pairs(values: Array) -> Array:

@@ -38,6 +38,7 @@ CHUNK_FRAMES = (1, 2, 4, 8)  # in turn
 SEED = 0
 ROUNDING_POWER = (1 / 32767) ** 2 / 12  # of the noise of 16 bits
 NEAR = 1.3  # times what the bar allows
+TRIAL_FILE, TRIAL_DATA = "int8-trial.onnx", "int8-trial.data"
 MOST_DB = 200.0  # what no noise at all is called
 
 Noises = NDArray[np.float64]  # of each second: its noise over its signal
@@ -61,9 +62,10 @@ def add_int8(folder: Path, bundle: Bundle, wish: Int8Wish) -> dict[str, GraphSpe
     floats = FloatGraph(folder / graph.file, [entry.at("tokens_per_frame").whole() for entry in transformers])
     streams = [seeded_codes(bundle.format), *(load_recorded(path, bundle.format) for path in wish.recorded)]
     trials = _Trials(folder, bundle, name, floats, streams)
+    with open_data(folder / TRIAL_DATA) as tried_data:
+        chosen, noises = _choose(floats.parts(), trials, tried_data, wish.bar_db)
+    (folder / TRIAL_DATA).unlink()
     with open_data(folder / data_file) as data:
-        chosen, noises = _choose(floats.parts(), trials, data, wish.bar_db)
-    with open_data(folder / data_file) as data:  # the one before has all that was tried
         floats.save(folder / file, data, _weights_of(chosen))
     plan = {
         "parts": [part.name for part in chosen],
@@ -143,7 +145,7 @@ class _Trials:
     """Decodes with graphs that do some parts in 8 bits."""
 
     def __init__(self, folder: Path, bundle: Bundle, name: str, floats: FloatGraph, streams: Sequence[Codes]) -> None:
-        self._path = folder / "int8-trial.onnx"
+        self._path = folder / TRIAL_FILE
         self._bundle = bundle
         self._name = name
         self._floats = floats

@@ -40,7 +40,7 @@ class Mixer:
         """`form` has the rate and the channels of the mix."""
         self._form = SoundForm(form.sample_rate, form.channels, "f32le")
         self._voices: dict[int | None, _Voice] = {}
-        self._heard: set[int | None] = set()  # the streams that gave sound since the mix was idle
+        self._heard: set[int | None] = set()  # the streams that gave sound since it was last idle before some came
         self._longest_samples = 0  # that came at once
 
     @property
@@ -49,11 +49,13 @@ class Mixer:
         return not self._voices
 
     def is_all_of(self, number: int | None) -> bool:
-        """Is there no sound of other streams in what was mixed since the mix was idle?"""
+        """Is there no sound of other streams in the latest mix, which may be over and still be heard?"""
         return self._heard <= {number}
 
     def push(self, number: int | None, sound: bytes, form: SoundForm) -> bytes:
         """Sound of a numbered stream, in its own form; or of a plain one, whose number is None."""
+        if self.is_idle:
+            self._heard.clear()
         voice = self._voices.get(number)
         if voice is None:
             voice = self._voices[number] = _Voice(form, self._form)
@@ -98,8 +100,6 @@ class Mixer:
         self._voices = {
             number: voice for number, voice in self._voices.items() if not voice.is_over or len(voice.waiting)
         }
-        if self.is_idle:
-            self._heard.clear()
         return to_pcm16(mix)
 
 

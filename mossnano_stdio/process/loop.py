@@ -62,6 +62,7 @@ from mossnano_stdio.protocol import (
     Kind,
     Message,
     MessageReader,
+    out_of_stream,
     parse_json,
 )
 from mossnano_stdio.protocol.connection import Connection, Direction, error_message
@@ -370,8 +371,8 @@ class _Process:
                     self._first_audio.add(now - max(stream.due_seconds or 0.0, self._ready_seconds))
                 self._stream_times.add(stream, now)
                 stream.note_sent(now)
-        if answer.kind == Kind.ERROR:
-            log.error("%s", parse_json(answer)["message"])
+        if answer.kind & ~NUMBERED == Kind.ERROR:
+            log.error("%s", parse_json(out_of_stream(answer)[1] if answer.kind & NUMBERED else answer)["message"])
             if self._stops_on_error:
                 raise _StopOnErrorError
         self._signals.check()

@@ -133,7 +133,11 @@ class SpeakerOutput(Output):
 
     def _push(self, player: Player, pcm: bytes) -> None:
         if pcm:
-            player.push(pcm, self._should_stop, since=time.perf_counter())
+            player.push(pcm, self._should_drop, since=time.perf_counter())
+
+    def _should_drop(self) -> bool:
+        """A plain CANCEL waits, and nobody else would lose sound."""
+        return self._should_stop() and self._mixer.is_all_of(None)
 
     def _end(self, player: Player, maybe_number: int | None, is_cancelled: bool) -> None:
         is_all = self._mixer.is_all_of(maybe_number)
@@ -144,7 +148,7 @@ class SpeakerOutput(Output):
         if self._mixer.is_idle and is_cancelled and is_all:
             player.flush()  # what it holds is of this stream only
         elif self._mixer.is_idle:
-            player.end_stream(self._should_stop)
+            player.end_stream(self._should_drop)
 
 
 class SeveralOutputs(Output):

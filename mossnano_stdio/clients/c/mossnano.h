@@ -738,6 +738,7 @@ static bool mossnano__take_numbered(mossnano *c, int kind, size_t bytes) { /* is
     mossnano_voice *v = c->voices;
     while (v && v->number != number) v = v->next;
     bool is_there = v && bytes >= 4 && !mossnano__is_over(v);
+    is_there &= kind != MOSSNANO_END || !c->fatal_was_said; /* behind a fatal ERROR it says what was sent: not all */
     if (is_there) mossnano__take_of_voice(v, kind, c->message + 4, bytes - 4);
     mossnano__leave(c);
     return is_there;
@@ -1223,6 +1224,7 @@ static mossnano_voice *mossnano__make_voice(mossnano *c, const mossnano_voice_op
     int64_t rate = c->format.sample_rate, codec_rate = mossnano__number(c->handshake, "codec_sample_rate");
     int64_t chunk_frames = mossnano__number(c->handshake, "chunk_frames"); /* null, and so 0, where chunks may be cut */
     int64_t chunk = ((chunk_frames > 0 ? chunk_frames : 1) * c->format.frame_samples * rate) / (codec_rate > 0 ? codec_rate : rate) + 1;
+    if (codec_rate > 0 && codec_rate != rate && chunk < rate / 10) chunk = rate / 10; /* resampling keeps up to 81 ms */
     int64_t least = (int64_t)(o->prebuffer_ms * (double)rate / 1000) + chunk; /* or the prebuffer could never fill */
     v->client = c;
     v->is_numbered = v->is_open = true;

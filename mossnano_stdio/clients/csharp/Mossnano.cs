@@ -492,6 +492,7 @@ public sealed class Mossnano : IDisposable
     bool TakeNumbered(int kind, byte[] payload, int bytes) // whoever is not there any more was closed
     {
         if (bytes < NumberBytes) return true;
+        if (kind == End && fatalWasSaid) return true; // behind a fatal ERROR it says what was sent: not all
         uint number = BitConverter.ToUInt32(payload, 0);
         Dictionary<string, string> maybeError = null;
         lock (gate)
@@ -802,6 +803,7 @@ public sealed class MossnanoVoice : IDisposable
         long codecRate = client.Said("codec_sample_rate", client.SampleRate);
         frameSamples = Math.Max(1, client.FrameSamples * (long)client.SampleRate / codecRate);
         long chunk = (client.Said("chunk_frames", 1) * client.FrameSamples * client.SampleRate + codecRate - 1) / codecRate;
+        if (codecRate != client.SampleRate) chunk = Math.Max(chunk, client.SampleRate / 10); // resampling keeps 81 ms
         long least = (long)(options.PrebufferMs * client.SampleRate / 1000) + chunk; // or the prebuffer could never fill
         window = granted = Math.Max((long)(options.RingSeconds * client.SampleRate), least);
         isNumbered = isOpen = true;

@@ -104,6 +104,7 @@ var _numbers_used := 0
 var _is_gone := true
 var _is_stopping := false
 var _fatal_was_said := false
+var _fatal_text := ""
 var _opened := 0  # streams
 var _cancelled := 0  # how many had been opened at the last cancel
 var _restarts_in_a_row := 0
@@ -313,7 +314,7 @@ func _bury() -> bool:
 	_is_gone = true
 	var is_restarted := _may_restart()
 	var streams := _lose_streams()
-	_end_voices("the process ended by itself (process_ended)")
+	_end_voices(_fatal_text if _fatal_was_said else "the process ended by itself (process_ended)")
 	if is_restarted:
 		state = State.STARTING
 	_mutex.unlock()
@@ -447,6 +448,8 @@ func _take(kind: int, payload: PackedByteArray) -> void:  # unknown kinds and ke
 
 
 func _take_numbered(kind: int, payload: PackedByteArray) -> void:
+	if kind == Kind.END and _fatal_was_said:
+		return  # behind a fatal ERROR it says what was sent, which is not all
 	var number := payload.decode_u32(0)
 	var rest := payload.slice(4)
 	var said: Dictionary = JSON.parse_string(rest.get_string_from_utf8()) if kind == Kind.ERROR else {}
@@ -497,6 +500,8 @@ func _push(pcm: PackedByteArray) -> void:
 
 func _say(code: String, message: String, fatal: bool) -> void:
 	_fatal_was_said = _fatal_was_said or fatal
+	if fatal:
+		_fatal_text = "%s (%s)" % [message, code]
 	if _is_stopping:
 		return
 	if fatal and not _may_restart():
@@ -643,6 +648,8 @@ class Voice:
 		var rate := float(client.format["sample_rate"])
 		var chunk_frames: Variant = client.format.get("chunk_frames")  # null where chunks may be cut
 		var chunk := ceili((chunk_frames if chunk_frames else 1) * _frame_samples())
+		if client.format.get("codec_sample_rate", rate) != rate:
+			chunk = maxi(chunk, ceili(rate / 10.0))  # a resampler's tail is up to 81 ms
 		# Or what is gathered could never come.
 		window = maxi(floori(ring_seconds * rate), floori(gathered_ms * rate / 1000.0) + chunk)
 		_granted = window

@@ -282,7 +282,8 @@ export class Voice {
       this.#refuseTooMuchOf(stream, bytes);
       const { sample_rate, codec_sample_rate, frame_samples, chunk_frames } = this.format;
       const chunk = Math.ceil(((chunk_frames ?? 1) * frame_samples * sample_rate) / codec_sample_rate);
-      stream.window = stream.granted = Math.round(this.#bufferSeconds * sample_rate) + chunk;
+      const tail = sample_rate === codec_sample_rate ? 0 : Math.ceil(sample_rate / 10); // a resampler's: up to 81 ms
+      stream.window = stream.granted = Math.round(this.#bufferSeconds * sample_rate) + Math.max(chunk, tail);
       stream.number = this._process._open(this, stream.stream, { ...this.#settings, window_samples: stream.window });
     }
     this.#opened += 1;
