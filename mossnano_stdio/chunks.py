@@ -118,14 +118,20 @@ def _checked_chunk_frames(frames: int) -> int:
     return frames
 
 
-def plan(frames: int, schedule: Schedule) -> list[tuple[int, int]]:
-    """The chunks, (start_frame, frames), of a stream that is there as a whole. `schedule` stays where it is."""
+def plan(frames: int, schedule: Schedule, first_chunk_frames: int = 1) -> list[tuple[int, int]]:
+    """The chunks, (start_frame, frames), of a stream that is there as a whole. `schedule` stays where it is.
+
+    >>> plan(20, Fixed(4), first_chunk_frames=7)
+    [(0, 7), (7, 4), (11, 4), (15, 4), (19, 1)]
+    """
     schedule = copy.copy(schedule)
     schedule.reset()
     chunks = []
     start_frame = 0
     while start_frame < frames:
         chunk_frames = schedule.next_frames(frames - start_frame, final=True)
+        if not start_frame:
+            chunk_frames = max(chunk_frames, min(first_chunk_frames, frames))
         chunks.append((start_frame, chunk_frames))
         start_frame += chunk_frames
         schedule.advance()
@@ -220,10 +226,19 @@ class Encoder(Protocol):
     def format(self) -> CodecFormat: ...
 
     def step(self, audio: Audio) -> Codes:
-        """[frames * frame_samples, channels] -> [frames, quantizers]. The state moves on only when this returns."""
+        """[frames * frame_samples, channels] -> [frames, quantizers]. The state moves on only when this returns.
+
+        An encoder that says `completes_frames` takes a stream's last samples as they are.
+        """
 
     def reset(self) -> None:
         """Forget everything: the next step is the first of a stream."""
+
+
+def first_chunk_frames_of(codec: object) -> int:
+    """How many frames the first chunk of a stream must have, unless they are all. Few codecs need more than one."""
+    frames: int = getattr(codec, "first_chunk_frames", 1)
+    return frames
 
 
 class Steps(Protocol[Rows]):
@@ -253,15 +268,30 @@ class Chunks(Generic[Row]):
         self._on_step = on_step
         self._waiting: Backlog[Row] = Backlog()
         self._finished = False
+        self.first_chunk_frames = first_chunk_frames_of(codec)
+        # Some encoders take a stream's end as it is, inside a frame; for the others it is filled up with silence.
+        self._completes_frames: bool = getattr(codec, "completes_frames", False)
+        self._codec_begins = True  # the next step is the first since the codec was reset
 
     @property
     def _waiting_frames(self) -> int:
+        if self._finished and self._completes_frames:
+            return -(-len(self._waiting) // self._rows_per_frame)
         return len(self._waiting) // self._rows_per_frame
+
+    @property
+    def _least_frames(self) -> int:
+        """Of the next chunk, unless it is the stream's last."""
+        return self.first_chunk_frames if self._codec_begins else 1
 
     @property
     def due_frames(self) -> int:
         """How many frames the next chunk would have; 0 while there is nothing to compute."""
-        return self.schedule.next_frames(self._waiting_frames, self._finished)
+        waiting_frames, least_frames = self._waiting_frames, self._least_frames
+        if waiting_frames < least_frames and not self._finished:
+            return 0
+        scheduled_frames = self.schedule.next_frames(waiting_frames, self._finished)
+        return scheduled_frames and max(scheduled_frames, min(waiting_frames, least_frames))
 
     @property
     def is_complete(self) -> bool:
@@ -271,7 +301,7 @@ class Chunks(Generic[Row]):
     @property
     def is_sated(self) -> bool:
         """Would more frames leave the next chunk as it is?"""
-        return self._waiting_frames >= self.schedule.wanted_frames
+        return self._waiting_frames >= max(self.schedule.wanted_frames, self._least_frames)
 
     def push(self, rows: NDArray[Row]) -> None:
         """Take [rows, ...] of the stream that is open."""
@@ -286,15 +316,20 @@ class Chunks(Generic[Row]):
         self._waiting.clear()
         self._finished = False
         self.schedule.reset()
+        self._restart_codec()
+
+    def _restart_codec(self) -> None:
         self._codec.reset()
+        self._codec_begins = True
 
     def _step(self) -> NDArray[Any] | None:
         """What the codec makes of the chunk that is due. Where the codec refuses it, its frames are gone."""
         frames = self.due_frames
         if not frames:
             return None
-        rows = self._waiting.take(frames * self._rows_per_frame)
+        rows = self._waiting.take(min(frames * self._rows_per_frame, len(self._waiting)))
         self.schedule.advance()
+        self._codec_begins = False
         started = time.perf_counter()
         made = self._codec.step(rows)
         self._on_step(frames, time.perf_counter() - started)
@@ -366,7 +401,7 @@ class DecodingChunks(Chunks[np.uint16]):
         except NonFiniteError as not_finite:
             error = not_finite
             pcm = bytes(frames * self.decoder.format.frame_pcm_bytes)
-            self.decoder.reset()
+            self._restart_codec()
         if self._samples_left is not None:
             sample_bytes = self.decoder.format.sample_bytes
             pcm = pcm[: self._samples_left * sample_bytes]
@@ -393,8 +428,12 @@ class EncodingChunks(Chunks[np.float32]):
         self.original_samples += len(audio)
 
     def finish(self) -> None:
-        """No more samples will come: what is left is due, the last frame filled up with silence."""
+        """No more samples will come: what is left is due, the last frame filled up with silence unless the encoder
+        completes it.
+        """
         super().finish()
+        if self._completes_frames:
+            return
         missing_samples = -len(self._waiting) % self._rows_per_frame
         self._waiting.push(np.zeros((missing_samples, self.encoder.format.channels), np.float32))
 

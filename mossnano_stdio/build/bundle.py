@@ -21,17 +21,22 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mossnano_stdio.build import official
 from mossnano_stdio.build.builder import OPSET, open_data
 from mossnano_stdio.build.checkpoint import Sides, is_checkpoint, load_checkpoint
 from mossnano_stdio.build.decode_step import save_fast_graph
 from mossnano_stdio.build.encode_step import save_encode_step
+from mossnano_stdio.build.encodec_checkpoint import load_encodec, maybe_encodec_file
+from mossnano_stdio.build.encodec_model import EncodecWeights
+from mossnano_stdio.build.encodec_random import ENCODEC_SIZES, save_encodec_standin
+from mossnano_stdio.build.encodec_steps import save_encodec_decode_step, save_encodec_encode_step
+from mossnano_stdio.build.encodec_whole import save_encodec_whole_decode, save_encodec_whole_encode
 from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.build.mimi_checkpoint import load_mimi, maybe_mimi_file
 from mossnano_stdio.build.mimi_model import MimiWeights
@@ -64,6 +69,7 @@ from mossnano_stdio.weights import (
     save_sidecar,
 )
 
+ENCODEC = "encodec"  # the family, as codecs/encodec.py calls it
 MIMI = "mimi"  # the family, as codecs/mimi.py calls it, and what the published weights are called
 STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
@@ -77,6 +83,11 @@ def build_from_checkpoint(checkpoint: Path, folder: Path, sides: Sides = "all", 
     """Build the graphs that a checkpoint gives into `folder`. It may lie inside a text-to-speech model's folder."""
     if (maybe_file := maybe_mimi_file(checkpoint)) is not None:
         save_mimi_bundle(folder, load_mimi(maybe_file), name=_mimi_name(maybe_file), sides=sides, graphs=graphs)
+        return
+    if (maybe_file := maybe_encodec_file(checkpoint)) is not None:
+        save_encodec_bundle(
+            folder, load_encodec(maybe_file), name=_encodec_name(maybe_file), sides=sides, graphs=graphs
+        )
         return
     codec = maybe_codec_inside(checkpoint) or checkpoint
     weights = load_checkpoint(codec, sides)
@@ -171,16 +182,59 @@ def save_mimi_bundle(
         ("decode", "official"): ("decode_full", save_whole_decode),
         ("encode", "official"): ("encode", save_whole_encode),
     }
+    chosen = _chosen(saves, sides, graphs)
+    _save_own_codec(folder, OwnCodec(MIMI, weights.format), weights, chosen, name=name, trial=trial)
+
+
+def save_encodec_bundle(
+    folder: Path,
+    weights: EncodecWeights,
+    *,
+    name: str,
+    sides: Sides = "all",
+    graphs: Graphs = "all",
+    trial: bool = True,
+) -> None:
+    """The same of an EnCodec."""
+    if weights.maybe_segments is not None:
+        raise BundleError("this EnCodec is not causal (48 kHz), so it has no graphs that step; build the one of 24 kHz")
+    saves = {
+        ("decode", "fast"): ("decode_step", save_encodec_decode_step),
+        ("encode", "fast"): ("encode_step", save_encodec_encode_step),
+        ("decode", "official"): ("decode_full", save_encodec_whole_decode),
+        ("encode", "official"): ("encode", save_encodec_whole_encode),
+    }
+    chosen = _chosen(saves, sides, graphs)
+    _save_own_codec(folder, OwnCodec(ENCODEC, weights.format), weights, chosen, name=name, trial=trial)
+
+
+Saves = Mapping[tuple[str, str], tuple[str, Callable[[Path, Any], GraphSpec]]]  # (side, kind) -> graph, what writes it
+
+
+def _chosen(saves: Saves, sides: Sides, graphs: Graphs) -> dict[str, Callable[[Path, Any], GraphSpec]]:
+    return {
+        graph_name: save
+        for (side, kind), (graph_name, save) in saves.items()
+        if sides in ("all", side) and graphs in ("all", kind)
+    }
+
+
+def _save_own_codec(
+    folder: Path,
+    codec: OwnCodec,
+    weights: Any,
+    saves: Mapping[str, Callable[[Path, Any], GraphSpec]],
+    *,
+    name: str,
+    trial: bool,
+) -> None:
+    """Build the graphs of a codec that has no official metadata, and `mossnano.json`, into `folder`."""
     with staged(folder) as stage:
-        built = {
-            graph_name: save(stage, weights)
-            for (side, kind), (graph_name, save) in saves.items()
-            if sides in ("all", side) and graphs in ("all", kind)
-        }
+        built = {graph_name: save(stage, weights) for graph_name, save in saves.items()}
         sidecar = Sidecar(
             name=name,
-            codebook_size=weights.format.codebook_size,
-            maybe_codec=OwnCodec(MIMI, weights.format),
+            codebook_size=codec.format.codebook_size,
+            maybe_codec=codec,
             graphs=built,
             files=record_files(stage, _files_of(built)),
         )
@@ -196,6 +250,18 @@ def _mimi_name(path: Path) -> str:
     return names[0] if names else f"{MIMI}, {path.stem}"
 
 
+def _encodec_name(path: Path) -> str:
+    """What the checkpoint's folder is called; no hashes of published files are known that would say more."""
+    return f"{ENCODEC}, {path.resolve().parent.name}"
+
+
+def build_encodec_standin(folder: Path, model: str, size: str, seed: int, *, trial: bool = True) -> None:
+    """The same of an EnCodec: its checkpoint lies in `folder`/checkpoint."""
+    with staged(folder / "checkpoint") as stage:
+        path = save_encodec_standin(stage, ENCODEC_SIZES[model][size], seed)
+        save_encodec_bundle(folder, load_encodec(path), name=f"{model} {size} stand-in, seed {seed}", trial=trial)
+
+
 def build_mimi_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
     """The same of a Mimi: its checkpoint lies in `folder`/checkpoint, with a config beside it, as other sizes need."""
     with staged(folder / "checkpoint") as stage:
@@ -208,6 +274,9 @@ def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", tr
     """Write a checkpoint of random weights into `folder`/checkpoint, and build the bundle from it into `folder`."""
     if model == MIMI:
         build_mimi_standin(folder, size, seed, trial=trial)
+        return
+    if model in ENCODEC_SIZES:
+        build_encodec_standin(folder, model, size, seed, trial=trial)
         return
     with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
         save_standin(stage, SIZES[model][size], seed)

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import (
     SeekingDecoder,
     load_decoder,
@@ -49,6 +50,7 @@ from mossnano_stdio.weights import Bundle, Graph, load_bundle
 
 DECODED_SECONDS = 15
 FRAMES_PAST_CONTEXT = 12
+REMEMBERED_FRAMES = 40  # for layers without a context: what they remember shows long before
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
 CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
@@ -118,7 +120,7 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
 def try_steps(source: Bundle, built: Bundle) -> None:
     """Compare the steps of `built` with the whole-file graph of `source`, or else with larger steps."""
     runtime = load_runtime(built)
-    frames = max(runtime.layer_context_frames) + FRAMES_PAST_CONTEXT
+    frames = max(runtime.layer_context_frames, default=REMEMBERED_FRAMES) + FRAMES_PAST_CONTEXT
     shape = (frames, built.format.quantizers)
     codes = np.random.default_rng(SEED).integers(0, built.format.codebook_size, shape, dtype=np.uint16)
     if source.has_graph("decode_full"):
@@ -151,8 +153,9 @@ def try_encoder(source: Bundle, built: Bundle) -> None:
     else:
         judged_by = "encode_step"
         stream = runtime.new_encoder()
-        frames = np.split(audio, len(audio) // source.format.frame_samples)
-        expected = np.concatenate([stream.step(np.ascontiguousarray(frame)) for frame in frames])
+        samples = source.format.frame_samples
+        pieces = plan(len(audio) // samples, Fixed(1), first_chunk_frames_of(stream))
+        expected = np.concatenate([stream.step(audio[start * samples : (start + n) * samples]) for start, n in pieces])
     other = np.flatnonzero((found != expected).any(axis=1))
     if other.size * MIN_FRAMES_PER_TIE > len(expected):
         raise CheckFailedError(
@@ -178,6 +181,8 @@ def _decoded(decoder: SeekingDecoder, codes: Codes, chunk_frames: Sequence[int])
     start = 0
     while start < len(codes):
         frames = chunk_frames[len(pieces) % len(chunk_frames)]
+        if not start:
+            frames = max(frames, first_chunk_frames_of(decoder))
         pieces.append(decoder.step(codes[start : start + frames]))
         start += frames
     return np.concatenate(pieces)

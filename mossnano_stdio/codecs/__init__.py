@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder
-from mossnano_stdio.codecs import mimi, moss
+from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder, first_chunk_frames_of
+from mossnano_stdio.codecs import encodec, mimi, moss
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.errors import BundleError
@@ -134,7 +134,7 @@ class EncoderRuntime(Protocol):
         """A stream of its own, at its start."""
 
 
-FAMILIES = cast(tuple[Family, ...], (moss, mimi))
+FAMILIES = cast(tuple[Family, ...], (moss, mimi, encodec))
 
 
 def family_of(bundle: Bundle) -> Family:
@@ -243,12 +243,16 @@ def _step_of_nothing(runtime: Runtime | EncoderRuntime) -> Callable[[int], objec
     return lambda frames: decoder.step(np.zeros((frames, codec.quantizers), np.uint16))
 
 
-def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:
+def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> int:
     """Bring a decoder to `start_frame` of a stream by decoding the `maybe_warm_up` frames before it, or all (None).
 
-    What lies further back is missing from the caches.
+    What lies further back is missing from the caches. Returns where the decoder stands: before `start_frame` only where
+    a stream's first chunk would have fewer frames than the codec needs in it.
     """
     begin = 0 if maybe_warm_up is None else max(0, start_frame - maybe_warm_up)
     decoder.reset(begin)
+    if start_frame - begin < first_chunk_frames_of(decoder):
+        return begin
     for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
         decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])
+    return start_frame

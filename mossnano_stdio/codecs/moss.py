@@ -316,6 +316,10 @@ class StreamEncoder(InPlaceSteps):
         frames, rest = divmod(len(audio), frame_samples)
         if rest:
             raise UsageError(f"{len(audio)} samples, allowed are whole frames of {frame_samples}")
+        return self._encoded(audio, frames)
+
+    def _encoded(self, audio: NDArray[np.float32], frames: int) -> Codes:
+        frame_samples = self.format.frame_samples
         audio = np.ascontiguousarray(audio, dtype=np.float32)
         codes = np.empty((frames, self.format.quantizers), dtype=np.int32)
         self._stream.step(

@@ -120,6 +120,7 @@ class Connection:
                 "max_audio_bytes": self.max_audio_bytes,
                 "chunk_frames": schedule.maybe_chunk_frames,
                 "max_chunk_frames": schedule.max_frames,
+                **({"first_chunk_frames": first} if (first := self._chunks.first_chunk_frames) > 1 else {}),
             },
         )
 

@@ -16,12 +16,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio import codecs
+from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import EncoderRuntime, GraphName, Runtime, UnfitRuntimeError
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.pcm import FULL_SCALE
@@ -223,8 +224,16 @@ def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> 
 def _stepped_reference(runtime: Runtime) -> tuple[Codes, Audio]:
     """Decode seeded codes frame by frame."""
     codes = _random_codes(runtime.format)
-    decoder = runtime.new_decoder()
-    return codes, np.concatenate([decoder.step(codes[frame : frame + 1]) for frame in range(len(codes))])
+    return codes, _stepped(runtime.new_decoder(), codes, 1)
+
+
+def _stepped(codec: Any, rows: NDArray[Any], chunk_frames: int, rows_per_frame: int = 1) -> NDArray[Any]:
+    """What a decoder, or an encoder, makes of all rows in chunks of one size."""
+    frames = len(rows) // rows_per_frame
+    chunks = plan(frames, Fixed(chunk_frames), first_chunk_frames_of(codec))
+    return np.concatenate(
+        [codec.step(rows[start * rows_per_frame : (start + count) * rows_per_frame]) for start, count in chunks]
+    )
 
 
 def _reference(full: FullDecoder) -> tuple[Codes, Audio]:
@@ -254,9 +263,7 @@ def _judge_reference(judge: str, whole: Audio) -> Row:
 def _judge_chunks(runtime: Runtime, codes: Codes, whole: Audio, chunk_frames: int, judge: str) -> Row:
     name = f"{runtime.graph_name}, chunks of {chunk_frames}"
     try:
-        decoder = runtime.new_decoder()
-        starts = range(0, len(codes), chunk_frames)
-        stepped = np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
+        stepped = _stepped(runtime.new_decoder(), codes, chunk_frames)
     except MossnanoError as error:
         return Row("FAILED", "sound", name, str(error))
     steps = float(np.abs(stepped - whole).max()) * FULL_SCALE
@@ -267,10 +274,7 @@ def _judge_chunks(runtime: Runtime, codes: Codes, whole: Audio, chunk_frames: in
 def _judge_encoded_chunks(encoder: EncoderRuntime, audio: Audio, expected: Codes, chunk_frames: int) -> Row:
     name = f"{encoder.graph_name}, chunks of {chunk_frames}"
     try:
-        stream = encoder.new_encoder()
-        chunk_samples = chunk_frames * encoder.format.frame_samples
-        starts = range(0, len(audio), chunk_samples)
-        stepped = np.concatenate([stream.step(audio[start : start + chunk_samples]) for start in starts])
+        stepped = _stepped(encoder.new_encoder(), audio, chunk_frames, encoder.format.frame_samples)
     except MossnanoError as error:
         return Row("FAILED", "sound", name, str(error))
     agreeing = float(np.mean(stepped == expected))

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule
+from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule, first_chunk_frames_of
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm import WavWriter
@@ -176,7 +176,9 @@ def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Par
         raise UsageError(str(error)) from None
     first_frame = samples.start // codec_format.frame_samples
     end_frame = -(-samples.stop // codec_format.frame_samples)
-    seek(decoder, artifact.codes, first_frame, maybe_warm_up_frames(runtime, args.warm_up))
+    first_frame = seek(decoder, artifact.codes, first_frame, maybe_warm_up_frames(runtime, args.warm_up))
+    if first_frame < end_frame:  # how a stream begins, its first frames say together
+        end_frame = max(end_frame, first_frame + first_chunk_frames_of(decoder))
     skipped_samples = samples.start - first_frame * codec_format.frame_samples
     return _Part(artifact.codes[first_frame:end_frame], skipped_samples, len(samples))
 
