@@ -32,6 +32,7 @@ from mossnano_stdio.codecs import (
     load_encoder,
     load_runtime,
     maybe_warm_up_frames,
+    refuse_segments,
     seek,
 )
 from mossnano_stdio.errors import BundleError, UsageError
@@ -127,6 +128,7 @@ class Codec:
     ) -> Self:
         """Load `weights`: a folder, "demo", or None for the folders that `mossnano fetch` writes to."""
         bundle = load_bundle(find_weights(None if weights is None else os.fspath(weights)))
+        refuse_segments(bundle)
         try:
             return cls(bundle, load_runtime(bundle, provider=provider, threads=threads, graph=graph))
         except UsageError as error:

@@ -36,7 +36,12 @@ from mossnano_stdio.build.encodec_checkpoint import load_encodec, maybe_encodec_
 from mossnano_stdio.build.encodec_model import EncodecWeights
 from mossnano_stdio.build.encodec_random import ENCODEC_SIZES, save_encodec_standin
 from mossnano_stdio.build.encodec_steps import save_encodec_decode_step, save_encodec_encode_step
-from mossnano_stdio.build.encodec_whole import save_encodec_whole_decode, save_encodec_whole_encode
+from mossnano_stdio.build.encodec_whole import (
+    save_encodec_segment_decode,
+    save_encodec_segment_encode,
+    save_encodec_whole_decode,
+    save_encodec_whole_encode,
+)
 from mossnano_stdio.build.extract import extract_weights
 from mossnano_stdio.build.mimi_checkpoint import load_mimi, maybe_mimi_file
 from mossnano_stdio.build.mimi_model import MimiWeights
@@ -196,14 +201,17 @@ def save_encodec_bundle(
     trial: bool = True,
 ) -> None:
     """The same of an EnCodec."""
-    if weights.maybe_segments is not None:
-        raise BundleError("this EnCodec is not causal (48 kHz), so it has no graphs that step; build the one of 24 kHz")
-    saves = {
+    saves: Saves = {
         ("decode", "fast"): ("decode_step", save_encodec_decode_step),
         ("encode", "fast"): ("encode_step", save_encodec_encode_step),
         ("decode", "official"): ("decode_full", save_encodec_whole_decode),
         ("encode", "official"): ("encode", save_encodec_whole_encode),
     }
+    if weights.maybe_segments is not None:  # of which there is one kind
+        saves = {
+            ("decode", graphs): ("decode_segment", save_encodec_segment_decode),
+            ("encode", graphs): ("encode_segment", save_encodec_segment_encode),
+        }
     chosen = _chosen(saves, sides, graphs)
     _save_own_codec(folder, OwnCodec(ENCODEC, weights.format), weights, chosen, name=name, trial=trial)
 

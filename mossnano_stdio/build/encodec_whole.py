@@ -1,4 +1,14 @@
-"""EnCodec over whole recordings: decode_full and encode of a causal model, in the official inputs and outputs.
+"""EnCodec over all columns at once, recordings of a causal model and segments of one that is not.
+
+    decode_full, encode     of a causal model, with the official contract's inputs and outputs
+
+    decode_segment
+    rows       int32 [frames, quantizers]   row of each code in one table of all codebooks; the last row is all zeros
+    audio      float32 [samples, channels]  not yet multiplied by the segment's scale
+
+    encode_segment
+    audio      float32 [samples, channels]  divided by the segment's scale
+    codes      int32 [frames, quantizers]
 
 Rules of this room:
 
@@ -33,6 +43,10 @@ DECODE_WHOLE_FILE = "encodec_decode_full.onnx"
 DECODE_WHOLE_DATA = "encodec_decode_full.data"
 ENCODE_WHOLE_FILE = "encodec_encode.onnx"
 ENCODE_WHOLE_DATA = "encodec_encode.data"
+DECODE_SEGMENT_FILE = "encodec_decode_segment.onnx"
+DECODE_SEGMENT_DATA = "encodec_decode_segment.data"
+ENCODE_SEGMENT_FILE = "encodec_encode_segment.onnx"
+ENCODE_SEGMENT_DATA = "encodec_encode_segment.data"
 NORM_EPSILON = 1e-5
 
 
@@ -43,7 +57,9 @@ def save_encodec_whole_decode(folder: Path, weights: EncodecWeights) -> GraphSpe
         codes, lengths = DECODE_INPUTS
         graph.input(codes, np.int32, [1, "code_length", codec.quantizers])
         graph.input(lengths, np.int32, [1])
-        x = graph.looked_up(graph.op("Squeeze", codes, graph.constant([0])), weights.codebooks)
+        firsts = graph.constant(np.arange(codec.quantizers) * codec.codebook_size, np.int32)
+        rows = graph.op("Add", graph.op("Squeeze", codes, graph.constant([0])), firsts)
+        x = graph.looked_up(rows, weights.codebooks)
         graph.op("Identity", graph.convolved(x, "decoder", weights.decoder), result=DECODE_OUTPUTS[0])
         graph.op("Mul", lengths, graph.constant([codec.frame_samples], np.int32), result=DECODE_OUTPUTS[1])
         graph.output(DECODE_OUTPUTS[0], np.float32, [1, codec.channels, "audio_length"])
@@ -82,6 +98,36 @@ def save_encodec_whole_encode(folder: Path, weights: EncodecWeights) -> GraphSpe
     )
 
 
+def save_encodec_segment_decode(folder: Path, weights: EncodecWeights) -> GraphSpec:
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
+    with open_data(folder / DECODE_SEGMENT_DATA) as data:
+        graph, codec = _Whole("encodec_decode_segment", data, is_causal=False), weights.format
+        rows = graph.input("rows", np.int32, ["frames", codec.quantizers])
+        x = graph.convolved(graph.looked_up(rows, weights.codebooks), "decoder", weights.decoder)
+        graph.op("Transpose", graph.op("Squeeze", x, graph.constant([0])), perm=[1, 0], result="audio")
+        graph.output("audio", np.float32, ["samples", codec.channels])
+        graph.save(folder / DECODE_SEGMENT_FILE)
+    return GraphSpec(DECODE_SEGMENT_FILE, (DECODE_SEGMENT_DATA,), facts=_segment_facts(weights))
+
+
+def save_encodec_segment_encode(folder: Path, weights: EncodecWeights) -> GraphSpec:
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
+    with open_data(folder / ENCODE_SEGMENT_DATA) as data:
+        graph, codec = _Whole("encodec_encode_segment", data, is_causal=False), weights.format
+        audio = graph.input("audio", np.float32, ["samples", codec.channels])
+        x = graph.op("Unsqueeze", graph.op("Transpose", audio, perm=[1, 0]), graph.constant([0]))
+        codes = graph.searched(graph.convolved(x, "encoder", weights.encoder), weights.codebooks)
+        graph.op("Identity", codes, result="codes")
+        graph.output("codes", np.int32, ["frames", codec.quantizers])
+        graph.save(folder / ENCODE_SEGMENT_FILE)
+    return GraphSpec(ENCODE_SEGMENT_FILE, (ENCODE_SEGMENT_DATA,), facts=_segment_facts(weights))
+
+
+def _segment_facts(weights: EncodecWeights) -> dict[str, int]:
+    assert weights.maybe_segments is not None
+    return {"segment_samples": weights.maybe_segments.length, "segment_stride": weights.maybe_segments.stride}
+
+
 class _Whole(GraphBuilder):
     """A graph over all columns at once."""
 
@@ -91,14 +137,10 @@ class _Whole(GraphBuilder):
 
     # --- codes ------------------------------------------------------------------------------------------------------
 
-    def looked_up(self, codes: str, codebooks: Array) -> str:
-        """int32 [frames, quantizers] -> the sum of their rows, [1, features, frames]. A code of -1 has no row."""
-        quantizers, size, features = codebooks.shape
-        rows = np.concatenate([codebooks.reshape(-1, features), np.zeros((1, features), np.float32)])
-        firsts = self.constant(np.arange(quantizers) * size, np.int32)
-        is_left_out = self.op("Less", codes, self.constant(0, np.int32))
-        places = self.op("Where", is_left_out, self.constant(len(rows) - 1, np.int32), self.op("Add", codes, firsts))
-        found = self.op("Gather", self.weight("codebooks", rows), places, axis=0)
+    def looked_up(self, rows: str, codebooks: Array) -> str:
+        """int32 [frames, quantizers] -> the sum of these rows, [1, features, frames]."""
+        table = np.pad(codebooks.reshape(-1, codebooks.shape[2]), ((0, 1), (0, 0)))
+        found = self.op("Gather", self.weight("codebooks", table), rows, axis=0)
         summed = self.op("ReduceSum", found, self.constant([1]), keepdims=0)
         return self.op("Unsqueeze", self.op("Transpose", summed, perm=[1, 0]), self.constant([0]))
 

@@ -10,6 +10,7 @@ Rules of this room:
   the longest context.
 - Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
   MIN_FRAMES_PER_TIE.
+- A graph over segments has nothing beside it to be compared with: it must give sound.
 - Where a bundle has no official graphs, ours are run once more, in chunks of one size only: both must be the same, and
   neither silence. That shows that a state is lost, not that a weight is wrong.
 - The error for a departure says at which frame it begins and how large it is.
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import (
     SeekingDecoder,
+    SegmentDecoder,
     load_decoder,
     load_encoder_runtime,
     load_full_decoder,
@@ -100,6 +102,8 @@ def try_graphs(source: Bundle, built: Bundle) -> None:
         try_decoder(source, built)
     elif built.has_graph("decode_step"):
         try_steps(source, built)
+    elif built.has_graph("decode_segment"):
+        try_segments(built)
     if built.has_graph("encode_step"):
         try_encoder(source, built)
 
@@ -129,6 +133,19 @@ def try_steps(source: Bundle, built: Bundle) -> None:
         reference = source.graph("decode_step")
         expected = _decoded(runtime.new_decoder(), codes, CHUNK_FRAMES[-1:])
     _compare(_decoded(runtime.new_decoder(), codes, CHUNK_FRAMES), expected, frames, "stepping", reference)
+
+
+def try_segments(built: Bundle) -> None:
+    """Decode seeded codes in two lengths. There is no other graph to compare them with, but silence is wrong."""
+    decoder = load_runtime(built).new_decoder()
+    assert isinstance(decoder, SegmentDecoder)
+    for frames in (1, FRAMES_PAST_CONTEXT):
+        shape = (frames, built.format.quantizers)
+        codes = np.random.default_rng(SEED).integers(0, built.format.codebook_size, shape, dtype=np.uint16)
+        audio = decoder.decode_segment(codes, 1.0)
+        if not np.isfinite(audio).all() or not audio.any():
+            path = built.graph("decode_segment").path
+            raise CheckFailedError(f"{path}: gives silence, or no numbers, for random codes, so nothing is kept")
 
 
 def _compare(found: Audio, expected: Audio, frames: int, what: str, reference: Graph) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder, first_chunk_frames_of
 from mossnano_stdio.codecs import encodec, mimi, moss
+from mossnano_stdio.codecs.encodec import SegmentDecoder, SegmentEncoder, SegmentRuntime, refuse_segments
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.errors import BundleError
@@ -38,6 +39,9 @@ __all__ = [
     "GraphName",
     "Runtime",
     "SeekingDecoder",
+    "SegmentDecoder",
+    "SegmentEncoder",
+    "SegmentRuntime",
     "UnfitRuntimeError",
     "default_threads",
     "family_of",
@@ -47,8 +51,10 @@ __all__ = [
     "load_full_decoder",
     "load_full_encoder",
     "load_runtime",
+    "load_segment_encoder",
     "maybe_warm_up_frames",
     "ramp_second_frames",
+    "refuse_segments",
     "seek",
     "stepping_graphs",
 ]
@@ -180,12 +186,18 @@ def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None =
             return load_encoder_runtime(bundle, provider=provider, threads=threads)
         except UnfitRuntimeError as error:
             log.warning("%s; recordings are encoded as a whole instead", error)
+    refuse_segments(bundle)
     if not bundle.has_graph("encode"):
         raise BundleError(
             f"{bundle.folder}: has no encoder; `mossnano fetch --what encode` gets the official one, "
             "`mossnano build` makes a streaming one"
         )
     return load_full_encoder(bundle, provider=provider, threads=threads)
+
+
+def load_segment_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> SegmentEncoder:
+    """Segments with their scales, of a codec that knows nothing else."""
+    return SegmentEncoder(bundle, Engine.of(provider, threads))
 
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:

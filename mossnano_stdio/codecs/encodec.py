@@ -1,7 +1,8 @@
 """EnCodec: convolutions around an LSTM, at 75 or 150 frames/s.
 
 The model of 24 kHz is causal and runs frame by frame (build/encodec_steps.py has its graphs' contracts). What differs
-from other graphs that step is how a stream begins and ends.
+from other graphs that step is how a stream begins and ends. The model of 48 kHz looks ahead: it codes segments of a
+second (build/encodec_whole.py), each by itself, which overlap.
 
 Rules of this room:
 
@@ -10,50 +11,69 @@ Rules of this room:
 - A recording that ends inside a frame is encoded as it is: it is completed by mirroring, not by silence.
 - A frame may have any number of codes from 1 on: the first so many codebooks are decoded.
 - An LSTM looks back as far as its stream goes. So to begin in the middle, all of what lies before is decoded.
+- A segment has a scale, by which its sound is multiplied, and which is no code. So frames of codes alone, as they come
+  in TOKENS and in a `.mossnano`, are not decoded by a model that has segments.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.codecs.contract import check_audio_in
-from mossnano_stdio.codecs.engine import Engine
+from mossnano_stdio.codecs.contract import FLOAT32, INT32, check_audio_in, check_codes, check_codes_out
+from mossnano_stdio.codecs.engine import Engine, TensorSpec, check_contract, open_session
 from mossnano_stdio.codecs.moss import (
     DecodeRowsRuntime,
     FastDecoder,
     InPlaceRuntime,
     StreamEncoder,
     StreamEncoderRuntime,
+    table_rows,
 )
 from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES
-from mossnano_stdio.errors import UsageError
-from mossnano_stdio.tokens import Codes
-from mossnano_stdio.weights import Bundle
+from mossnano_stdio.errors import BundleError, DecodeError, UsageError
+from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.weights import Bundle, Graph
 from mossnano_stdio.weights.checked_json import Entry
 
 NAME = "encodec"  # as `mossnano.json` calls the family, too
-STEPPING_GRAPHS = {"decode_step": None}
+STEPPING_GRAPHS = {"decode_step": None, "decode_segment": None}  # a bundle has one of them
+LEAST_SCALE = 1e-8  # what silence is divided by
 
 
 def recognises(bundle: Bundle) -> bool:
     return bundle.sidecar.maybe_codec is not None and bundle.sidecar.maybe_codec.family == NAME
 
 
-def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> EncodecRuntime:
-    if graph not in (None, EncodecRuntime.graph_name):
+def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> EncodecRuntime | SegmentRuntime:
+    if graph is not None:
         raise UsageError(f"graph {graph!r} is not known, {NAME} has one graph that decodes; leave the choice out")
+    if "decode_segment" in bundle.graphs:
+        return SegmentRuntime(bundle, engine)
     return EncodecRuntime(bundle, engine)
 
 
 def load_encoder_runtime(bundle: Bundle, engine: Engine) -> EncodecEncoderRuntime:
+    refuse_segments(bundle)
     return EncodecEncoderRuntime(bundle, engine)
 
 
-def maybe_look_back_frames(runtime: EncodecRuntime) -> int | None:
+def refuse_segments(bundle: Bundle) -> None:
+    """For whoever knows frames of codes only."""
+    if bundle.graphs.keys() & {"decode_segment", "encode_segment"}:
+        raise BundleError(
+            f"{bundle.folder}: this codec knows segments of a second, each with a scale, which codes alone do not "
+            "hold; `mossnano encode` and `mossnano decode` write and read them in .ecdc files"
+        )
+
+
+def maybe_look_back_frames(runtime: Any) -> int | None:
     return None
+
+
+# --- frame by frame ----------------------------------------------------------------------------------------------
 
 
 class EncodecRuntime(DecodeRowsRuntime):
@@ -138,3 +158,108 @@ def _check_goes_on(seen_frames: int, first_chunk_frames: int) -> None:
             f"this stream began with {seen_frames} frames, as if they were all; one that goes on begins with "
             f"{first_chunk_frames} or more"
         )
+
+
+# --- a segment at a time -----------------------------------------------------------------------------------------
+
+
+class _SegmentGraph:
+    """A loaded graph over whole segments. It has no state: any number of threads may share it."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, graph: Graph, taken: str, given: str) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.format: CodecFormat = bundle.format
+        self.precision = graph.precision
+        self.session = open_session(graph, engine)
+        specs = {
+            "audio": TensorSpec((None, self.format.channels), FLOAT32),
+            "rows": TensorSpec((None, self.format.quantizers), INT32),
+            "codes": TensorSpec((None, self.format.quantizers), INT32),
+        }
+        check_contract(self.session, {taken: specs[taken]}, {given: specs[given]}, ())
+        facts = Entry(dict(graph.facts), f"{graph.path}: facts")
+        self.segment_samples = facts.at("segment_samples").whole(least=1)
+        self.segment_stride = facts.at("segment_stride").whole(1, self.segment_samples)
+
+    @property
+    def segment_frames(self) -> int:
+        return -(-self.segment_samples // self.format.frame_samples)
+
+
+class SegmentRuntime(_SegmentGraph):
+    """The graph that decodes."""
+
+    graph_name = "decode_segment"
+    decodes_prefix = True
+    layer_context_frames: tuple[int, ...] = ()
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        super().__init__(bundle, engine, bundle.graph(self.graph_name), "rows", "audio")
+
+    def new_decoder(self) -> SegmentDecoder:
+        return SegmentDecoder(self)
+
+
+class SegmentDecoder:
+    """Segments in, their sound out. Whoever overlaps them knows in which order they come."""
+
+    decodes_prefix = True
+    next_frame = 0
+
+    def __init__(self, runtime: SegmentRuntime) -> None:
+        self.runtime = runtime
+        self.format = runtime.format
+        self.segment_stride = runtime.segment_stride
+        self.first_chunk_frames = self.segment_frames = runtime.segment_frames
+
+    def decode_segment(self, codes: Codes, scale: float) -> NDArray[np.float32]:
+        """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
+        check_codes(codes, self.format, least_quantizers=1)
+        session = self.runtime.session
+        (audio,) = session.run(["audio"], {"rows": table_rows(codes, self.format)})
+        due = (len(codes) * self.format.frame_samples, self.format.channels)
+        if audio.shape != due:
+            raise DecodeError(
+                f"{session.graph.path}: {len(codes)} frames gave {list(audio.shape)}, {list(due)} was due"
+            )
+        scaled: NDArray[np.float32] = audio * np.float32(scale)
+        return scaled
+
+    def step(self, codes: Codes) -> NoReturn:
+        raise UsageError(
+            "this codec decodes whole segments with their scales, as an .ecdc has them; frames of codes alone have none"
+        )
+
+    def reset(self, start_frame: int = 0) -> None:
+        """Does nothing: no segment leaves anything to the next one."""
+
+    def snapshot(self) -> None:
+        """Nothing is left behind."""
+
+    def restore(self, state: Any) -> None:
+        """Does nothing, as `reset`."""
+
+
+class SegmentEncoder(_SegmentGraph):
+    """The graph that encodes."""
+
+    graph_name = "encode_segment"
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        super().__init__(bundle, engine, bundle.graph(self.graph_name), "audio", "codes")
+
+    def encode_segment(self, audio: NDArray[np.float32]) -> tuple[Codes, float]:
+        """[samples, channels] -> [frames, quantizers], one frame for each that is begun, and the segment's scale."""
+        check_audio_in(audio, self.format)
+        mono = audio.mean(axis=1, dtype=np.float32)
+        scale = np.float32(np.sqrt(np.mean(np.square(mono), dtype=np.float32)) + np.float32(LEAST_SCALE))
+        levelled = np.ascontiguousarray(audio / scale, np.float32)
+        (codes,) = self.session.run(["codes"], {"audio": levelled})
+        due = (-(-len(audio) // self.format.frame_samples), self.format.quantizers)
+        if codes.shape != due:
+            raise DecodeError(
+                f"{self.session.graph.path}: {len(audio)} samples gave codes {list(codes.shape)}, {list(due)} was due"
+            )
+        check_codes_out(self.session.graph.path, codes, self.format)
+        return codes.astype(np.uint16), float(scale)

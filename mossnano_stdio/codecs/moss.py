@@ -288,7 +288,7 @@ class FastDecoder(InPlaceSteps):
         """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
         check_codes(codes, self.format, least_quantizers=1)
         frames, frame_samples = len(codes), self.format.frame_samples
-        rows = _rows(codes, self.format)
+        rows = table_rows(codes, self.format)
         audio = np.empty((frames * frame_samples, self.format.channels), dtype=np.float32)
         self._stream.step(
             frames,
@@ -298,7 +298,7 @@ class FastDecoder(InPlaceSteps):
         return audio
 
 
-def _rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
+def table_rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
     """Which row of the one table of all codebooks each code means; the last row for quantizers that are left out."""
     rows = np.full((len(codes), codec.quantizers), codec.quantizers * codec.codebook_size, dtype=np.int32)
     present = codes.shape[1]

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mossnano_stdio import __version__
-from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp
-from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp, SegmentingDecoder
+from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError, UsageError
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
     add_chunk_arguments,
@@ -50,7 +50,7 @@ from mossnano_stdio.protocol import (
     parse_json,
 )
 from mossnano_stdio.protocol.connection import Connection, Direction, error_message
-from mossnano_stdio.protocol.decoding import DECODE, DECODE_TO_ZEROS
+from mossnano_stdio.protocol.decoding import DECODE, DECODE_SEGMENTS, DECODE_TO_ZEROS
 from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.tokens import CodecFormat
 
@@ -76,7 +76,11 @@ Loader = Callable[[argparse.Namespace], Loaded]
 
 
 def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
-    decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
+    codes = np.zeros((1, decoder.format.quantizers), np.uint16)
+    if isinstance(decoder, SegmentingDecoder):
+        decoder.decode_segment(codes, 1.0)
+        return Loaded(DECODE_SEGMENTS, decoder, identity)
+    decoder.step(codes)
     decoder.reset()
     return Loaded(DECODE, decoder, identity)
 
@@ -239,6 +243,8 @@ class _Process:
         options = self._options
         frames_per_second = loaded.codec.format.frames_per_second
         times = self._maybe_times = StepTimes(frames_per_second)
+        if options.stop_on_zero_frame and loaded.direction is DECODE_SEGMENTS:
+            raise UsageError("--stop-on-zero-frame is for frames of codes, these weights decode segments; leave it out")
         identity = {
             "protocol": VERSION,
             "name": PROGRAM,

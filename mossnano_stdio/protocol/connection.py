@@ -121,6 +121,7 @@ class Connection:
                 "chunk_frames": schedule.maybe_chunk_frames,
                 "max_chunk_frames": schedule.max_frames,
                 **({"first_chunk_frames": first} if (first := self._chunks.first_chunk_frames) > 1 else {}),
+                **({"segment_frames": self.codec.segment_frames} if hasattr(self.codec, "segment_frames") else {}),
             },
         )
 

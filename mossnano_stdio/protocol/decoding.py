@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
-from mossnano_stdio.chunks import Chunks, Decoder, DecodingChunks
+from mossnano_stdio.chunks import SCALES_NEEDED, Chunks, Decoder, DecodingChunks, SegmentChunks
 from mossnano_stdio.errors import ArtifactError, MossnanoError, SettingsError, TokenError
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
 from mossnano_stdio.protocol.stream import Answers, Owner, State, Stream
 from mossnano_stdio.tokens import MAGIC, ArtifactReader, unpack_frames
+from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, EcdcReader
 
 
 class DecodingStream(Stream):
@@ -28,7 +29,7 @@ class DecodingStream(Stream):
 
     def __init__(self, number: int, state: State, chunks: Chunks[Any], opened_seconds: float) -> None:
         super().__init__(number, state, chunks, opened_seconds)
-        self.artifact = ArtifactReader()
+        self.artifact: ArtifactReader | EcdcReader = ArtifactReader()  # until its first byte says what it is
 
     def step(self, owner: Owner) -> Answers:
         chunk = self.chunks.step()
@@ -53,6 +54,12 @@ class DecodingStream(Stream):
         return self.artifact_cut() if self.state is State.ARTIFACT else None
 
     def artifact_cut(self) -> ArtifactError:
+        if isinstance(self.artifact, EcdcReader):
+            try:
+                self.artifact.finish()
+            except ArtifactError as error:
+                return ArtifactError(f"{error}: send all of it, then no END")
+        assert isinstance(self.artifact, ArtifactReader)
         return ArtifactError(
             f"the artifact ended {self.artifact.missing_bytes} bytes before its end: send all of it, then no END"
         )
@@ -80,11 +87,25 @@ def push_tokens(connection: Connection, stream: Stream, message: Message) -> Ans
         stream.chunks.push(codes)
 
 
+def refuse_tokens(connection: Connection, stream: None, message: Message) -> Answers:
+    """Frames of codes, for a codec that decodes segments with their scales."""
+    yield from connection.fail(connection.open_stream(State.TOKENS), TokenError(SCALES_NEEDED))
+
+
 def open_artifact(connection: Connection, stream: None, message: Message) -> Answers:
     yield from grow_artifact(connection, connection.open_stream(State.ARTIFACT), message)
 
 
 def grow_artifact(connection: Connection, stream: Any, message: Message) -> Answers:
+    if (
+        isinstance(stream.artifact, ArtifactReader)
+        and stream.artifact.is_empty
+        and message.payload[:1] == ECDC_MAGIC[:1]
+    ):
+        stream.artifact = EcdcReader()
+    if isinstance(stream.artifact, EcdcReader):
+        yield from _grow_ecdc(connection, stream, stream.artifact, message)
+        return
     try:
         missing_bytes = stream.artifact.push(message.payload)
         if stream.artifact.maybe_header is not None:  # what does not fit is refused before its body takes memory
@@ -92,12 +113,35 @@ def grow_artifact(connection: Connection, stream: Any, message: Message) -> Answ
         if missing_bytes:
             return
         artifact = stream.artifact.artifact()
+        if not stream.is_dropped:
+            stream.chunks.push(artifact.codes)
     except ArtifactError as error:
         yield from connection.fail(stream, error)
         return
     if not stream.is_dropped:
-        stream.chunks.push(artifact.codes)
         stream.chunks.finish(artifact.original_samples)
+        yield from connection.compute_due()
+    yield from connection.finish(stream, Message(Kind.END))
+
+
+def _grow_ecdc(connection: Connection, stream: DecodingStream, reader: EcdcReader, message: Message) -> Answers:
+    """Each segment goes through the codec as soon as it is there."""
+    try:
+        for segment in reader.push(message.payload):
+            if reader.maybe_header is not None:
+                reader.maybe_header.check_fits(connection.format)
+            if not stream.is_dropped:
+                stream.chunks.push_segment(segment)
+        if reader.maybe_header is not None:  # what does not fit is refused before its body takes memory
+            reader.maybe_header.check_fits(connection.format)
+        if not reader.is_complete:
+            return
+    except ArtifactError as error:
+        yield from connection.compute_due()  # what came before it is whole
+        yield from connection.fail(stream, error)
+        return
+    if not stream.is_dropped:
+        stream.chunks.finish(reader.finish().original_samples)
         yield from connection.compute_due()
     yield from connection.finish(stream, Message(Kind.END))
 
@@ -110,7 +154,7 @@ def cut_artifact(connection: Connection, stream: DecodingStream, message: Messag
 
 def skip_artifact(connection: Connection, stream: DecodingStream, message: Message) -> Answers:
     """The rest of a bad stream, unless it begins like a new artifact."""
-    if message.payload.startswith(MAGIC):
+    if message.payload.startswith((MAGIC, ECDC_MAGIC)):
         yield from connection.finish(stream, Message(Kind.END))
         yield from open_artifact(connection, None, message)
 
@@ -160,4 +204,9 @@ DECODING: Final[Mapping[tuple[State, Kind], Action]] = {
 }
 
 DECODE: Final = Direction("decode", "TOKENS or ARTIFACT", DECODING, DecodingStream, DecodingChunks, check_quantizers)
+DECODE_SEGMENTS: Final = DECODE._replace(
+    opened_by="ARTIFACT",
+    transitions={**DECODING, (State.IDLE, Kind.TOKENS): refuse_tokens},
+    new_chunks=SegmentChunks,
+)
 DECODE_TO_ZEROS: Final = DECODE._replace(new_chunks=partial(DecodingChunks, stops_on_zero_frame=True))

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio import codecs
-from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
-from mossnano_stdio.codecs import EncoderRuntime, GraphName, Runtime, UnfitRuntimeError
+from mossnano_stdio.chunks import Fixed, SegmentingDecoder, first_chunk_frames_of, plan
+from mossnano_stdio.codecs import EncoderRuntime, GraphName, Runtime, SegmentRuntime, UnfitRuntimeError
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.pcm import FULL_SCALE
 from mossnano_stdio.process.flags import add_engine_arguments
@@ -32,7 +32,7 @@ from mossnano_stdio.tools.facts import as_json
 from mossnano_stdio.weights import DEMO, Bundle, WeightFile, find_weights, load_bundle
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import FullDecoder, FullEncoder
+    from mossnano_stdio.codecs import FullDecoder, FullEncoder, SegmentEncoder
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
@@ -140,6 +140,7 @@ class _Graphs:
         self.maybe_full_decoder: FullDecoder | None = None
         self.maybe_encoder: EncoderRuntime | None = None
         self.maybe_full_encoder: FullEncoder | None = None
+        self.maybe_segment_encoder: SegmentEncoder | None = None
 
     def check(self) -> Iterator[Row]:
         """Load every graph that is there."""
@@ -172,6 +173,9 @@ class _Graphs:
         def load_full_encoder() -> None:
             self.maybe_full_encoder = codecs.load_full_encoder(bundle, **engine)
 
+        def load_segment_encoder() -> None:
+            self.maybe_segment_encoder = codecs.load_segment_encoder(bundle, **engine)
+
         stepping = {name: partial(load_runtime, graph) for name, graph in codecs.stepping_graphs(bundle).items()}
         return {
             "decode_step": stepping.pop("decode_step"),
@@ -179,6 +183,7 @@ class _Graphs:
             "encode": load_full_encoder,
             **stepping,
             "encode_step": load_encoder,
+            "encode_segment": load_segment_encoder,
         }
 
 
@@ -187,6 +192,9 @@ class _Graphs:
 
 def _check_sound(graphs: _Graphs) -> Iterator[Row]:
     judge = "decode_full"
+    if any(isinstance(runtime, SegmentRuntime) for runtime in graphs.runtimes):
+        yield from _check_segments(graphs)
+        return
     try:
         if graphs.maybe_full_decoder:
             codes, whole = _reference(graphs.maybe_full_decoder)
@@ -207,6 +215,21 @@ def _check_sound(graphs: _Graphs) -> Iterator[Row]:
                 yield _judge_chunks(runtime, codes, whole, chunk_frames, judge)
     if graphs.maybe_encoder and graphs.maybe_full_encoder:
         yield from _check_encoder(graphs.maybe_encoder, graphs.maybe_full_encoder, whole)
+
+
+def _check_segments(graphs: _Graphs) -> Iterator[Row]:
+    """There is one graph of each kind, so what they give is looked at, but not compared."""
+    (runtime,) = graphs.runtimes
+    decoder = runtime.new_decoder()
+    assert isinstance(decoder, SegmentingDecoder)
+    try:
+        audio = decoder.decode_segment(_random_codes(runtime.format), 1.0)
+        yield _judge_reference(runtime.graph_name, audio)
+        if encoder := graphs.maybe_segment_encoder:
+            codes, scale = encoder.encode_segment(audio)
+            yield Row("ok", "sound", encoder.graph_name, f"{len(codes)} frames of codes, their scale {scale:.3g}")
+    except MossnanoError as error:
+        yield Row("FAILED", "sound", runtime.graph_name, str(error))
 
 
 def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> Iterator[Row]:

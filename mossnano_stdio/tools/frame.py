@@ -5,6 +5,8 @@
                   and wherever the numbers change, a HANDSHAKE says what they are, so that a decoder with other
                   weights refuses them instead of making noise
 
+An .ecdc of EnCodec is framed as an artifact is; as tokens only where it has no scales, at 24 kHz.
+
 `mossnano frame a.mossnano b.mossnano | mossnano-stdio --output wav > both.wav`
 """
 
@@ -17,14 +19,17 @@ from typing import BinaryIO
 from mossnano_stdio.errors import ArtifactError, ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.protocol import MAX_MESSAGE_BYTES, VERSION, Kind, Message, encode_message, json_message
-from mossnano_stdio.tokens import Artifact, build_artifact, frame_bytes, load_artifact, pack_frames
+from mossnano_stdio.tokens import Artifact, build_artifact, frame_bytes, pack_frames
+from mossnano_stdio.tokens.ecdc import Ecdc, build_ecdc, load_recording
 
 ARTIFACT_PIECE_BYTES = 1 << 16
 LONGEST_PAYLOAD_BYTES = MAX_MESSAGE_BYTES - 1  # the kind counts too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifacts", nargs="+", metavar="PATH", help="artifacts, one stream each; `-` is stdin")
+    parser.add_argument(
+        "artifacts", nargs="+", metavar="PATH", help="artifacts or .ecdc files, one stream each; `-` is stdin"
+    )
     parser.add_argument(
         "--as", dest="form", choices=("artifact", "tokens"), default="artifact", help="default: artifact"
     )
@@ -41,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
     with open_output(args.output) as output:
         for path in args.artifacts:
             with open_input(path) as file:
-                artifact = load_artifact(file, path)
+                recording = load_recording(file, path)
             if args.form == "artifact":
-                _write(output, _as_artifact(artifact))
+                _write(output, _as_artifact(recording))
                 continue
+            artifact = _without_scales(recording, path)
             handshake = _handshake(artifact)
             if handshake != maybe_said:
                 _write(output, iter([handshake]))
@@ -58,8 +64,16 @@ def _write(output: BinaryIO, messages: Iterator[Message]) -> None:
         output.write(encode_message(*message))
 
 
-def _as_artifact(artifact: Artifact) -> Iterator[Message]:
-    data = build_artifact(artifact)
+def _without_scales(recording: Artifact | Ecdc, path: str) -> Artifact:
+    if isinstance(recording, Artifact):
+        return recording
+    if recording.header.model.scale_bytes:
+        raise ArtifactError(f"{path}: has segments with scales, which TOKENS do not hold; frame it --as artifact")
+    return recording.as_artifact()
+
+
+def _as_artifact(recording: Artifact | Ecdc) -> Iterator[Message]:
+    data = build_artifact(recording) if isinstance(recording, Artifact) else build_ecdc(recording)
     for start in range(0, len(data), ARTIFACT_PIECE_BYTES):
         yield Message(Kind.ARTIFACT, data[start : start + ARTIFACT_PIECE_BYTES])
 

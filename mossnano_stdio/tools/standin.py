@@ -14,7 +14,7 @@ from pathlib import Path
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.weights import MODELS
 
-ENCODECS = ("encodec-24k",)  # nothing is known of their published files but their shape
+ENCODECS = ("encodec-24k", "encodec-48k")  # nothing is known of their published files but their shape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
