@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.errors import ArtifactError, NonFiniteError, UsageError
-from mossnano_stdio.pcm import to_pcm16
+from mossnano_stdio.pcm import BLOCK_SAMPLES, check_finite, to_pcm16
 from mossnano_stdio.tokens import Artifact, CodecFormat, Codes, frames_before_zeros
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcSegment
 
 MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
+MAX_PIECES = 1000  # that wait apart
 SCALES_NEEDED = (
     "this codec decodes segments of a second, each with a scale, which codes alone do not hold; send it an .ecdc"
 )
@@ -179,9 +180,12 @@ class Backlog(Generic[Row]):
         return self._rows
 
     def push(self, rows: NDArray[Row]) -> None:
-        if len(rows):
-            self._pieces.append(rows)
-            self._rows += len(rows)
+        if not len(rows):
+            return
+        self._pieces.append(rows)
+        self._rows += len(rows)
+        if len(self._pieces) > MAX_PIECES:  # an array costs more than the few frames that a live stream's pieces hold
+            self._pieces = deque([np.concatenate(self._pieces)])
 
     def take(self, count: int) -> NDArray[Row]:
         """The first `count` rows, which must be there. Only those that were pushed apart are copied."""
@@ -284,32 +288,28 @@ class Chunks(Generic[Row]):
         return len(self._waiting) // self._rows_per_frame
 
     @property
-    def _least_frames(self) -> int:
-        """Of the next chunk, unless it is the stream's last."""
+    def least_frames(self) -> int:
+        """Of the next chunk, unless it is the stream's last. It is never cut to fewer."""
         return self.first_chunk_frames if self._codec_begins else 1
 
     @property
     def due_frames(self) -> int:
         """How many frames the next chunk would have; 0 while there is nothing to compute."""
-        waiting_frames, least_frames = self._waiting_frames, self._least_frames
+        waiting_frames, least_frames = self._waiting_frames, self.least_frames
         if waiting_frames < least_frames and not self._finished:
             return 0
         scheduled_frames = self.schedule.next_frames(waiting_frames, self._finished)
         return scheduled_frames and max(scheduled_frames, min(waiting_frames, least_frames))
 
     @property
-    def is_complete(self) -> bool:
-        """Will no more rows come?"""
-        return self._finished
-
-    @property
     def is_sated(self) -> bool:
         """Would more frames leave the next chunk as it is?"""
-        return self._waiting_frames >= max(self.schedule.wanted_frames, self._least_frames)
+        return self._waiting_frames >= max(self.schedule.wanted_frames, self.least_frames)
 
-    def push(self, rows: NDArray[Row]) -> None:
-        """Take [rows, ...] of the stream that is open."""
+    def push(self, rows: NDArray[Row]) -> int:
+        """Take [rows, ...] of the stream that is open. Returns how many were taken."""
         self._waiting.push(rows)
+        return len(rows)
 
     def finish(self) -> None:
         """No more rows will come: what is left is due."""
@@ -326,9 +326,9 @@ class Chunks(Generic[Row]):
         self._codec.reset()
         self._codec_begins = True
 
-    def _step(self) -> NDArray[Any] | None:
+    def _step(self, most_frames: int) -> NDArray[Any] | None:
         """What the codec makes of the chunk that is due. Where the codec refuses it, its frames are gone."""
-        frames = self.due_frames
+        frames = min(self.due_frames, most_frames)
         if not frames:
             return None
         rows = self._waiting.take(min(frames * self._rows_per_frame, len(self._waiting)))
@@ -340,13 +340,17 @@ class Chunks(Generic[Row]):
         return made
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodedChunk:
     """What came of one chunk of codes."""
 
-    pcm: bytes
+    audio: Audio
     frames: int
     error: NonFiniteError | None = None
+
+    @property
+    def pcm(self) -> bytes:
+        return to_pcm16(self.audio)
 
 
 class DecodingChunks(Chunks[np.uint16]):
@@ -367,22 +371,24 @@ class DecodingChunks(Chunks[np.uint16]):
         super().__init__(decoder, schedule, 1, on_step)
         self.decoder = decoder
         self._stops_on_zero_frame = stops_on_zero_frame
+        self.met_zeros = False  # in this stream, which they have ended
         self._samples_left: int | None = None
 
-    def push(self, codes: Codes) -> None:
-        """Take [frames, quantizers] of the stream that is open."""
+    def push(self, codes: Codes) -> int:
+        """Take [frames, quantizers] of the stream that is open. Returns how many were taken."""
         if self._stops_on_zero_frame:
-            if self.is_complete:
-                return
+            if self.met_zeros:
+                return 0
             end_frame = frames_before_zeros(codes)
             if end_frame < len(codes):
+                self.met_zeros = True
                 self.finish()
             codes = codes[:end_frame]
-        super().push(codes)
+        return super().push(codes)
 
-    def push_segment(self, segment: EcdcSegment) -> None:
-        """Take the codes of an .ecdc whose one segment has no scale."""
-        self.push(segment.codes)
+    def push_segment(self, segment: EcdcSegment) -> int:
+        """Take the codes of an .ecdc whose one segment has no scale. Returns how many frames were taken."""
+        return self.push(segment.codes)
 
     def finish(self, original_samples: int | None = None) -> None:
         """No more frames will come: what is left is due, trimmed to `original_samples` where they are known."""
@@ -391,30 +397,38 @@ class DecodingChunks(Chunks[np.uint16]):
 
     def reset(self) -> None:
         super().reset()
+        self.met_zeros = False
         self._samples_left = None
 
-    def step(self) -> DecodedChunk | None:
+    def step(self, most_frames: int = MAX_CHUNK_FRAMES) -> DecodedChunk | None:
         """Decode the chunk that is due.
 
         Where the graph answers NaN or infinity, there is silence of its exact length, the error beside it, and a
         decoder that begins anew.
         """
-        frames = self.due_frames
-        audio = self._step()
+        frames = min(self.due_frames, most_frames)
+        audio = self._step(most_frames)
         if audio is None:
             return None
         error = None
         try:
-            pcm = to_pcm16(audio)
+            for start in range(0, len(audio), BLOCK_SAMPLES):
+                check_finite(audio[start : start + BLOCK_SAMPLES], start)
         except NonFiniteError as not_finite:
             error = not_finite
-            pcm = bytes(len(audio) * self.decoder.format.sample_bytes)
+            audio = np.zeros_like(audio)
             self._restart_codec()
         if self._samples_left is not None:
-            sample_bytes = self.decoder.format.sample_bytes
-            pcm = pcm[: self._samples_left * sample_bytes]
-            self._samples_left -= len(pcm) // sample_bytes
-        return DecodedChunk(pcm, frames, error)
+            audio = audio[: self._samples_left]
+            self._samples_left -= len(audio)
+        return DecodedChunk(audio, frames, error)
+
+    @property
+    def samples_left(self) -> int | None:
+        """How many samples are still to come, where that is known."""
+        if self._samples_left is not None or not self._finished:
+            return self._samples_left
+        return self._waiting_frames * self.decoder.format.frame_samples
 
 
 @runtime_checkable
@@ -454,11 +468,16 @@ class SegmentChunks(DecodingChunks):
     def is_sated(self) -> bool:
         return bool(self._segments)
 
-    def push(self, codes: Codes) -> None:
+    @property
+    def least_frames(self) -> int:
+        return self.due_frames
+
+    def push(self, codes: Codes) -> int:
         raise ArtifactError(SCALES_NEEDED)
 
-    def push_segment(self, segment: EcdcSegment) -> None:
+    def push_segment(self, segment: EcdcSegment) -> int:
         self._segments.append(segment)
+        return len(segment.codes)
 
     def finish(self, original_samples: int | None = None) -> None:
         """No more segments will come. The first of them may have been heard before."""
@@ -474,7 +493,7 @@ class SegmentChunks(DecodingChunks):
         super()._restart_codec()
         self._fade.forget()
 
-    def _step(self) -> Audio | None:
+    def _step(self, most_frames: int) -> Audio | None:
         if not self._segments:
             return None
         segment = self._segments.popleft()
@@ -555,10 +574,10 @@ class EncodingChunks(Chunks[np.float32]):
         self.encoder = encoder
         self.original_samples = 0
 
-    def push(self, audio: Audio) -> None:
-        """Take [samples, channels] of the stream that is open."""
-        super().push(audio)
+    def push(self, audio: Audio) -> int:
+        """Take [samples, channels] of the stream that is open. Returns how many were taken."""
         self.original_samples += len(audio)
+        return super().push(audio)
 
     def finish(self) -> None:
         """No more samples will come: what is left is due, the last frame filled up with silence unless the encoder
@@ -574,9 +593,9 @@ class EncodingChunks(Chunks[np.float32]):
         super().reset()
         self.original_samples = 0
 
-    def step(self) -> Codes | None:
+    def step(self, most_frames: int = MAX_CHUNK_FRAMES) -> Codes | None:
         """Encode the chunk that is due."""
-        return self._step()
+        return self._step(most_frames)
 
 
 class SegmentingEncoder(Protocol):

@@ -132,6 +132,24 @@ class NoStreamError(PayloadError):
     code = "no_stream"
 
 
+class LateStreamError(PayloadError):
+    """Input for a numbered stream that is over, or whose number was passed over."""
+
+    code = "late_stream"
+
+
+class TooManyStreamsError(PayloadError):
+    """No more numbered streams can be open at once. The one that came is not opened."""
+
+    code = "too_many_streams"
+
+
+class BacklogError(PayloadError):
+    """More waits in one numbered stream than may wait. The stream is lost."""
+
+    code = "backlog_full"
+
+
 class PeerError(PayloadError):
     """The peer sent an ERROR of its own."""
 

@@ -159,6 +159,11 @@ class Child:
         """How much of a message that is not whole has come out."""
         return self._reader.incomplete_bytes
 
+    @property
+    def has_read(self) -> bool:
+        """Is a next message there already?"""
+        return bool(self._read)
+
     def write(self, wire: bytes) -> None:
         left = memoryview(wire)
         while left:
@@ -175,7 +180,7 @@ class Child:
             self._read.extend(self._reader.feed(data))
         return self._read.pop(0)
 
-    def until(self, kind: Kind) -> list[Message]:
+    def until(self, kind: int) -> list[Message]:
         """All messages up to the next one of this kind, which is the last."""
         messages = [self.next()]
         while messages[-1].kind != kind:

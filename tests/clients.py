@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from mossnano_stdio.client import AsyncDecoder, AsyncStream, Decoder, Played, StreamEnd
+from mossnano_stdio.client import AsyncDecoder, AsyncStream, AsyncVoice, Decoder, Mark, Played, StreamEnd
 from mossnano_stdio.client.exchange import State
 
 
@@ -37,6 +37,20 @@ class FaceOfStream(Protocol):
 
     @property
     def maybe_end(self) -> StreamEnd | None: ...
+
+
+class FaceOfVoice(FaceOfStream, Protocol):
+    def mark(self, text: str) -> None: ...
+
+    def take_marks(self) -> list[Mark]: ...
+
+    def cancel(self) -> Played: ...
+
+    @property
+    def sample_rate(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
 
 
 class Face(Protocol):
@@ -66,13 +80,15 @@ class Face(Protocol):
 
     def feed_artifact(self, artifact: bytes) -> FaceOfStream: ...
 
+    def open_voice(self, **settings: Any) -> FaceOfVoice: ...
+
     def decode(self, frames: Any) -> bytes: ...
 
     def cancel(self) -> None: ...
 
     def ping(self) -> float: ...
 
-    def settle(self, **settings: int | None) -> Mapping[str, Any]: ...
+    def settle(self, **settings: Any) -> Mapping[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -118,6 +134,31 @@ class SteppedStream:
     @property
     def maybe_end(self) -> StreamEnd | None:
         return self._stream.maybe_end
+
+
+class SteppedVoice(SteppedStream):
+    """An AsyncVoice, one step at a time."""
+
+    def __init__(self, runner: asyncio.Runner, voice: AsyncVoice) -> None:
+        super().__init__(runner, voice)
+        self._voice = voice
+
+    def mark(self, text: str) -> None:
+        self._voice.mark(text)
+
+    def take_marks(self) -> list[Mark]:
+        return self._voice.take_marks()
+
+    def cancel(self) -> Played:
+        return self._voice.cancel()
+
+    @property
+    def sample_rate(self) -> int:
+        return self._voice.sample_rate
+
+    @property
+    def channels(self) -> int:
+        return self._voice.channels
 
 
 class SteppedDecoder:
@@ -172,6 +213,9 @@ class SteppedDecoder:
     def feed_artifact(self, artifact: bytes) -> FaceOfStream:
         return SteppedStream(self._runner, self._runner.run(self._decoder.feed_artifact(artifact)))
 
+    def open_voice(self, **settings: Any) -> FaceOfVoice:
+        return SteppedVoice(self._runner, self._runner.run(self._decoder.open_voice(**settings)))
+
     def decode(self, frames: Any) -> bytes:
         return self._runner.run(self._decoder.decode(frames))
 
@@ -181,7 +225,7 @@ class SteppedDecoder:
     def ping(self) -> float:
         return self._runner.run(self._decoder.ping())
 
-    def settle(self, **settings: int | None) -> Mapping[str, Any]:
+    def settle(self, **settings: Any) -> Mapping[str, Any]:
         return self._runner.run(self._decoder.settle(**settings))
 
     def close(self) -> None:

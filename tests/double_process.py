@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from mossnano_stdio.process import loop, stdio
@@ -43,15 +43,16 @@ def main() -> None:
             print("loading", file=sys.stderr, flush=True)
             time.sleep(plan["load_seconds"])
         if options.encode:
-            return loop.ready_to_encode(CountingEncoder(), {"demo": False})
-        decoder = CountingDecoder(
+            return loop.ready_to_encode(lambda: CountingEncoder(), {"demo": False})
+        new_decoder = partial(
+            CountingDecoder,
             NANO if plan.get("nano") else SMALL,
             step_seconds=plan.get("step_seconds", 0),
             not_finite_steps=plan.get("not_finite_steps", ()),
             failing_steps=plan.get("failing_steps", ()),
             on_step=lambda step: on_step(plan, step),
         )
-        return replace(loop.ready_to_decode(decoder, {"demo": False}), ramp_second_frames=ramp_second_frames)
+        return replace(loop.ready_to_decode(new_decoder, {"demo": False}), ramp_second_frames=ramp_second_frames)
 
     @cache
     def ramp_second_frames() -> int:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.errors import DecodeError
+from mossnano_stdio.errors import DecodeError, MossnanoError
+from mossnano_stdio.protocol.connection import Connection, Turn
+from mossnano_stdio.protocol.messages import Message
 from mossnano_stdio.tokens import CodecFormat, Codes
 
 SMALL = CodecFormat(sample_rate=48000, channels=2, frame_samples=4, quantizers=4, codebook_size=1000)
@@ -163,3 +165,25 @@ def expected_codes(pcm: bytes, codec_format: CodecFormat = SMALL) -> list[list[i
         if at % frame_values == 0:
             frames.append([(memory + q) % codec_format.codebook_size for q in range(codec_format.quantizers)])
     return frames
+
+
+def handle(connection: Connection, message: Message, seconds: float = 0.0) -> Iterator[Message]:
+    """Deal with one message, and compute what it waits for."""
+    yield from connection.receive(message, seconds)
+    while connection.plain.waiting or connection.plain.after_chunks:
+        yield from advance(connection)
+
+
+def advance(connection: Connection) -> Iterator[Message]:
+    """Compute one chunk of the plain stream, if one is due."""
+    yield from connection.advance(
+        [Turn(lane, lane.stream.allowed_frames) for lane in connection.due_lanes()[:1] if lane.stream]
+    )
+
+
+def close(connection: Connection, maybe_fault: MossnanoError | None = None) -> Iterator[Message]:
+    """End of input, or of what can be read of it."""
+    yield from connection.end_input(is_faulty=maybe_fault is not None)
+    while connection.due_lanes():
+        yield from advance(connection)
+    yield from connection.close(maybe_fault)

@@ -38,7 +38,7 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
 from mossnano_stdio.tokens import SAMPLE_BYTES, ArtifactReader, build_artifact
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcReader, EcdcSegment, build_ecdc
-from tests.doubles import SMALL, CountingDecoder
+from tests.doubles import SMALL, CountingDecoder, advance, close, handle
 
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST_ARTIFACT_BYTES = 1000  # small limits, so that all of them are reached often
@@ -158,15 +158,15 @@ def read_session(data: bytes) -> str:
 
 def _answers_to(messages: list[Message], *, at_once: bool) -> list[Message]:
     cancels = sum(message.kind == Kind.CANCEL for message in messages) if at_once else 0
-    session = Connection(DECODE, CountingDecoder(), Ramp(), {"protocol": 1}, cancel_waiting=lambda: cancels > 0)
+    session = Connection(DECODE, lambda: CountingDecoder(), Ramp(), {"protocol": 1}, cancel_waiting=lambda: cancels > 0)
     answers: list[Message] = []
     for message in messages:
         cancels -= at_once and message.kind == Kind.CANCEL
-        answers += session.handle(message)
-        while session.is_due:
-            answers += session.advance()
-    answers += session.close()
-    assert session.open is None, "a stream was left open"
+        answers += handle(session, message)
+        while session.due_lanes():
+            answers += advance(session)
+    answers += close(session)
+    assert session.plain.stream is None, "a stream was left open"
     audio_bytes = sum(len(answer.payload) for answer in answers if answer.kind == Kind.AUDIO)
     said_samples = sum(end["samples"] for end in _ends(answers))
     assert audio_bytes == said_samples * SMALL.channels * SAMPLE_BYTES, "the ENDs say what was sent"

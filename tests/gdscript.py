@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import math
 import os
 import re
 import struct
@@ -30,10 +31,6 @@ class Script:
         names["push_error"] = lambda *parts: self._engine.pushed_errors.append("".join(map(str, parts)))
         exec(compile(as_python(path.read_text()), path.name, "exec"), names)
         self._instance = names["Script"]()
-        for name, value in vars(type(self._instance)).items():
-            if isinstance(value, Signal):  # one for each instance
-                setattr(self._instance, name, Signal())
-        self._instance.initialize()
         self.engine = self._engine
 
     def __getattr__(self, name: str) -> Any:
@@ -54,18 +51,19 @@ class Script:
 
 
 def as_python(gdscript: str) -> ast.Module:
-    """A module with one class, Script, whose method `initialize` sets its variables."""
-    text = re.sub(r"^(class_name|extends) .*$|^\t*@\w+\(.*\)$", "", gdscript, flags=re.M)
-    text = re.sub(r"^signal (\w+).*$", r"\1 = Signal()", text, flags=re.M)
+    """A module with one class, Script, and those that lie in it. Their method `initialize` sets their variables."""
+    text = re.sub(r"^\t*(class_name|extends) .*$|^\t*@\w+\(.*\)$", "", gdscript, flags=re.M)
+    text = re.sub(r"^(\t*)signal (\w+).*$", r"\1\2 = Signal()", text, flags=re.M)
     text = re.sub(r"^enum (\w+) \{(.*?)\}", lambda found: enumeration(*found.groups()), text, flags=re.M | re.S)
     text = re.sub(r"^(\t*)(?:static )?func (\w+)\(", r"\1def \2(self, ", text, flags=re.M)
+    text = re.sub(r"^const (\w+)(?:: [^=]+=| :=) ", r"\1: const = ", text, flags=re.M)
     text = re.sub(r"^(\t*)(?:var|const) (\w+) := ", r"\1\2: _ = ", text, flags=re.M)
     text = re.sub(r"^(\t*)(?:var|const) (\w+) = ", r"\1\2: _ = ", text, flags=re.M)
     text = re.sub(r"^(\t*)(?:var|const) (\w+: )", r"\1\2", text, flags=re.M)
     text = re.sub(r"(def .*)\bvoid:", r"\1None:", text)
     text = re.sub(r"(\(|, )(\w+) := ", r"\1\2=", text)  # parameters with a default
     module = ast.parse(text)
-    return ast.fix_missing_locations(Translation(module).made())
+    return ast.fix_missing_locations(Translation("Script", module.body).made())
 
 
 def enumeration(name: str, members: str) -> str:
@@ -74,37 +72,47 @@ def enumeration(name: str, members: str) -> str:
         word, _, number = member.partition("=")
         value = int(number) if number else value + 1
         values.append(f"{word.strip()}={value}")
-    return f"{name}: _ = Enumeration({', '.join(values)})"
+    return f"{name}: const = Enumeration({', '.join(values)})"
 
 
 def called_by_name(function: str, arguments: list[ast.expr]) -> ast.Call:
     return ast.Call(ast.Name(function, ast.Load()), arguments, [])
 
 
+def is_constant(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "const"
+
+
 class Translation(ast.NodeTransformer):
-    def __init__(self, module: ast.Module) -> None:
-        self._module = module
-        self._members = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
-        for node in module.body:
-            if isinstance(node, ast.AnnAssign | ast.Assign):
+    """Of the body of one class."""
+
+    def __init__(self, name: str, body: list[ast.stmt]) -> None:
+        self._name = name
+        self._body = body
+        self._members = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+        for node in body:
+            if isinstance(node, ast.AnnAssign | ast.Assign) and not is_constant(node):
                 target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
                 assert isinstance(target, ast.Name)
                 self._members.add(target.id)
 
     def made(self) -> ast.Module:
-        variables: list[ast.stmt] = [node for node in self._module.body if isinstance(node, ast.AnnAssign)]
-        others: list[ast.stmt] = [node for node in self._module.body if not isinstance(node, ast.AnnAssign)]
+        """Its constants, the classes inside, which may name them too, and itself."""
+        made = ast.parse(f"class {self._name}(Instance): pass")
+        made_class = made.body[0]
+        assert isinstance(made_class, ast.ClassDef)
         setter = ast.parse("def initialize(self): pass").body[0]
         assert isinstance(setter, ast.FunctionDef)
-        setter.body += [self.visit(variable) for variable in variables]
-        made = ast.parse("class Script: pass")
-        assert isinstance(made.body[0], ast.ClassDef)
-        made.body[0].body += [
-            node if isinstance(node, ast.Assign) else self.visit(node)
-            for node in others
-            if not isinstance(node, ast.Pass)
-        ]
-        made.body[0].body.append(setter)
+        for node in self._body:
+            if isinstance(node, ast.ClassDef):
+                made.body[:0] = Translation(node.name, node.body).made().body
+            elif is_constant(node):
+                made.body.insert(0, self.visit(node))
+            elif isinstance(node, ast.AnnAssign):
+                setter.body.append(self.visit(node))
+            elif not isinstance(node, ast.Pass):
+                made_class.body.append(node if isinstance(node, ast.Assign) else self.visit(node))
+        made_class.body.append(setter)
         return made
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -197,8 +205,23 @@ def called(receiver: Any, name: str, *arguments: Any) -> Any:
 DEFERRED: list[Callable[[], None]] = []
 STRING_METHODS: dict[str, Callable[..., Any]] = {
     "to_ascii_buffer": lambda text: PackedByteArray(text.encode("ascii")),
+    "to_utf8_buffer": lambda text: PackedByteArray(text.encode()),
     "trim_suffix": str.removesuffix,
 }
+
+
+class Instance:
+    """Of a class of the script."""
+
+    def __init__(self, *arguments: Any) -> None:
+        for name, value in vars(type(self)).items():
+            if isinstance(value, Signal):  # one for each instance
+                setattr(self, name, Signal())
+        self.initialize()
+        getattr(self, "_init", lambda: None)(*arguments)
+
+    def initialize(self) -> None:
+        """Its variables, as they are before `_init`."""
 
 
 # --- its types -------------------------------------------------------------------------------------------------------
@@ -227,6 +250,13 @@ class Dictionary(dict[Any, Any]):
     def is_empty(self) -> bool:
         return not self
 
+    def values(self) -> Array:  # type: ignore[override]
+        """A copy, as in Godot."""
+        return Array(super().values())
+
+    def erase(self, key: Any) -> bool:
+        return self.pop(key, None) is not None
+
 
 class PackedByteArray(bytearray):
     def size(self) -> int:
@@ -249,6 +279,12 @@ class PackedByteArray(bytearray):
 
     def decode_u32(self, at: int) -> int:
         return int(struct.unpack_from("<I", self, at)[0])
+
+    def decode_s64(self, at: int) -> int:
+        return int(struct.unpack_from("<q", self, at)[0])
+
+    def encode_u64(self, at: int, value: int) -> None:
+        struct.pack_into("<Q", self, at, value)
 
     def encode_u32(self, at: int, value: int) -> None:
         struct.pack_into("<I", self, at, value)
@@ -423,11 +459,12 @@ class Time:
 BUILTINS: dict[str, Any] = {
     **{made.__name__: made for made in (Array, Dictionary, PackedByteArray, PackedVector2Array, PackedInt32Array)},
     "PackedStringArray": PackedStringArray,
-    **{made.__name__: made for made in (Vector2, Enumeration, Signal, Thread, Mutex, Semaphore, JSON, Time)},
+    **{made.__name__: made for made in (Vector2, Enumeration, Instance, Signal, Thread, Mutex, Semaphore, JSON, Time)},
     **{function.__name__: function for function in (default, iterated, divided, formatted, called)},
     "range": lambda *bounds: Array(range(*bounds)),
     "maxi": max,
     "mini": min,
+    "ceili": math.ceil,
     "floori": lambda number: int(number // 1),
     "minf": lambda *numbers: float(min(numbers)),
 }

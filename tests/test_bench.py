@@ -26,6 +26,7 @@ from mossnano_stdio.build.bundle import build_standin, save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools import bench as bench_tool
+from mossnano_stdio.tools.bench import voices
 from mossnano_stdio.tools.bench.estimate import Estimate, Pace
 from mossnano_stdio.tools.bench.sides import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
@@ -96,7 +97,7 @@ def test_a_family_with_a_single_graph_is_measured(tmp_path: Path) -> None:
     build_standin(tmp_path, "tiny", 0, model="mimi", trial=False)
     outcome = call_tool("bench", "--weights", tmp_path, "--threads", "1", "--chunks", "1", "--turns", "1", "--json")
     assert outcome.status == 0, outcome.err
-    assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"decode_step graph"}
+    assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"our runtime"}
 
 
 # --- how long it takes -----------------------------------------------------------------------------
@@ -313,9 +314,42 @@ def test_the_process_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> 
     assert figures["start"]["handshake_ms"] > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_streams_over_one_pipe_against_a_process_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(voices, "BULK_SECONDS", 0.4)
+    monkeypatch.setattr(voices, "LIVE_SECONDS", 0.5)
+    arguments = ["--weights", "demo", "--streams", "1,2", "--seconds", "1", "--turns", "1", "--json"]
+    found = json.loads(bench(capsys, *arguments))["streams"]
+    assert set(found) == {"1", "2"}
+    for sides in found.values():
+        assert set(sides) == {"one process", "a process each"}
+        for figures in sides.values():
+            assert figures["late_p99_ms"] >= figures["late_p50_ms"] > 0
+            assert figures["real_time_streams_per_core"] > 0
+            assert figures["first_audio_of_the_last_ms"] > 0
+            assert 0 < figures["played_busy_cpus"] < 4
+            assert (figures["played_silent_ms"] > 0) == (figures["played_underruns"] > 0)
+    assert found["2"]["a process each"]["resident_mb"] > 1.5 * found["2"]["one process"]["resident_mb"]
+
+
+def test_a_player_counts_what_is_not_there_in_time() -> None:
+    player = voices._Player(1000, 900)
+    player.play(150, 10.0)  # less than its prebuffer
+    player.play(300, 10.1)
+    for received, seconds, played in ((300, 10.2, 100), (300, 10.4, 300), (300, 10.5, 300), (900, 10.6, 400)):
+        player.play(received, seconds)
+        assert player.played_samples == played
+    assert (player.underruns, round(player.silent_seconds, 3), player.is_done) == (1, 0.1, False)
+    player.play(900, 12.0)
+    assert player.is_done and player.underruns == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
+        (["--seconds", "3"], ExitStatus.USAGE, "add --streams"),
         (["--encode"], ExitStatus.NO_WEIGHTS, "has no streaming encoder to measure"),
         (["--against", "demo", "--against", "demo", "--against", "demo"], ExitStatus.USAGE, "name it once"),
         (["--plot", "x.png", "--bits"], ExitStatus.USAGE, "leave --process, --encode and --bits out"),

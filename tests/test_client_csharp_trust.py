@@ -59,7 +59,11 @@ static class Program
 
     static T Inside<T>(Mossnano voice, string field)
     {
-        return (T)typeof(Mossnano).GetField(field, BindingFlags.Instance | BindingFlags.NonPublic).GetValue(voice);
+        BindingFlags hidden = BindingFlags.Instance | BindingFlags.NonPublic;
+        FieldInfo own = typeof(Mossnano).GetField(field, hidden);
+        if (own != null) return (T)own.GetValue(voice);
+        object plain = typeof(Mossnano).GetField("plain", hidden).GetValue(voice); // what the client says itself
+        return (T)typeof(MossnanoVoice).GetField(field, hidden).GetValue(plain);
     }
 
     // For tests/steady.py: a frame for so many samples. Returns when they may be pulled.
@@ -691,3 +695,36 @@ def test_played_says_how_much_of_which_stream_was_given_out(library: Path) -> No
         STEADY,
     )
     assert said == ["-1 -1 0", "0 0 50", "1 1 300", "1 1 300", "2 1 300", "2 2 1"]
+
+
+def test_a_mono_voice_is_in_the_middle_of_an_engine(library: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_bytes(tokens_payload(some_frames(1, NANO)))
+    said = play(
+        library,
+        f"""
+        using (var client = Mossnano.Start(command, SayError))
+        {{
+            var usual = client.Open();
+            var mono = client.Open(new MossnanoVoiceOptions {{ Mono = true, Gain = 0.25 }});
+            foreach (MossnanoVoice voice in new[] {{ usual, mono }})
+            {{
+                voice.Feed(File.ReadAllBytes("{tmp_path / "tokens"}"));
+                voice.Finish();
+            }}
+            var pcm = new short[2 * 480];
+            var engine = new float[4 * 480];
+            Until(() => usual.Pull(pcm) == 480);
+            Until(() => mono.Pull(engine, 4) == 480);
+            float off = 0, loudest = 0;
+            for (int i = 0; i < 480; i++)
+            {{
+                float mean = (pcm[2 * i] + pcm[2 * i + 1]) / 2f / 32767 / 4;
+                off = Math.Max(off, Math.Abs(engine[4 * i] - mean) + Math.Abs(engine[4 * i + 1] - mean));
+                off = Math.Max(off, Math.Abs(engine[4 * i + 2]) + Math.Abs(engine[4 * i + 3]));
+                loudest = Math.Max(loudest, Math.Abs(mean));
+            }}
+            Say(off < 1e-6, loudest > 0.001);
+        }}
+        """,
+    )
+    assert said == ["True True"]

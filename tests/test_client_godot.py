@@ -90,7 +90,7 @@ def heard(voice: Any) -> bytes:
     pcm = b""
     while voice.is_speaking():
         voice.run_deferred()
-        there = voice._pcm_bytes // voice._sample_bytes()
+        there = voice._ring.bytes // voice._ring.sample_bytes
         if there:
             pcm += pulled(voice, min(there, 4800))
         else:
@@ -226,8 +226,8 @@ class Steady:
     def feed_and_wait(self, samples: int) -> None:
         """Until the first of them is there."""
         self.feed(samples)
-        before = self.voice._pcm_bytes
-        until(self.voice, lambda: self.voice._pcm_bytes > before)
+        before = self.voice._ring.bytes
+        until(self.voice, lambda: self.voice._ring.bytes > before)
 
     def largest_step(self) -> int:
         return max(abs(after - before) for before, after in pairwise(self.pulled))

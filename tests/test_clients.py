@@ -209,18 +209,20 @@ GODOT_CALLS = {
     "JSON": {"parse_string"},
     "Signal": {"emit", "connect", "get_connections"},
     "Callable": {"call_deferred"},
-    "Array": {"append", "pop_front", "clear", "is_empty", "size"},
-    "Dictionary": {"get", "is_empty"},
+    "Array": {"append", "insert", "pop_front", "clear", "is_empty", "size"},
+    "Dictionary": {"get", "is_empty", "erase", "values"},
     "PackedVector2Array": {"append", "append_array", "is_empty", "resize", "size", "slice"},
     "PackedByteArray": {
-        "append_array", "decode_s16", "decode_u32", "encode_u32", "find", "get_string_from_utf8", "resize", "slice",
+        "append_array", "decode_s16", "decode_s64", "decode_u32", "encode_u32", "encode_u64", "find",
+        "get_string_from_utf8", "resize", "slice",
     },
-    "String": {"trim_suffix", "to_ascii_buffer"},
+    "String": {"trim_suffix", "to_ascii_buffer", "to_utf8_buffer"},
     "AudioStreamPlayer": {"play", "get_stream_playback"},
     "AudioStreamGeneratorPlayback": {"push_buffer", "get_frames_available"},
     "Object": {"new"},
-    "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "range", "Vector2",
-               "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray", "warning_ignore"},
+    "global": {"push_error", "print", "str", "int", "float", "maxi", "mini", "minf", "floori", "ceili", "range",
+               "Vector2", "PackedVector2Array", "PackedByteArray", "PackedInt32Array", "PackedStringArray",
+               "warning_ignore"},
 }  # fmt: skip
 CLOSING = {")": "(", "]": "[", "}": "{"}
 

@@ -177,6 +177,23 @@ BREAKAGES = {
     "SIGINT kills": ["endings-by-sigint"],
 }
 
+# The other peer has no numbered streams; here our own process is broken, in broken_process.py.
+BREAKAGES_OF_NUMBERED = {
+    "all streams have one state": ["numbered-sound-like-plain-ones"],
+    "END has the next number": ["numbered-end-with-their-number", "numbered-are-cancelled-alone"],
+    "late input is dropped in silence": ["numbered-are-never-opened-again"],
+    "END and CREDIT may open a stream": ["numbered-are-opened-by-input-only"],
+    "one stream too many is dropped in silence": ["numbered-are-as-many-as-was-said"],
+    "CANCEL of a stream is not echoed": ["numbered-are-cancelled-alone"],
+    "credit is ignored": ["numbered-get-what-was-granted"],
+    "any window will do": ["numbered-refuse-windows-that-never-move"],
+    "a stream has no bound": ["numbered-are-bounded-alone"],
+    "a MARK is a sample late": ["numbered-carry-marks-to-their-samples"],
+    "levels are never told": ["numbered-have-a-form-of-their-own"],
+    "urgency may be 8": ["numbered-have-urgency-from-0-to-7"],
+}
+NUMBERED_CASES = [case for case in CASES if case.name.startswith("numbered-")]
+
 
 def try_on(command: Sequence[str], cases: Sequence[Case] = CASES, case_seconds: float = 20) -> list[Verdict]:
     return list(try_cases(cases, command, start_seconds=60, case_seconds=case_seconds, jobs=2))
@@ -228,20 +245,34 @@ def test_our_process_passes_where_messages_may_be_longer_than_answers() -> None:
 def test_an_implementation_that_shares_nothing_with_ours_passes_in_every_case() -> None:
     verdicts = try_on(OTHER_PEER)
     assert what_went_wrong(verdicts) == []
-    assert {verdict.case.name for verdict in verdicts if verdict.status is not Status.PASSED} == NOT_FOR_WINDOWS
+    numbered = {case.name for case in NUMBERED_CASES}
+    assert {verdict.case.name for verdict in verdicts if verdict.status is not Status.PASSED} == {
+        *NOT_FOR_WINDOWS,
+        *numbered,
+    }
+    said = {verdict.seen for verdict in verdicts if verdict.case.name in numbered}
+    assert said == {"it does not offer numbered streams: its HANDSHAKE has no max_streams"}
 
 
 # --- who fails -------------------------------------------------------------------------------------
 
 
 def test_every_case_is_broken_by_something() -> None:
-    assert {name for names in BREAKAGES.values() for name in names} == CASE_NAMED.keys()
+    breakages = [*BREAKAGES.values(), *BREAKAGES_OF_NUMBERED.values()]
+    assert {name for names in breakages for name in names} == CASE_NAMED.keys()
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_what_is_broken_fails_its_cases(breakage: str) -> None:
     cases = [CASE_NAMED[name] for name in BREAKAGES[breakage]]
     assert failed(try_on([*OTHER_PEER, breakage], cases, case_seconds=1)) == set(BREAKAGES[breakage]) - NOT_FOR_WINDOWS
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES_OF_NUMBERED)
+def test_what_is_broken_of_numbered_streams_fails_its_cases_and_no_others(breakage: str) -> None:
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.broken_process import main; main()"
+    command = [sys.executable, "-c", program, breakage, "--max-streams", "4"]
+    assert failed(try_on(command, NUMBERED_CASES, case_seconds=4)) == set(BREAKAGES_OF_NUMBERED[breakage])
 
 
 @pytest.mark.slow

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_messages.py", "test_artifact.py", "test_decoding.py", "test_encoding.py", "test_connection.py")
+TESTS = (
+    *("test_messages.py", "test_artifact.py", "test_decoding.py", "test_encoding.py", "test_connection.py"),
+    *("test_streams.py", "test_turns.py"),
+)
 ROOMS = ("protocol/", "tokens/artifact.py")  # in mossnano_stdio/
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mossnano_stdio.chunks import Fixed, Ramp, Schedule
 from mossnano_stdio.errors import DecodeError, ProtocolError
-from mossnano_stdio.protocol.connection import MAX_AUDIO_BYTES, MAX_SENT_BYTES, Connection, Direction
+from mossnano_stdio.protocol.connection import MAX_SENT_BYTES, Connection, Direction
 from mossnano_stdio.protocol.decoding import DECODE, DECODE_TO_ZEROS, DECODING
 from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from mossnano_stdio.protocol.stream import State
@@ -21,8 +21,11 @@ from tests.doubles import (
     NANO,
     SMALL,
     CountingDecoder,
+    advance,
     artifact_bytes,
+    close,
     expected_pcm,
+    handle,
     some_frames,
     tokens_payload,
 )
@@ -45,7 +48,7 @@ class Talk:
         self.cancels_waiting = 0
         self.connection = Connection(
             direction,
-            self.decoder,
+            lambda: self.decoder,
             schedule or Ramp(),
             {"protocol": 1, "demo": False},
             cancel_waiting=lambda: self.cancels_waiting > 0,
@@ -57,15 +60,20 @@ class Talk:
         for message in messages:
             if message.kind == Kind.CANCEL:
                 self.cancels_waiting -= 1
-            answers.extend(self.connection.handle(message))
-            while self.connection.is_due:
-                answers.extend(self.connection.advance())
+            answers.extend(handle(self.connection, message))
+            while self.connection.due_lanes():
+                answers.extend(advance(self.connection))
         return answers
 
     def say_and_cancel(self, *messages: Message, cancel: bytes = b"") -> list[Message]:
         """The messages are still waiting when a CANCEL comes in behind them."""
         self.cancels_waiting += 1
         return self.say(*messages, Message(Kind.CANCEL, cancel))
+
+
+def is_sated(talk: Talk) -> bool:
+    stream = talk.connection.plain.stream
+    return stream is not None and stream.chunks.is_sated
 
 
 def tokens(frames: Sequence[Sequence[int]]) -> Message:
@@ -101,6 +109,7 @@ def outline(answers: Sequence[Message]) -> list[str]:
 
 def end_of(stream: int | None, frames: int, errors: int = 0, **more: Any) -> dict[str, Any]:
     usual = {"samples": frames * SMALL.frame_samples, "cancelled": False, "next_stream": (stream or 0) + 1}
+    usual |= {} if stream is None else {"clipped_samples": 0}
     return {"stream": stream, "frames": frames, "errors": errors} | usual | more
 
 
@@ -140,17 +149,17 @@ def test_the_ramp_takes_what_waits() -> None:
 
 def test_tokens_only_queue_until_the_next_chunk_is_asked_for() -> None:
     talk = Talk(schedule=Fixed(2))
-    assert list(talk.connection.handle(tokens(FRAMES[:1]))) == []
-    assert (talk.connection.is_due, talk.connection.is_sated) == (False, False)
-    assert list(talk.connection.handle(tokens(FRAMES[1:5]))) == []
-    assert (talk.connection.is_due, talk.connection.is_sated) == (True, True)
-    assert len(list(talk.connection.advance())) == 1
+    assert list(handle(talk.connection, tokens(FRAMES[:1]))) == []
+    assert (bool(talk.connection.due_lanes()), is_sated(talk)) == (False, False)
+    assert list(handle(talk.connection, tokens(FRAMES[1:5]))) == []
+    assert (bool(talk.connection.due_lanes()), is_sated(talk)) == (True, True)
+    assert len(list(advance(talk.connection))) == 1
     assert talk.decoder.steps == [2]
 
 
 def test_each_chunk_is_decoded_only_when_its_message_is_taken() -> None:
     talk = Talk()
-    answers = talk.connection.handle(artifact(some_frames(20)))
+    answers = handle(talk.connection, artifact(some_frames(20)))
     next(answers)
     assert talk.decoder.steps == [1]
     next(answers)
@@ -173,7 +182,7 @@ def test_an_artifact_is_a_stream_of_its_own_trimmed_to_its_samples(piece_bytes: 
     assert pcm(answers) == expected_pcm(FRAMES, SMALL)[: samples * 4]
     assert fields(answers[-1]) == end_of(0, 5, samples=samples)
     assert all(answer.payload for answer in answers)
-    assert talk.connection.state is State.IDLE
+    assert talk.connection.plain.state is State.IDLE
 
 
 def test_streams_are_numbered_and_start_from_nothing() -> None:
@@ -189,7 +198,7 @@ def test_a_chunk_larger_than_an_audio_message_may_be_is_split() -> None:
     frames = some_frames(140, NANO)
     answers = Talk(CountingDecoder(NANO), Fixed(140)).say(Message(Kind.TOKENS, tokens_payload(frames)), END)
     sizes = [len(answer.payload) for answer in answers[:-1]]
-    most = MAX_AUDIO_BYTES // 4 * 4
+    most = MAX_SENT_BYTES // 4 * 4
     assert sizes == [most, most, 140 * NANO.frame_pcm_bytes - 2 * most]
     assert pcm(answers) == expected_pcm(frames, NANO)
 
@@ -243,7 +252,7 @@ def test_zeros_are_decoded_unless_they_are_to_end_a_stream() -> None:
 
 def test_a_ping_comes_back_after_all_that_was_due() -> None:
     talk = Talk()
-    list(talk.connection.handle(tokens(FRAMES)))
+    list(handle(talk.connection, tokens(FRAMES)))
     assert outline(talk.say(PING)) == ["AUDIO"] * 3 + ["PING"]
     assert talk.say(PING) == [PING]
 
@@ -282,6 +291,13 @@ def test_the_handshake_says_what_holds() -> None:
         "max_audio_bytes": 8 * 16,
         "chunk_frames": None,
         "max_chunk_frames": 8,
+        "codec_sample_rate": 48000,
+        "codec_channels": 2,
+        "max_streams": 0,
+        "urgency": 3,
+        "gain_db": 0.0,
+        "levels_ms": 0,
+        "window_samples": None,
     }
 
 
@@ -372,7 +388,7 @@ def test_bad_tokens_end_their_stream_and_no_other(bad: str, begin: list[Message]
 
 def test_what_came_before_bad_tokens_is_decoded_although_it_was_still_queued() -> None:
     talk = Talk()
-    list(talk.connection.handle(tokens(FRAMES)))
+    list(handle(talk.connection, tokens(FRAMES)))
     answers = talk.say(BAD_TOKENS["a partial frame"])
     assert pcm(answers) == expected_pcm(FRAMES, SMALL)
     assert outline(answers) == ["AUDIO", "AUDIO", "AUDIO", "bad_tokens"]
@@ -488,6 +504,7 @@ def cancelled(stream: int | None, frames: int, next_stream: int, echo: str, erro
         "errors": errors,
         "next_stream": next_stream,
         "echo": echo,
+        **({} if stream is None else {"clipped_samples": 0}),
     }
 
 
@@ -499,7 +516,7 @@ def test_a_cancel_between_streams_is_answered() -> None:
 def test_a_cancel_drops_the_open_stream_and_what_of_it_waits() -> None:
     talk = Talk()
     talk.say(tokens(FRAMES[:1]))
-    list(talk.connection.handle(tokens(FRAMES[1:3])))
+    list(handle(talk.connection, tokens(FRAMES[1:3])))
     answers = talk.say_and_cancel(tokens(FRAMES[3:]), END)
     assert [fields(answer) for answer in answers] == [cancelled(0, 1, 1, "")]
     assert talk.decoder.steps == [1]
@@ -508,7 +525,7 @@ def test_a_cancel_drops_the_open_stream_and_what_of_it_waits() -> None:
 
 def test_a_cancel_stops_an_artifact_between_two_chunks() -> None:
     talk = Talk()
-    answers = talk.connection.handle(artifact(some_frames(50)))
+    answers = handle(talk.connection, artifact(some_frames(50)))
     heard = [next(answers), next(answers)]
     talk.cancels_waiting = 1
     assert list(answers) == []
@@ -551,7 +568,7 @@ def test_a_cancel_ends_a_stream_that_went_bad() -> None:
     talk = Talk()
     talk.say(BAD_TOKENS["a partial frame"])
     assert [fields(answer) for answer in talk.say_and_cancel()] == [cancelled(0, 0, 1, "", errors=1)]
-    assert talk.connection.state is State.IDLE
+    assert talk.connection.plain.state is State.IDLE
 
 
 def test_each_of_several_cancels_is_answered() -> None:
@@ -566,7 +583,7 @@ def test_each_of_several_cancels_is_answered() -> None:
 
 def test_end_of_input_closes_an_open_stream_like_an_end() -> None:
     talk = Talk(schedule=Fixed(4))
-    answers = talk.say(tokens(FRAMES)) + list(talk.connection.close())
+    answers = talk.say(tokens(FRAMES)) + list(close(talk.connection))
     assert pcm(answers) == expected_pcm(FRAMES, SMALL)
     assert fields(answers[-1]) == end_of(0, 5)
 
@@ -574,13 +591,13 @@ def test_end_of_input_closes_an_open_stream_like_an_end() -> None:
 def test_end_of_input_between_streams_says_nothing() -> None:
     talk = Talk()
     talk.say(tokens(FRAMES), END)
-    assert list(talk.connection.close()) == []
+    assert list(close(talk.connection)) == []
 
 
 def test_end_of_input_inside_an_artifact_is_fatal() -> None:
     talk = Talk()
     talk.say(Message(Kind.ARTIFACT, artifact_bytes(FRAMES, SMALL)[:-1]))
-    answers = list(talk.connection.close())
+    answers = list(close(talk.connection))
     assert outline(answers) == ["bad_artifact", "END 0"]
     assert fields(answers[0])["fatal"] is True
 
@@ -588,14 +605,14 @@ def test_end_of_input_inside_an_artifact_is_fatal() -> None:
 def test_lost_framing_drains_what_is_whole() -> None:
     talk = Talk(schedule=Fixed(2))
     talk.say(tokens(FRAMES))
-    answers = list(talk.connection.close(ProtocolError("lost")))
+    answers = list(close(talk.connection, ProtocolError("lost")))
     assert outline(answers) == ["AUDIO", "framing_lost", "END 0"]
     assert fields(answers[1]) == {"code": "framing_lost", "message": "lost", "stream": 0, "fatal": True}
     assert fields(answers[-1]) == end_of(0, 5, errors=1)
 
 
 def test_lost_framing_between_streams_is_only_said() -> None:
-    assert outline(list(Talk().connection.close(ProtocolError("lost")))) == ["framing_lost"]
+    assert outline(list(close(Talk().connection, ProtocolError("lost")))) == ["framing_lost"]
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -603,7 +620,7 @@ def test_lost_framing_between_streams_is_only_said() -> None:
 
 def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
     inbound = {kind for _, kind in DECODING}
-    assert inbound == set(Kind) - {Kind.AUDIO, Kind.TEXT}
+    assert inbound == set(Kind) - {Kind.AUDIO, Kind.TEXT, Kind.CREDIT, Kind.LEVELS}
     assert set(DECODING) == {(state, kind) for state in set(State) - {State.AUDIO} for kind in inbound}
     assert all(callable(action) for action in DECODING.values())
 
@@ -648,3 +665,15 @@ def test_after_any_abuse_every_stream_was_ended_once_and_the_next_is_as_in_a_fre
 
 def test_decode_errors_know_their_code() -> None:
     assert DecodeError.code == "decode_failed"
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3840, 5000, 3 * 3840])
+def test_the_tail_of_a_trimmed_artifact_comes_once(samples: int) -> None:
+    """At another rate, where the resampler keeps some of it back."""
+    connection = Connection(DECODE, lambda: CountingDecoder(NANO), Fixed(1), {}, settings={"sample_rate": 16000})
+    data = artifact_bytes(some_frames(3, NANO), NANO, samples)
+    *sound, end = handle(connection, Message(Kind.ARTIFACT, data))
+    wanted = (2 * samples + 3) // 6  # samples / 3, half up
+    assert sum(len(message.payload) for message in sound) == 4 * wanted
+    assert json.loads(end.payload)["samples"] == wanted
+    assert json.loads(end.payload)["frames"] == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.tokens import Codes, pack_frames
 from mossnano_stdio.weights import load_bundle
 from tests.conftest import skip_if_nothing_can_be_built
+from tests.doubles import advance, handle
 from tests.oracle import Sound, furthest
 from tests.test_mimi import assert_equal
 
@@ -255,17 +256,23 @@ def test_frames_that_wait_for_the_first_chunk_are_not_due(runtime: encodec.Encod
     assert (fixed.due_frames, fixed.is_sated) == (0, False)
 
 
+def answers_to(connection: Connection, message: Message) -> Iterator[Message]:
+    yield from handle(connection, message)
+    while connection.due_lanes():
+        yield from advance(connection)
+
+
 def test_the_handshake_says_how_many_frames_come_first(runtime: encodec.EncodecRuntime) -> None:
-    connection = Connection(DECODE, runtime.new_decoder(), Ramp(), {})
+    connection = Connection(DECODE, runtime.new_decoder, Ramp(), {})
     assert parse_json(connection.handshake())["first_chunk_frames"] == FIRST
     pcm = b""
     for start in range(0, FRAMES, 5):
         tokens = Message(Kind.TOKENS, pack_frames(CODES[start : start + 5], 1024))
-        for answer in [*connection.handle(tokens), *connection.compute_due()]:
+        for answer in answers_to(connection, tokens):
             assert answer.kind == Kind.AUDIO
             pcm += answer.payload
         assert bool(pcm) == (start > 0)
-    answers = [*connection.handle(Message(Kind.END))]
+    answers = [*answers_to(connection, Message(Kind.END))]
     pcm += b"".join(answer.payload for answer in answers[:-1])
     sound = np.frombuffer(pcm, "<i2").astype(np.float32)[:, np.newaxis] * np.float32(PCM16_STEP)
     assert furthest(sound[: len(AUDIO)], AUDIO.clip(-1, 1)) < PCM16_STEP  # as loud as it can be, here and there

@@ -31,6 +31,7 @@ from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, build_ecdc
 from mossnano_stdio.weights import load_bundle
 from tests.child import PROCESS, run
 from tests.conftest import skip_if_nothing_can_be_built
+from tests.doubles import advance, handle
 from tests.oracle import Sound, furthest
 from tests.test_encodec import GOLDENS, REFERENCE, SHARED, save_checkpoint
 from tests.tool import call_tool
@@ -82,7 +83,7 @@ def sound_of(decoder: codecs.SegmentDecoder, recording: Ecdc) -> Sound:
     chunks = SegmentChunks(decoder, Ramp())
     push_recording(chunks, recording)
     pieces = []
-    while (audio := chunks._step()) is not None:  # before it becomes PCM16
+    while (audio := chunks._step(1000)) is not None:  # before it becomes PCM16
         pieces.append(audio)
     return np.concatenate(pieces)[: recording.original_samples]
 
@@ -188,8 +189,9 @@ def test_more_quantizers_than_the_weights_have(folder: Path, tmp_path: Path) -> 
 
 def answers_to(connection: Connection, messages: Iterable[Message]) -> Iterator[Message]:
     for message in messages:
-        yield from connection.handle(message)
-        yield from connection.compute_due()
+        yield from handle(connection, message)
+        while connection.due_lanes():
+            yield from advance(connection)
 
 
 def pieces_of(data: bytes, size: int) -> list[Message]:
@@ -198,7 +200,7 @@ def pieces_of(data: bytes, size: int) -> list[Message]:
 
 @pytest.mark.parametrize("size", [1, 700, 1 << 20])
 def test_artifact_messages(decoder: codecs.SegmentDecoder, size: int) -> None:
-    connection = Connection(DECODE_SEGMENTS, decoder, Ramp(), {})
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
     handshake = parse_json(connection.handshake())
     assert (handshake["first_chunk_frames"], handshake["segment_frames"]) == (150, 150)
     data = path_of("long").read_bytes()
@@ -210,7 +212,7 @@ def test_artifact_messages(decoder: codecs.SegmentDecoder, size: int) -> None:
 
 def test_sound_comes_a_segment_at_a_time(decoder: codecs.SegmentDecoder) -> None:
     """What the next segment fades in over waits for it."""
-    connection = Connection(DECODE_SEGMENTS, decoder, Ramp(), {})
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
     data = path_of("long").read_bytes()
     header_bytes = 9 + int.from_bytes(data[5:9], "big")
     came = [*answers_to(connection, pieces_of(data[: header_bytes + 4 + 749], 1 << 20))]
@@ -220,7 +222,7 @@ def test_sound_comes_a_segment_at_a_time(decoder: codecs.SegmentDecoder) -> None
 
 
 def test_tokens_are_refused_with_the_reason(decoder: codecs.SegmentDecoder) -> None:
-    connection = Connection(DECODE_SEGMENTS, decoder, Ramp(), {})
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
     tokens = Message(Kind.TOKENS, bytes(5))
     error, end = answers_to(connection, [tokens, tokens, Message(Kind.END)])
     assert "each with a scale, which codes alone do not hold" in parse_json(error)["message"]
@@ -232,7 +234,7 @@ def test_tokens_are_refused_with_the_reason(decoder: codecs.SegmentDecoder) -> N
 
 def test_a_file_that_is_cut(decoder: codecs.SegmentDecoder) -> None:
     """The segments that came are heard."""
-    connection = Connection(DECODE_SEGMENTS, decoder, Ramp(), {})
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
     data = path_of("long").read_bytes()
     *audio, error, end = answers_to(connection, [*pieces_of(data[:900], 300), Message(Kind.END)])
     assert len(audio) > 0
@@ -244,14 +246,14 @@ def test_a_bad_segment_ends_its_stream_after_those_before_it(decoder: codecs.Seg
     data = bytearray(path_of("long").read_bytes())
     scale_place = len(data) - 2 * 4 - 750 - 105  # of the second segment
     data[scale_place : scale_place + 4] = b"\x7f\xc0\x00\x00"
-    connection = Connection(DECODE_SEGMENTS, decoder, Ramp(), {})
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
     *audio, error, end, first = answers_to(connection, pieces_of(bytes(data), 1 << 20) + [Message(Kind.END)] * 2)
     assert "the scale of segment 1 is nan" in parse_json(error)["message"]
     assert (len(audio) > 0, parse_json(end)["errors"], first.kind) == (True, 1, Kind.ERROR)
 
 
 def test_an_ecdc_after_a_bad_one_is_a_stream_of_its_own(decoder: codecs.SegmentDecoder) -> None:
-    connection = Connection(DECODE_SEGMENTS, decoder, Ramp(), {})
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
     bad, good = b"ECDC\x01" + bytes(20), path_of("few").read_bytes()
     kinds = [answer.kind for answer in answers_to(connection, [*pieces_of(bad, 100), *pieces_of(good, 100)])]
     assert kinds == [Kind.ERROR, Kind.END, Kind.AUDIO, Kind.END]
@@ -259,7 +261,7 @@ def test_an_ecdc_after_a_bad_one_is_a_stream_of_its_own(decoder: codecs.SegmentD
 
 def test_a_causal_file_is_one_segment(causal: Path) -> None:
     runtime = codecs.load_runtime(load_bundle(causal), threads=1)
-    connection = Connection(DECODE, runtime.new_decoder(), Ramp(), {})
+    connection = Connection(DECODE, runtime.new_decoder, Ramp(), {})
     data = (REFERENCE / "v60.raw.24k.ecdc").read_bytes()
     *audio, end = answers_to(connection, pieces_of(data, 512))
     pcm = b"".join(answer.payload for answer in audio)

@@ -18,7 +18,16 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.encoding import ENCODE, ENCODING
 from mossnano_stdio.protocol.messages import Kind, Message, json_message
 from mossnano_stdio.protocol.stream import State
-from tests.doubles import SMALL, CountingDecoder, CountingEncoder, expected_codes, tokens_payload
+from tests.doubles import (
+    SMALL,
+    CountingDecoder,
+    CountingEncoder,
+    advance,
+    close,
+    expected_codes,
+    handle,
+    tokens_payload,
+)
 
 END = Message(Kind.END)
 SAMPLE_BYTES = 4
@@ -37,7 +46,7 @@ class Talk:
         self.cancels_waiting = 0
         self.connection = Connection(
             ENCODE,
-            self.encoder,
+            lambda: self.encoder,
             schedule or Ramp(),
             {"protocol": 1},
             cancel_waiting=lambda: self.cancels_waiting > 0,
@@ -47,9 +56,9 @@ class Talk:
         answers: list[Message] = []
         for message in messages:
             self.cancels_waiting -= message.kind == Kind.CANCEL
-            answers.extend(self.connection.handle(message))
-            while self.connection.is_due:
-                answers.extend(self.connection.advance())
+            answers.extend(handle(self.connection, message))
+            while self.connection.due_lanes():
+                answers.extend(advance(self.connection))
         return answers
 
 
@@ -167,9 +176,9 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
         elif what == "CANCEL":
             conversation.cancels_waiting += 1
             answers += conversation.say(Message(Kind.CANCEL))
-        elif conversation.connection.state is not State.IDLE:
+        elif conversation.connection.plain.state is not State.IDLE:
             answers += conversation.say(END)
-    decoder = Connection(DECODE, CountingDecoder(), Ramp(), {})
+    decoder = Connection(DECODE, lambda: CountingDecoder(), Ramp(), {})
     heard = [answer for message in answers for answer in decoded(decoder, message)]
     assert [answer for answer in heard if answer.kind == Kind.ERROR] == []
     streams = [fields(answer)["stream"] for answer in answers if answer.kind == Kind.END]
@@ -178,21 +187,23 @@ def test_whatever_it_is_told_a_decoder_behind_it_has_nothing_to_refuse(told: lis
 
 
 def decoded(connection: Connection, message: Message) -> list[Message]:
-    answers = list(connection.handle(message))
-    while connection.is_due:
-        answers += connection.advance()
+    answers = list(handle(connection, message))
+    while connection.due_lanes():
+        answers += advance(connection)
     return answers
 
 
 def test_end_of_input_ends_the_stream() -> None:
     talk = Talk(schedule=Fixed(3))
-    answers = talk.say(Message(Kind.AUDIO, PCM)) + list(talk.connection.close())
+    answers = talk.say(Message(Kind.AUDIO, PCM)) + list(close(talk.connection))
     assert tokens_of(answers) == tokens_payload(expected_codes(PCM))
     assert fields(answers[-1])["original_samples"] == 18
 
 
 def test_the_table_has_a_cell_for_every_state_and_every_inbound_kind() -> None:
     inbound = {kind for _, kind in ENCODING}
-    assert inbound == set(Kind) - {Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT}
-    assert set(ENCODING) == {(state, kind) for state in (State.IDLE, State.AUDIO, State.SKIP) for kind in inbound}
+    assert inbound == set(Kind) - {Kind.TOKENS, Kind.ARTIFACT, Kind.TEXT, Kind.CREDIT, Kind.MARK, Kind.LEVELS}
+    assert set(ENCODING) == {
+        (state, kind) for state in (State.IDLE, State.OPEN, State.AUDIO, State.SKIP) for kind in inbound
+    }
     assert all(callable(action) for action in ENCODING.values())

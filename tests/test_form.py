@@ -317,12 +317,12 @@ def test_cuts_make_no_difference_and_every_count_is_known_before(
     for start, stop in pairwise(sorted([0, *(min(cut, samples) for cut in cuts), samples])):
         due_samples = shaper.samples_after(stop) - shaper.samples
         part = shaper.push(audio[start:stop])
-        assert part.samples == due_samples <= shaper.most_samples(stop - start)
+        assert part.samples == due_samples <= shaper.form.most_samples(stop - start, codec)
         assert len(part.sound) == part.samples * form.sample_bytes
         assert shaper.samples == shaper.samples_after(shaper.codec_samples)
         parts.append(part)
     parts.append(shaper.finish())
-    assert parts[-1].samples <= shaper.delay_samples <= shaper.most_samples(0)
+    assert parts[-1].samples <= shaper.delay_samples <= shaper.form.most_samples(0, codec)
     assert shaper.samples == half_up(Fraction(samples * form.sample_rate, codec.sample_rate))
     at_once = shaped(codec, form, audio)
     assert b"".join(part.sound for part in parts) == at_once.sound

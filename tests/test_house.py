@@ -47,7 +47,7 @@ SIDE_DOORS = {
     "pcm": {"recordings", "comparison"},
     "weights": {"checked_json", "hub"},
     "playback": {"defaults"},
-    "protocol": {"connection", "decoding", "encoding"},
+    "protocol": {"connection", "decoding", "encoding", "stream"},
     "process": {"flags", "logs", "windows"},
     "build": {"arithmetic", "bundle", "extract", "nodes"},
 }

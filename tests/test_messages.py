@@ -150,4 +150,4 @@ def test_json_never_holds_what_json_cannot() -> None:
 
 
 def test_every_kind_has_a_name_for_people() -> None:
-    assert [kind_name(kind) for kind in (0, 9, 10, 255)] == ["HANDSHAKE", "SETTINGS", "kind 0x0a", "kind 0xff"]
+    assert [kind_name(kind) for kind in (0, 10, 13, 255)] == ["HANDSHAKE", "CREDIT", "kind 0x0d", "kind 0xff"]

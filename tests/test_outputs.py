@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from mossnano_stdio.errors import DeviceError
-from mossnano_stdio.process.outputs import RawOutput, SeveralOutputs, SpeakerOutput
-from mossnano_stdio.protocol.messages import Kind, Message, json_message
-from tests.child import DEMO, ROOT, decoded, fields, pcm_of
+from mossnano_stdio.pcm import SoundForm, wav_header
+from mossnano_stdio.process.outputs import RawOutput, SeveralOutputs, SpeakerOutput, WavOutput
+from mossnano_stdio.protocol.messages import Kind, Message, in_stream, json_message
+from tests.child import DEMO, ROOT, decoded, encoded, fields, pcm_of
 from tests.doubles import SMALL
 from tests.sound import FileDevice, Samples, missing_portaudio
 
 needs_portaudio = pytest.mark.skipif(missing_portaudio() is not None, reason=str(missing_portaudio()))
 
+FORM = SoundForm.of_codec(SMALL)
 AUDIO = Message(Kind.AUDIO, b"\1\0\2\0")
 END = json_message(Kind.END, {"cancelled": False})
 CANCELLED = json_message(Kind.END, {"cancelled": True})
@@ -47,6 +49,7 @@ class FakePlayer:
 
     def __init__(self, lost_at: int = 1000) -> None:
         self.calls: list[str] = []
+        self.pushed: list[bytes] = []
         self._lost_at = lost_at
 
     def __getattr__(self, name: str) -> Callable[..., bool]:
@@ -54,6 +57,8 @@ class FakePlayer:
             if len(self.calls) >= self._lost_at and name != "abort":
                 raise DeviceError("the device is gone")
             self.calls.append(name)
+            if name == "push":
+                self.pushed.append(arguments[0])
             return True
 
         return call
@@ -67,7 +72,7 @@ def test_the_speaker_plays_ends_and_drops_streams_as_they_do() -> None:
     player = FakePlayer()
     output = speaker(player)
     output.put(AUDIO)  # nothing was started: nowhere to play
-    output.start(SMALL)
+    output.start(FORM)
     for message in (AUDIO, END, AUDIO, CANCELLED, Message(Kind.PING)):
         output.put(message)
     output.finish()
@@ -76,10 +81,54 @@ def test_the_speaker_plays_ends_and_drops_streams_as_they_do() -> None:
     assert player.calls == ["push", "end_stream", "push", "flush", "finish", "abort"]
 
 
+def test_the_speaker_mixes_numbered_streams() -> None:
+    player = FakePlayer()
+    output = speaker(player)
+    output.start(FORM)
+    loud = Message(Kind.AUDIO, b"\x10\0\x20\0")
+    for message in (
+        in_stream(1, AUDIO),  # alone: at once
+        in_stream(2, loud),  # waits for the first
+        in_stream(1, AUDIO),
+        in_stream(3, loud),
+        in_stream(3, CANCELLED),  # nothing of it was in the mix, and of the others nothing is dropped
+        in_stream(1, END),
+        in_stream(2, END),
+        in_stream(4, AUDIO),
+        in_stream(4, CANCELLED),  # alone again: what the player holds is all of it
+    ):
+        output.put(message)
+    output.finish()
+    assert player.pushed == [AUDIO.payload, b"\x11\0\x22\0", AUDIO.payload]
+    assert player.calls == ["push", "push", "end_stream", "push", "flush", "finish"]
+
+
+def test_what_waits_in_the_mix_is_played_at_the_end() -> None:
+    player = FakePlayer()
+    output = speaker(player)
+    output.start(FORM)
+    for number in (1, 2):
+        output.put(in_stream(number, AUDIO))
+    output.finish()
+    assert player.pushed == [AUDIO.payload, AUDIO.payload]
+
+
+def test_floats_are_pcm_to_the_speaker_and_a_wav_of_floats() -> None:
+    form = SoundForm(FORM.sample_rate, FORM.channels, "f32le")
+    half = Message(Kind.AUDIO, np.array([0.5, 2.0], "<f4").tobytes())
+    player, sink = FakePlayer(), BytesSink()
+    outputs = SeveralOutputs([WavOutput(sink), speaker(player)])
+    outputs.start(form)
+    outputs.put(half)
+    outputs.finish()
+    assert player.pushed == [np.array([16384, 32767], "<i2").tobytes()]
+    assert sink.written == wav_header(form.sample_rate, form.channels, None, "f32le") + half.payload
+
+
 def test_a_lost_speaker_takes_nothing_from_stdout_and_shows_at_the_end() -> None:
     sink, player = BytesSink(), FakePlayer(lost_at=1)
     outputs = SeveralOutputs([RawOutput(sink), speaker(player)])
-    outputs.start(SMALL)
+    outputs.start(FORM)
     for _ in range(3):
         outputs.put(AUDIO)
     with pytest.raises(DeviceError, match="gone"):
@@ -90,14 +139,14 @@ def test_a_lost_speaker_takes_nothing_from_stdout_and_shows_at_the_end() -> None
 
 def test_a_lost_speaker_that_was_all_there_was_is_the_end() -> None:
     outputs = SeveralOutputs([speaker(FakePlayer(lost_at=0))])
-    outputs.start(SMALL)
+    outputs.start(FORM)
     with pytest.raises(DeviceError):
         outputs.put(AUDIO)
 
 
 def test_no_output_takes_everything() -> None:
     outputs = SeveralOutputs([])
-    outputs.start(SMALL)
+    outputs.start(FORM)
     outputs.put(AUDIO)
     outputs.finish()
     outputs.abort()
@@ -140,3 +189,32 @@ def test_no_such_device_ends_the_process_before_its_handshake(tmp_path: Path) ->
     assert done.returncode == 69
     (message,) = decoded(done.stdout)
     assert (fields(message)["code"], fields(message)["fatal"]) == ("no_device", True)
+
+
+@needs_portaudio
+def test_what_is_played_has_one_form_and_numbered_streams_are_mixed(tmp_path: Path) -> None:
+    device = FileDevice(tmp_path)
+    tokens = Message(
+        Kind.TOKENS, b"\x01\x08\x30\x00\x01\x05\x18\x70\x00\x02\x09\x28\xb0\x00\x03\x0d\x38\xf0\x00\x04" * 5
+    )
+    wire = encoded(
+        json_message(Kind.SETTINGS, {"channels": 1}),
+        *(in_stream(number, message) for number in (1, 2) for message in (tokens, Message(Kind.END))),
+    )
+    done = subprocess.run(
+        [*DEMO, "--play", "--prebuffer-ms", "all", "--gain-db", "-12"],
+        input=wire,
+        capture_output=True,
+        cwd=ROOT,
+        env=device.environment,
+        check=True,
+        timeout=60,
+    )
+    answers = decoded(done.stdout)
+    (error,) = (answer for answer in answers if answer.kind == Kind.ERROR)
+    assert fields(error)["code"] == "bad_settings"
+    assert "--play has one form for the whole run" in fields(error)["message"]
+    voice = b"".join(answer.payload[4:] for answer in answers if answer.kind == Kind.AUDIO | 0x80)
+    one = np.frombuffer(voice[: len(voice) // 2], "<i2").reshape(-1, 2)
+    assert len(one) <= len(device.played())  # where in the mix the second begins depends on when it comes
+    assert np.abs(device.played()).max() > np.abs(one).max() / 2

@@ -191,6 +191,23 @@ def test_what_no_wav_can_hold(rate: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("to_pipe", [False, True])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_floats_are_read_as_they_were_written(to_pipe: bool, channels: int) -> None:
+    samples = (noise(1000, channels) / np.float32(9000)).astype("<f4")
+    file = Pipe() if to_pipe else io.BytesIO()
+    writer = WavWriter(file, RATE, channels, sample_format="f32le")
+    writer.write(samples.tobytes())
+    writer.finish()
+    data = file.getvalue()
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        assert (sound.samplerate, sound.subtype, sound.channels) == (RATE, "FLOAT", channels)
+        assert np.array_equal(sound.read(dtype="float32", always_2d=True), samples)
+    if not to_pipe:
+        riff_size, fact_samples, data_size = (struct.unpack_from("<I", data, at)[0] for at in (4, 46, 54))
+        assert (riff_size, fact_samples, data_size) == (len(data) - 8, 1000, 4 * samples.size)
+
+
+@pytest.mark.parametrize("to_pipe", [False, True])
 def test_all_readers_here_read_what_we_write(to_pipe: bool, tmp_path: Path) -> None:
     samples = noise(1000)
     path = tmp_path / "x.wav"

@@ -14,6 +14,7 @@ import wave
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,16 @@ from mossnano_stdio import codecs
 from mossnano_stdio.protocol.connection import Action
 from mossnano_stdio.protocol.decoding import DECODING
 from mossnano_stdio.protocol.encoding import ENCODING
-from mossnano_stdio.protocol.messages import INBOX_BYTES, Kind, Message, encode_message, json_message
+from mossnano_stdio.protocol.messages import (
+    INBOX_BYTES,
+    NUMBERED,
+    Kind,
+    Message,
+    encode_message,
+    in_stream,
+    json_message,
+    out_of_stream,
+)
 from mossnano_stdio.protocol.stream import State
 from mossnano_stdio.tokens import pack_frames
 from mossnano_stdio.weights import MODELS
@@ -336,7 +346,7 @@ def test_statistics_at_the_end_and_on_request() -> None:
         child.next()
         child.write(STREAM)
         child.until(Kind.END)
-        asked: list[dict[str, float]] = []
+        asked: list[dict[str, Any]] = []
         if sys.platform != "win32":
             child.process.send_signal(signal.SIGUSR1)
             asked = [json.loads(child.stderr.readline())]
@@ -347,6 +357,112 @@ def test_statistics_at_the_end_and_on_request() -> None:
         assert stats["peak_resident_bytes"] > 10_000_000
         assert stats["step_p50_ms"] <= stats["step_p95_ms"]
         assert stats["first_audio_p50_ms"] > 0
+        assert stats["chunks"] == {"1": 1, "2": 1, "4": 1, "8": 1, "5": 1}
+        (stream,) = stats["latest_streams"]
+        assert (stream["stream"], stream["is_numbered"], stream["chunks"]) == (0, False, stats["chunks"])
+        assert stream["lateness_p50_ms"] <= stream["lateness_p99_ms"]
+        assert stream["held_p50_ms"] >= 0
+
+
+# --- numbered streams and the form of the sound ------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [[], ["--threads", "1"]], ids=["in turn", "side by side"])
+def test_voices_speak_through_one_pipe(threads: list[str]) -> None:
+    voices = {number: some_frames(30, seed=number) for number in range(16)}
+    with Child(double({}, "--stats", *threads)) as child:
+        assert fields(child.next())["max_streams"] == 32
+        for number, frames in voices.items():
+            child.say(in_stream(number, Message(Kind.TOKENS, tokens_payload(frames[:10]))))
+        for number, frames in voices.items():
+            child.say(in_stream(number, Message(Kind.TOKENS, tokens_payload(frames[10:]))), in_stream(number, END))
+        child.say(TOKENS)
+        status, answers, err = child.finish()
+    assert status == 0
+    heard: dict[int, bytes] = dict.fromkeys(voices, b"")
+    for answer in answers:
+        if answer.kind & 0x80:
+            number, inner = out_of_stream(answer)
+            heard[number] += inner.payload if inner.kind == Kind.AUDIO else b""
+    assert heard == {number: expected_pcm(frames, SMALL) for number, frames in voices.items()}
+    assert pcm_of(answers) == PCM
+    stats = json.loads(err)
+    assert (stats["streams"], stats["numbered_streams"]) == (1, 16)
+    assert 8 <= len(stats["latest_streams"]) <= 17  # as many as one line holds
+
+
+def test_a_voice_without_credit_waits_alone() -> None:
+    with Child(double({}, "--window-samples", "16")) as child:
+        child.next()
+        child.say(in_stream(1, TOKENS), in_stream(1, END), in_stream(2, TOKENS), TOKENS, END)
+        granted = child.until(Kind.END)
+        assert pcm_of(granted) == PCM
+        assert len([answer for answer in granted if answer.kind == 0x81]) == 2 * 3  # 1, 2 and 1 frames of each
+        child.say(in_stream(1, Message(Kind.CREDIT, (1 << 40).to_bytes(8, "little"))))
+        assert fields(out_of_stream(child.until(Kind.END | NUMBERED)[-1])[1])["frames"] == len(FRAMES)
+        child.say(in_stream(2, Message(Kind.CANCEL)))
+        assert fields(out_of_stream(child.until(Kind.END | NUMBERED)[-1])[1])["frames"] == 4
+
+
+@pytest.mark.parametrize("output", ["raw", "wav"])
+def test_where_only_sound_goes_out_there_are_no_voices_and_one_form(output: str) -> None:
+    settings = json_message(Kind.SETTINGS, {"channels": 1})
+    done = run(double({}, "--output", output), encoded(in_stream(1, TOKENS), settings) + STREAM)
+    assert f"there are no numbered streams here: --output {output} has no place for them".encode() in done.stderr
+    assert (
+        f"the form of the sound cannot be set: --output {output} has one form for the whole run".encode() in done.stderr
+    )
+    assert done.stdout.endswith(PCM)
+
+
+def test_flags_set_the_form_and_settings_override_them() -> None:
+    flags = ["--channels", "1", "--sample-format", "f32le", "--gain-db", "-6", "--levels-ms", "10"]
+    back = {"channels": 2, "sample_format": "s16le", "gain_db": 0, "levels_ms": 0}
+    hello, levels, *_ = decoded(run(double({}, *flags), STREAM).stdout)
+    said = fields(hello)
+    assert {name: said[name] for name in back} == {
+        "channels": 1,
+        "sample_format": "f32le",
+        "gain_db": -6.0,
+        "levels_ms": 10,
+    }
+    assert levels.kind in (Kind.LEVELS, Kind.AUDIO)
+    done = run(double({}, *flags), encoded(json_message(Kind.SETTINGS, back)) + STREAM)
+    assert pcm_of(decoded(done.stdout)) == PCM
+
+
+@pytest.mark.parametrize("output", ["raw", "wav"])
+def test_the_form_of_bare_sound_is_set_by_flags(output: str) -> None:
+    done = run(double({}, "--output", output, "--channels", "1", "--sample-format", "f32le"), STREAM)
+    samples = np.frombuffer(PCM, "<i2").reshape(-1, 2) / np.float32(32767)
+    assert done.returncode == 0
+    np.testing.assert_allclose(
+        np.frombuffer(done.stdout[-len(samples) * 4 :], "<f4"), samples.mean(axis=1), rtol=0, atol=1e-6
+    )
+    assert done.stdout.startswith(b"RIFF") == (output == "wav")
+
+
+def test_a_rate_of_ones_own() -> None:
+    done = run(double({"nano": True}, "--sample-rate", "16000", "--output", "raw"), encoded(TOKENS_NANO, END))
+    assert len(done.stdout) == len(FRAMES_NANO) * 1280 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sample-rate", "7999"], b"a whole number from 8000 to 192000"),
+        (["--channels", "3"], b"a whole number from 1 to 2"),
+        (["--sample-format", "mp3"], b"s16le"),
+        (["--gain-db", "nan"], b"a number from -60 to 20"),
+        (["--levels-ms", "15"], b"--levels-ms"),
+        (["--window-samples", "3"], b"allowed is 4 or more"),
+        (["--encode", "--gain-db", "1"], b"--gain-db is for decoding"),
+    ],
+)
+def test_a_form_that_cannot_be_is_a_wrong_command_line(arguments: list[str], says: bytes) -> None:
+    done = run(double({}, *arguments))
+    assert done.returncode == 2
+    assert says in done.stderr
 
 
 def test_log_lines_as_json() -> None:
@@ -426,12 +542,15 @@ def test_the_hex_dump_of_the_encoder_is_audio() -> None:
 def test_the_hex_dumps_of_the_document_are_messages_that_do_what_they_say(name: str, direction: str, dump: str) -> None:
     wire = bytes.fromhex(re.sub(r"#.*", "", dump))
     (message,) = decoded(wire)
-    assert Kind(message.kind).name == name
+    assert Kind(message.kind & ~NUMBERED).name == name
     assert encode_message(*message) == wire
     if direction == "in":
-        done = run([*DEMO, "--on-error", "stop"], wire) if name not in ("END", "ARTIFACT") else run(DEMO, wire)
-        errors = [fields(answer)["code"] for answer in decoded(done.stdout) if answer.kind == Kind.ERROR]
-        assert errors == {"END": ["no_stream"], "ARTIFACT": ["bad_artifact"]}.get(name, [])
+        expected = {"END": ["no_stream"], "ARTIFACT": ["bad_artifact"], "CREDIT": ["no_stream"]}.get(name, [])
+        done = run(DEMO if expected else [*DEMO, "--on-error", "stop"], wire)
+        answers = [(answer.kind & ~NUMBERED, answer) for answer in decoded(done.stdout)]
+        errors = [answer.payload for kind, answer in answers if kind == Kind.ERROR]
+        assert len(errors) == len(expected)
+        assert all(code.encode() in error for code, error in zip(expected, errors, strict=True))
 
 
 def test_the_document_shows_every_kind() -> None:
@@ -439,17 +558,25 @@ def test_the_document_shows_every_kind() -> None:
     assert shown == {kind.name for kind in Kind} - {"TEXT"}
 
 
-def test_the_conversation_of_the_document() -> None:
-    lines = PROTOCOL.split("```conversation\n")[1].split("```")[0].splitlines()
+CONVERSATIONS = re.findall(r"```conversation\n(.*?)```", PROTOCOL, re.S)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=["one voice", "two voices"])
+def test_the_conversations_of_the_document(conversation: str) -> None:
     with Child([*DEMO, "--chunk-frames", "1"]) as child:
-        for line in lines:
+        for line in conversation.splitlines():
             direction, _, said = line.partition(" ")
             if direction == ">":
                 child.write(bytes.fromhex(said))
                 continue
             kind, name, what = said.split(" ", 2)
             message = child.next()
-            assert (f"{message.kind:02x}", Kind(message.kind).name) == (kind, name)
+            assert f"{message.kind:02x}" == kind
+            if message.kind & NUMBERED:
+                number, message = out_of_stream(message)
+                assert what.startswith(f"of {number} ")
+                what = what.removeprefix(f"of {number} ")
+            assert Kind(message.kind).name == name
             if what.endswith(" bytes"):
                 assert f"{len(message.payload)} bytes" == what
             elif what.startswith("{"):

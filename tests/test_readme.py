@@ -1,4 +1,5 @@
-"""The README's commands do what they promise: every `sh` block is run, in order, in one folder, as a new user would.
+"""The commands of README.md and clients/README.md do what they promise: every `sh` block is run, in order, in one
+folder, as a new user would.
 
 Blocks of another kind (`text`, `python`, ...) are not run here: the two set-up commands, which install from a package
 registry (`.ci/run` runs one of them, word for word), and what needs weights or a sound card that nobody can be sure of.
@@ -19,8 +20,9 @@ from mossnano_stdio.weights import MODELS
 from tests.child import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```sh(?: needs=(\w+))?\n(.*?)^```", README, re.M | re.S)  # (what must be installed, commands)
-PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PAGES = README + (ROOT / "mossnano_stdio" / "clients" / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh(?: needs=(\w+))?\n(.*?)^```", PAGES, re.M | re.S)  # (what must be installed, commands)
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGES, re.M | re.S)
 SETUP = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
 
 

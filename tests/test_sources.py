@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import threading
 import time
 import wave
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mossnano_stdio.errors import ArtifactError, InputError, MossnanoError, UsageError
 from mossnano_stdio.pcm import wav_header
-from mossnano_stdio.protocol.messages import Kind, Message, encode_message, json_message
+from mossnano_stdio.protocol.messages import Kind, Message, encode_message, in_stream, json_message
 from mossnano_stdio.tokens import Artifact, build_artifact
 from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
 from tests.sound import loud_noise
@@ -42,8 +44,13 @@ class Trickle(io.RawIOBase):
         return len(piece)
 
 
-def source_of(data: bytes, step_bytes: int = 1 << 20, decoding: Decoding = Decoding()) -> Source:  # noqa: B008 - frozen
-    return open_source(io.BufferedReader(Trickle(data, step_bytes)), "the input", decoding)
+def source_of(
+    data: bytes,
+    step_bytes: int = 1 << 20,
+    decoding: Decoding = Decoding(),  # noqa: B008 - frozen
+    maybe_number: int | None = None,
+) -> Source:
+    return open_source(io.BufferedReader(Trickle(data, step_bytes)), "the input", decoding, maybe_number)
 
 
 def pcm_and_faults(source: Source) -> tuple[bytes, list[str]]:
@@ -126,13 +133,106 @@ def test_what_is_broken_comes_after_what_is_whole(broken: bytes, fault: str) -> 
     assert faults[0].startswith(fault)
 
 
+# --- numbered streams, and every form ----------------------------------------------------------------------------
+
+
+def in_order(source: Source) -> list[Any]:
+    return [event.pcm if isinstance(event, Pcm) else event for event in source.events]
+
+
+def steps(pcm: bytes) -> NDArray[np.int64]:
+    return np.frombuffer(pcm, "<i2").astype(np.int64)
+
+
+QUIET = [(loud_noise(1000) // (number + 2)).astype("<i2").tobytes() for number in range(2)]
+WHOLE, CANCELLED = EndOfStream(is_cancelled=False), EndOfStream(is_cancelled=True)
+
+
+def test_numbered_streams_that_follow_one_another_are_played_as_they_came() -> None:
+    answer = wire(
+        HELLO, in_stream(3, audio(NOISE)), in_stream(3, end()), in_stream(4, audio(NOISE)),
+        in_stream(4, end(cancelled=True)), audio(NOISE), end(),
+    )  # fmt: skip
+    assert in_order(source_of(answer)) == [NOISE, WHOLE, NOISE, CANCELLED, NOISE, WHOLE]
+
+
+def test_numbered_streams_that_sound_at_once_are_mixed() -> None:
+    first, second = QUIET
+    answer = wire(
+        HELLO, in_stream(3, audio(first[:400])), in_stream(4, audio(second)), in_stream(3, audio(first[400:])),
+        in_stream(3, end()), in_stream(4, end()),
+    )  # fmt: skip
+    events = in_order(source_of(answer))
+    assert events[-1] == WHOLE
+    expected = np.concatenate([steps(first), np.zeros(200, np.int64)])
+    expected[200:] += steps(second)
+    assert np.array_equal(steps(b"".join(events[:-1])), expected)
+
+
+def test_what_is_cancelled_takes_nothing_of_others_with_it() -> None:
+    first, second = QUIET
+    answer = wire(
+        HELLO, in_stream(3, audio(first)), in_stream(4, audio(second)), in_stream(4, end(cancelled=True)),
+        in_stream(3, audio(first)), in_stream(3, end(cancelled=True)), in_stream(5, audio(NOISE)),
+    )  # fmt: skip
+    assert in_order(source_of(answer)) == [first, first, WHOLE, NOISE]
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_one_stream_of_several(number: int) -> None:
+    bad = json_message(Kind.ERROR, {"code": "bad_tokens", "message": "no", "stream": 3})
+    answer = wire(
+        HELLO, in_stream(3, audio(QUIET[0])), audio(NOISE), in_stream(4, audio(QUIET[1])), in_stream(3, bad),
+        end(), in_stream(3, end()), in_stream(4, end()),
+    )  # fmt: skip
+    events = in_order(source_of(answer, maybe_number=number))
+    errors = [str(event) for event in events if isinstance(event, MossnanoError)]
+    assert [event for event in events if not isinstance(event, MossnanoError)] == [QUIET[number - 3], WHOLE]
+    assert errors == (["mossnano-stdio says of stream 3 bad_tokens: no"] if number == 3 else [])
+
+
+def test_a_stream_that_is_not_there_is_an_error() -> None:
+    (event,) = in_order(source_of(wire(HELLO, audio(NOISE)), maybe_number=9))
+    assert str(event) == "no stream 9 is in the input"
+    with pytest.raises(UsageError, match="has no numbered streams: leave --stream out"):
+        source_of(wav_header(48000, 2, 0), maybe_number=9)
+
+
+def test_floats_are_played() -> None:
+    hello = json_message(Kind.HANDSHAKE, {**GREETING, "sample_format": "f32le"})
+    floats = (steps(NOISE) / 32767).astype("<f4").tobytes()
+    assert in_order(source_of(wire(hello, audio(floats), end()))) == [NOISE, WHOLE]
+    bad = np.array([[0.5, np.nan]], "<f4").tobytes()
+    pcm, (fault,) = pcm_and_faults(source_of(wire(hello, audio(bad), audio(floats))))
+    assert pcm == NOISE
+    assert fault.startswith("NonFiniteError: sample 0 of channel 1 is nan, one of 1 that are not finite")
+
+
+def test_a_stream_of_another_form_is_played_in_that_of_the_first_handshake() -> None:
+    said = json_message(Kind.HANDSHAKE, {**GREETING, "sample_rate": 24000, "channels": 1})
+    pcm, faults = pcm_and_faults(source_of(wire(HELLO, in_stream(3, said), in_stream(3, audio(NOISE)))))
+    assert (len(pcm), faults) == (2 * 2 * len(NOISE), [])
+
+
+def test_a_stream_that_cannot_be_played_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    said = json_message(Kind.HANDSHAKE, {**GREETING, "sample_rate": 24000})
+    answer = wire(HELLO, in_stream(3, said), *[in_stream(3, audio(NOISE))] * 3, audio(NOISE))
+    pcm, (fault,) = pcm_and_faults(source_of(answer))
+    assert pcm == NOISE
+    assert "soxr is not installed" in fault
+
+
 @pytest.mark.parametrize(
     ("first", "message"),
     [
         (Message(Kind.TOKENS, bytes(20)), "begins with TOKENS, not with a HANDSHAKE.*goes through it first"),
         (json_message(Kind.ERROR, {"code": "bad_weights", "message": "x: is not there"}), "bad_weights: x: is not"),
         (json_message(Kind.HANDSHAKE, {**GREETING, "direction": "encode"}), "an encoder's answer"),
-        (json_message(Kind.HANDSHAKE, {**GREETING, "sample_format": "f32le"}), "the PCM is 'f32le'"),
+        (
+            json_message(Kind.HANDSHAKE, {**GREETING, "sample_format": "u8"}),
+            "the PCM is 'u8', only s16le and f32le can",
+        ),
         (json_message(Kind.HANDSHAKE, {**GREETING, "channels": 0}), "0 channels at 48000 Hz"),
         (json_message(Kind.HANDSHAKE, {"sample_rate": "high"}), "None channels at 'high' Hz"),
         (Message(Kind.HANDSHAKE, b"[1, 2, 3]"), "a list where an object belongs"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, encode_message
+from mossnano_stdio.protocol.messages import MAX_MESSAGE_BYTES, Kind, Message, encode_message, in_stream
 from mossnano_stdio.tokens import Artifact, build_artifact
 from mossnano_stdio.tools.info.tally import Tally
 
@@ -140,7 +140,101 @@ def test_an_impossible_length_ends_the_count() -> None:
     assert tally.facts()["truncated"] is False
 
 
-@given(st.lists(st.tuples(st.integers(0, 12), st.binary(max_size=60)), max_size=12))
+# --- numbered streams, and every form ----------------------------------------------------------------------------
+
+
+def numbered(number: int, kind: int, payload: bytes = b"") -> tuple[int, bytes]:
+    message = in_stream(number, Message(kind, payload))
+    return message.kind, message.payload
+
+
+def test_numbered_streams_on_their_way_in() -> None:
+    whole = artifact()
+    facts, fault = tally_of(
+        (Kind.SETTINGS, as_json(quantizers=8, sample_rate=16000)),
+        numbered(3, Kind.CREDIT, bytes(8)),
+        numbered(3, Kind.TOKENS, bytes(40)),
+        numbered(4, Kind.ARTIFACT, whole[:50]),
+        numbered(5, Kind.SETTINGS, as_json(quantizers=16)),
+        (Kind.TOKENS, bytes(10)),
+        numbered(5, Kind.TOKENS, bytes(40)),
+        numbered(3, Kind.MARK, b"hello"),
+        numbered(4, Kind.ARTIFACT, whole[50:]),
+        numbered(3, Kind.END),
+    )
+    assert fault == ""
+    assert facts["messages"] == {
+        "SETTINGS": 1, "TOKENS": 1, "numbered CREDIT": 1, "numbered TOKENS": 2, "numbered ARTIFACT": 2,
+        "numbered SETTINGS": 1, "numbered MARK": 1, "numbered END": 1,
+    }  # fmt: skip
+    assert (facts["frames"], facts["error_count"], facts["numbered_streams"]) == (1 + 4 + 5 + 2, 0, 3)
+    assert facts["seconds"] == pytest.approx(7 * 0.08 + 19000 / 48000)
+    assert {number: stream["frames"] for number, stream in facts["streams"].items()} == {"3": 4, "4": 5, "5": 2}
+    assert facts["streams"]["3"]["messages"] == {"CREDIT": 1, "TOKENS": 1, "MARK": 1, "END": 1}
+    assert [stream["end"] for stream in facts["streams"].values()] == ["whole", None, None]
+
+
+def test_numbered_streams_on_their_way_out_each_in_its_form() -> None:
+    said: dict[str, Any] = {"sample_rate": 16000, "channels": 1, "codec_sample_rate": 48000, "codec_channels": 2}
+    facts, fault = tally_of(
+        (Kind.HANDSHAKE, as_json(**said)),
+        numbered(1, Kind.AUDIO, bytes(3200)),
+        numbered(2, Kind.HANDSHAKE, as_json(**said | {"channels": 2, "sample_format": "f32le"})),
+        numbered(2, Kind.LEVELS, bytes(2)),
+        numbered(2, Kind.AUDIO, bytes(3200)),
+        numbered(1, Kind.END, as_json(frames=2)),
+        numbered(2, Kind.ERROR, as_json(code="bad_tokens", message="why", stream=2)),
+        numbered(2, Kind.END, as_json(frames=1, cancelled=True)),
+        (Kind.AUDIO, bytes(320)),
+    )
+    assert fault == ""
+    assert (facts["frames"], facts["audio_samples"]) == (3, 1600 + 400 + 160)
+    assert facts["seconds"] == pytest.approx(2160 / 16000)
+    assert (facts["format"]["sample_rate"], facts["format"]["channels"]) == (48000, 2)
+    assert facts["form"] == {"sample_rate": 16000, "channels": 1, "sample_format": "s16le"}
+    assert facts["errors"] == ["bad_tokens: why"]
+    assert facts["streams"] == {
+        "1": {
+            "messages": {"AUDIO": 1, "END": 1}, "frames": 2, "audio_samples": 1600, "seconds": 0.1,
+            "sample_rate": 16000, "channels": 1, "sample_format": "s16le", "error_count": 0, "end": "whole",
+        },
+        "2": {
+            "messages": {"HANDSHAKE": 1, "LEVELS": 1, "AUDIO": 1, "ERROR": 1, "END": 1}, "frames": 1,
+            "audio_samples": 400, "seconds": 0.025, "sample_rate": 16000, "channels": 2, "sample_format": "f32le",
+            "error_count": 1, "end": "cancelled",
+        },
+    }  # fmt: skip
+
+
+def test_the_sum_of_many_streams_and_the_facts_of_the_first() -> None:
+    messages = [numbered(number, Kind.TOKENS, bytes(20)) for number in range(1000)]
+    facts, _ = tally_of(*[message for each in messages for message in (each, (0x87, each[1][:4]))])
+    assert (facts["frames"], facts["numbered_streams"]) == (1000, 1000)
+    assert list(facts["streams"]) == [str(number) for number in range(32)]
+    assert facts["seconds"] == pytest.approx(80)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ((0x84, b"abc"), "numbered TOKENS: a message of kind 0x84 has a payload of 3 bytes"),
+        (numbered(9, Kind.TOKENS, b"x"), "numbered TOKENS: in stream 9, 1 bytes are no whole number of frames"),
+        (numbered(9, Kind.HANDSHAKE, b"{"), "numbered HANDSHAKE: in stream 9, the payload of HANDSHAKE is no JSON"),
+    ],
+)
+def test_what_is_wrong_in_a_numbered_stream(message: tuple[int, bytes], line: str) -> None:
+    facts, _ = tally_of(message)
+    assert facts["error_count"] == 1
+    assert facts["errors"][0].startswith(line)
+
+
+def test_a_cut_inside_an_artifact_of_a_numbered_stream() -> None:
+    facts, fault = tally_of(*[numbered(number, Kind.ARTIFACT, artifact()[:40]) for number in (8, 9)])
+    assert facts["truncated"] is True
+    assert fault == "the stream is cut inside an artifact, in stream 8, 9"
+
+
+@given(st.lists(st.tuples(st.one_of(st.integers(0, 14), st.integers(0x80, 0x8E)), st.binary(max_size=60)), max_size=12))
 def test_any_messages_are_counted_without_an_error_of_ours(messages: list[tuple[int, bytes]]) -> None:
     facts, _ = tally_of(*messages)
     assert sum(facts["messages"].values()) == len(messages)

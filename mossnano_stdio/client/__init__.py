@@ -13,7 +13,9 @@ Rules of this room:
 - Neither side blocks the other for good. Feeding never waits: frames are queued here, and frames that would exceed
   `queue_bytes` are refused as a whole. Answers are read until `buffer_bytes` wait to be taken; then reading stops,
   unless a caller waits for an answer behind them.
-- `cancel` ends every stream that was not read to its end, at once. What still comes of them is dropped.
+- Voices go on side by side. Of each, no more than its window waits here, and one that nobody reads stops alone. A plain
+  stream that nobody reads stops all of them, once `buffer_bytes` wait.
+- `cancel` of a decoder ends every stream that was not read to its end, at once. What still comes of them is dropped.
 - Streams that a process had not answered when it died are lost. Reading or feeding one of them raises
   DecoderDiedError, even when the next process runs already. The next stream starts a new process; with `restart`, the
   death itself does.
@@ -23,11 +25,12 @@ Rules of this room:
 
 from __future__ import annotations
 
-from mossnano_stdio.client.asynchronous import AsyncDecoder, AsyncStream
-from mossnano_stdio.client.blocking import Decoder, Stream
-from mossnano_stdio.client.exchange import (
+from mossnano_stdio.client.asynchronous import AsyncDecoder, AsyncStream, AsyncVoice
+from mossnano_stdio.client.blocking import Decoder, Stream, Voice
+from mossnano_stdio.client.state import (
     DecoderDiedError,
     DecoderError,
+    Mark,
     NotReadyError,
     Played,
     QueueFullError,
@@ -38,13 +41,16 @@ from mossnano_stdio.client.exchange import (
 __all__ = [
     "AsyncDecoder",
     "AsyncStream",
+    "AsyncVoice",
     "Decoder",
     "DecoderDiedError",
     "DecoderError",
+    "Mark",
     "NotReadyError",
     "Played",
     "QueueFullError",
     "Stream",
     "StreamEnd",
     "StreamOverError",
+    "Voice",
 ]

@@ -15,8 +15,9 @@ from mossnano_stdio.client.exchange import (
     Exchange,
     Facts,
     FedStream,
+    FedVoice,
     Frames,
-    NotReadyError,
+    Setting,
     State,
 )
 from mossnano_stdio.client.launch import (
@@ -29,6 +30,7 @@ from mossnano_stdio.client.launch import (
     command_line,
     standard_descriptors_taken,
 )
+from mossnano_stdio.client.state import NotReadyError
 from mossnano_stdio.errors import UsageError
 
 Found = TypeVar("Found")
@@ -56,6 +58,10 @@ class AsyncStream(FedStream):
         return b"".join([pcm async for pcm in self])
 
 
+class AsyncVoice(FedVoice, AsyncStream):
+    """A stream that goes on beside others, as a Voice does."""
+
+
 class AsyncDecoder(Facts):
     """A decoder process that is fed with frames and returns PCM. `async with` or start and close start and end it.
 
@@ -81,7 +87,7 @@ class AsyncDecoder(Facts):
         self._restarts = Restarts(restart)
         self._links: list[_AsyncLink] = []  # the newest is the last; the others died, but may still be read
         self._maybe_starter: asyncio.Task[None] | None = None
-        self._settings: dict[str, int | None] = {}
+        self._settings: dict[str, Setting] = {}
         self._earlier_handshake: Mapping[str, Any] = {}
         self._starts = 0  # that ended well
         self._maybe_failure: Exception | None = None
@@ -155,6 +161,12 @@ class AsyncDecoder(Facts):
         with link.changing() as exchange:
             return AsyncStream(link, exchange.feed_artifact(artifact))
 
+    async def open_voice(self, **settings: Setting) -> AsyncVoice:
+        """Open a stream to feed that goes on beside all others. Its `settings` are those of Decoder.open_voice."""
+        link = await self._alive()
+        with link.changing() as exchange:
+            return AsyncVoice(link, exchange.open_voice(settings))
+
     async def decode(self, frames: Frames) -> bytes:
         """Decode one whole stream, and return its PCM."""
         stream = await self.open()
@@ -180,7 +192,7 @@ class AsyncDecoder(Facts):
         await link.wait_for(answer.maybe_take)
         return time.monotonic() - started
 
-    async def settle(self, **settings: int | None) -> Mapping[str, Any]:
+    async def settle(self, **settings: Setting) -> Mapping[str, Any]:
         """Change `chunk_frames` or `quantizers` for the streams to come, and return the new HANDSHAKE."""
         link = await self._alive()
         await link.settle(settings)
@@ -342,7 +354,7 @@ class _AsyncLink:
         # As create_subprocess_exec does, which keeps the transport to itself.
         return cls(asyncio.subprocess.Process(transport, protocol, loop), transport, launch, on_end)
 
-    async def get_ready(self, start_seconds: float, settings: Mapping[str, int | None]) -> None:
+    async def get_ready(self, start_seconds: float, settings: Mapping[str, Setting]) -> None:
         """Wait for its HANDSHAKE, then settle. End the process if either fails."""
         try:
             await asyncio.wait_for(self.wait_for(self.exchange.maybe_handshake), start_seconds)
@@ -353,7 +365,7 @@ class _AsyncLink:
             await self.close()
             raise
 
-    async def settle(self, settings: Mapping[str, int | None]) -> None:
+    async def settle(self, settings: Mapping[str, Setting]) -> None:
         with self.changing() as exchange:
             answer = exchange.settle(settings)
         await self.wait_for(answer.maybe_take)

@@ -19,10 +19,10 @@ from mossnano_stdio.client.exchange import (
     Exchange,
     Facts,
     FedStream,
+    FedVoice,
     Frames,
-    NotReadyError,
+    Setting,
     State,
-    StreamState,
 )
 from mossnano_stdio.client.launch import (
     READ_BYTES,
@@ -34,6 +34,7 @@ from mossnano_stdio.client.launch import (
     command_line,
     standard_descriptors_taken,
 )
+from mossnano_stdio.client.state import NotReadyError, StreamState
 from mossnano_stdio.errors import UsageError
 
 WAKE_SECONDS: Final = 0.2 if sys.platform == "win32" else None  # on Windows, Ctrl-C does not wake a thread that sleeps
@@ -66,6 +67,15 @@ class Stream(FedStream):
     def read(self) -> bytes:
         """Read to the end, and return all PCM that was not taken yet."""
         return b"".join(self)
+
+
+class Voice(FedVoice, Stream):
+    """A stream that goes on beside others, each at the pace of its reader, who is taken for its player.
+
+    The process sends `window_samples` ahead of who iterates it, and decodes first what has least ahead. `take_marks`
+    returns the marks of what was read, `cancel` ends this voice alone and says how much of it was read. A voice that
+    nobody holds any more is cancelled.
+    """
 
 
 class Decoder(Facts):
@@ -169,6 +179,16 @@ class Decoder(Facts):
         with link.changing() as exchange:
             return Stream(self, link, exchange.feed_artifact(artifact))
 
+    def open_voice(self, **settings: Setting) -> Voice:
+        """Open a stream to feed that goes on beside all others.
+
+        Its `settings` are those of SETTINGS: `sample_rate`, `channels`, `sample_format`, `gain_db`, `quantizers`,
+        `chunk_frames`, `urgency`, and `window_samples`, which may be read less than so far ahead (2 s of it).
+        """
+        link = self._household.ready_link()
+        with link.changing() as exchange:
+            return Voice(self, link, exchange.open_voice(settings))
+
     def decode(self, frames: Frames) -> bytes:
         """Decode one whole stream, and return its PCM."""
         stream = self.open()
@@ -192,7 +212,7 @@ class Decoder(Facts):
         link.wait_for(answer.maybe_take, timeout_seconds)
         return time.monotonic() - started
 
-    def settle(self, **settings: int | None) -> Mapping[str, Any]:
+    def settle(self, **settings: Setting) -> Mapping[str, Any]:
         """Change `chunk_frames` or `quantizers` for the streams to come, and return the new HANDSHAKE."""
         link = self._household.ready_link()
         link.settle(settings)
@@ -232,7 +252,7 @@ class _Household:
         self._is_starting = False
         self._is_closed = False
         self._earlier_handshake: Mapping[str, Any] = {}
-        self.settings: dict[str, int | None] = {}
+        self.settings: dict[str, Setting] = {}
         self.starts = 0  # that ended well
         self.maybe_failure: Exception | None = None
 
@@ -406,7 +426,7 @@ class _Link:
             )
             self._maybe_logger.start()
 
-    def settle(self, settings: Mapping[str, int | None], timeout_seconds: float | None = None) -> None:
+    def settle(self, settings: Mapping[str, Setting], timeout_seconds: float | None = None) -> None:
         with self.changing() as exchange:
             answer = exchange.settle(settings)
         self.wait_for(answer.maybe_take, timeout_seconds)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
-from mossnano_stdio.client.exchange import DecoderError, Exchange
+from mossnano_stdio.client.exchange import Exchange
+from mossnano_stdio.client.state import DecoderError
 from mossnano_stdio.errors import UsageError
 
 START_SECONDS: Final = 60.0  # the longest that it may take until its HANDSHAKE

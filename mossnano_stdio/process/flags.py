@@ -20,6 +20,15 @@ from mossnano_stdio.chunks import (
     Schedule,
     frames_for_seconds,
 )
+from mossnano_stdio.pcm import (
+    FORM_SETTINGS,
+    LEAST_GAIN_DB,
+    LEAST_SAMPLE_RATE,
+    LEVELS_MS,
+    MOST_GAIN_DB,
+    MOST_SAMPLE_RATE,
+    SAMPLE_FORMATS,
+)
 from mossnano_stdio.playback.defaults import LATENCY_MS, MAX_VOLUME, PREBUFFER_MS
 
 MAX_CHUNK_SECONDS: Final = 80.0
@@ -57,6 +66,34 @@ def add_chunk_arguments(parser: argparse.ArgumentParser) -> None:
     chunk.add_argument(
         "--chunk-seconds", type=number_above_zero(MAX_CHUNK_SECONDS), metavar="S", help="the same, to whole frames"
     )
+
+
+def add_sound_arguments(parser: Arguments) -> None:
+    """In which form the sound leaves. None says that a flag was not given."""
+    parser.add_argument(
+        "--sample-rate",
+        type=whole_number(LEAST_SAMPLE_RATE, MOST_SAMPLE_RATE),
+        metavar="HZ",
+        help="resample to so many samples a second (as the weights have it)",
+    )
+    parser.add_argument("--channels", type=whole_number(1, 2), metavar="N", help="1: their mean, or 2 (as the weights)")
+    parser.add_argument("--sample-format", choices=SAMPLE_FORMATS, help="f32le is not clipped (s16le)")
+    parser.add_argument(
+        "--gain-db",
+        type=number_between(LEAST_GAIN_DB, MOST_GAIN_DB),
+        metavar="DB",
+        help=f"louder or softer, {LEAST_GAIN_DB:g} to {MOST_GAIN_DB:g} (0)",
+    )
+    parser.add_argument(
+        "--levels-ms",
+        type=int,
+        choices=LEVELS_MS,
+        metavar="MS",
+        help=f"say how loud each so many ms are: {', '.join(map(str, LEVELS_MS))} (0: do not)",
+    )
+
+
+SOUND_OPTIONS: Final = FORM_SETTINGS  # what add_sound_arguments adds
 
 
 def chosen_schedule(
@@ -133,6 +170,22 @@ def number_above_zero(most: float) -> Callable[[str], float]:
         number = _number(text)
         if not 0 < number <= most:
             raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 and up to {most:g} is allowed")
+        return number
+
+    return parse
+
+
+def number_between(least: float, most: float) -> Callable[[str], float]:
+    """An argument that is a number in a range.
+
+    >>> number_between(-60, 20)("-3.5")
+    -3.5
+    """
+
+    def parse(text: str) -> float:
+        number = _number(text)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number from {least:g} to {most:g} is allowed")
         return number
 
     return parse

@@ -11,6 +11,7 @@ Rules of this room:
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from mossnano_stdio.protocol import INBOX_BYTES, MESSAGE_COST_BYTES, Kind, Message
+from mossnano_stdio.protocol import INBOX_BYTES, Kind, Message
 
 WAKE_SECONDS: Final = 0.2  # how long a sleeper sleeps at most: on Windows a signal does not wake it
 
@@ -40,7 +41,10 @@ class Ending:
 
 
 class Inbox:
-    """A bounded queue for one reader and one decoder."""
+    """A bounded queue for one reader and one decoder.
+
+    What was taken out counts until `release` is told that it was dealt with.
+    """
 
     def __init__(self, limit_bytes: int = INBOX_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -63,13 +67,19 @@ class Inbox:
 
     def put(self, message: Message) -> None:
         """Add a message, as soon as there is room for it. A message larger than the inbox has it to itself."""
-        cost_bytes = len(message.payload) + MESSAGE_COST_BYTES
         with self._changed:
-            while self._waiting and self._waiting_bytes + cost_bytes > self._limit_bytes:
+            while self._waiting_bytes and self._waiting_bytes + message.cost_bytes > self._limit_bytes:
                 self._changed.wait(WAKE_SECONDS)
             self._waiting.append(Arrival(message, time.perf_counter()))
-            self._waiting_bytes += cost_bytes
+            self._waiting_bytes += message.cost_bytes
             self._waiting_cancels += message.kind == Kind.CANCEL
+            self._changed.notify_all()
+
+    def release(self, message: Message) -> None:
+        """The message was dealt with."""
+        with self._changed:
+            self._waiting_bytes -= message.cost_bytes
+            self._waiting_cancels -= message.kind == Kind.CANCEL
             self._changed.notify_all()
 
     def end(self, ending: Ending) -> None:
@@ -78,19 +88,17 @@ class Inbox:
             self._maybe_ending = ending
             self._changed.notify_all()
 
-    def get(self, look_round: Callable[[], object] = lambda: None) -> Arrival | Ending:
-        """The next message, or the ending once all messages are gone.
-
-        Sleeps while there is neither, and looks round WAKE_SECONDS apart.
-        """
+    def maybe_next(self) -> Arrival | Ending | None:
+        """The next message, or the ending once all messages are gone, or None for now."""
         with self._changed:
-            while not self._waiting:
-                if self._maybe_ending is not None:
-                    return self._maybe_ending
-                if not self._changed.wait(WAKE_SECONDS):
+            return self._waiting.popleft() if self._waiting else self._maybe_ending
+
+    def wait(self, look_round: Callable[[], object] = lambda: None, until_seconds: float = math.inf) -> None:
+        """Sleep until there is a next one, or the clock says `until_seconds`. Looks round WAKE_SECONDS apart."""
+        with self._changed:
+            while not self._waiting and self._maybe_ending is None:
+                left_seconds = until_seconds - time.perf_counter()
+                if left_seconds <= 0:
+                    return
+                if not self._changed.wait(min(left_seconds, WAKE_SECONDS)):
                     look_round()
-            arrival = self._waiting.popleft()
-            self._waiting_bytes -= len(arrival.message.payload) + MESSAGE_COST_BYTES
-            self._waiting_cancels -= arrival.message.kind == Kind.CANCEL
-            self._changed.notify_all()
-            return arrival

@@ -26,7 +26,7 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 _STDERR: Final = 2
 _FLUSH_SECONDS: Final = 0.2
 _MAX_WAITING_BYTES: Final = 1 << 14  # of lines that a thread has still to write
-_MAX_LINE_BYTES: Final = 4096  # what a pipe that is writable takes without making us wait (PIPE_BUF)
+MAX_LINE_BYTES: Final = 4096  # what a pipe that is writable takes without making us wait (PIPE_BUF)
 
 log = logging.getLogger("mossnano")
 
@@ -75,7 +75,7 @@ def _one_line(record: logging.LogRecord) -> str:
 
 def write_stderr(line: str) -> bool:
     """Write one line if stderr takes it at once. False: it was dropped."""
-    data = line.encode("utf-8", "replace")[: _MAX_LINE_BYTES - 1] + b"\n"
+    data = line.encode("utf-8", "replace")[: MAX_LINE_BYTES - 1] + b"\n"
     try:
         if sys.platform == "win32":
             writer = _stderr_writer()

@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import json
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
@@ -26,23 +28,36 @@ import numpy as np
 
 from mossnano_stdio import __version__
 from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp, SegmentingDecoder
-from mossnano_stdio.errors import BugError, ExitStatus, MossnanoError, OutOfMemoryError, OutputError, UsageError
+from mossnano_stdio.errors import (
+    BugError,
+    ExitStatus,
+    MossnanoError,
+    OutOfMemoryError,
+    OutputError,
+    SettingsError,
+    UsageError,
+)
+from mossnano_stdio.pcm import SoundForm
 from mossnano_stdio.process.flags import (
     PLAYER_OPTIONS,
+    SOUND_OPTIONS,
     add_chunk_arguments,
     add_decoder_arguments,
     add_player_arguments,
+    add_sound_arguments,
     add_zero_frame_argument,
     chosen_schedule,
     whole_number,
 )
 from mossnano_stdio.process.inbox import Arrival, Ending, Inbox
-from mossnano_stdio.process.logs import LEVELS, log, start_logging, write_stderr
+from mossnano_stdio.process.logs import LEVELS, MAX_LINE_BYTES, log, start_logging, write_stderr
 from mossnano_stdio.process.outputs import STDOUT_FORMS, Output, SeveralOutputs, SpeakerOutput
-from mossnano_stdio.process.stats import Durations, StepTimes, peak_resident_bytes
+from mossnano_stdio.process.stats import Durations, StepTimes, StreamTimes, peak_resident_bytes
 from mossnano_stdio.process.stdio import InputThread, OutputFd, Stopped, StopSignals, take_stdout
+from mossnano_stdio.process.turns import Turns
 from mossnano_stdio.protocol import (
     MAX_MESSAGE_BYTES,
+    NUMBERED,
     VERSION,
     Kind,
     Message,
@@ -67,7 +82,8 @@ class Loaded:
     """A codec that has done its first step, the slowest of all."""
 
     direction: Direction
-    codec: Decoder | Encoder
+    new_codec: Callable[[], Decoder | Encoder]  # the first one has stepped already
+    format: CodecFormat
     identity: Mapping[str, Any]  # what the HANDSHAKE says of where it came from
     ramp_second_frames: Callable[[], int] = lambda: 2  # of this codec, on this machine
 
@@ -75,20 +91,28 @@ class Loaded:
 Loader = Callable[[argparse.Namespace], Loaded]
 
 
-def ready_to_decode(decoder: Decoder, identity: Mapping[str, Any]) -> Loaded:
+def ready_to_decode(new_decoder: Callable[[], Decoder], identity: Mapping[str, Any]) -> Loaded:
+    decoder = new_decoder()
     codes = np.zeros((1, decoder.format.quantizers), np.uint16)
     if isinstance(decoder, SegmentingDecoder):
         decoder.decode_segment(codes, 1.0)
-        return Loaded(DECODE_SEGMENTS, decoder, identity)
+        return Loaded(DECODE_SEGMENTS, _first_then(decoder, new_decoder), decoder.format, identity)
     decoder.step(codes)
     decoder.reset()
-    return Loaded(DECODE, decoder, identity)
+    return Loaded(DECODE, _first_then(decoder, new_decoder), decoder.format, identity)
 
 
-def ready_to_encode(encoder: Encoder, identity: Mapping[str, Any]) -> Loaded:
+def ready_to_encode(new_encoder: Callable[[], Encoder], identity: Mapping[str, Any]) -> Loaded:
+    encoder = new_encoder()
     encoder.step(np.zeros((encoder.format.frame_samples, encoder.format.channels), np.float32))
     encoder.reset()
-    return Loaded(ENCODE, encoder, identity)
+    return Loaded(ENCODE, _first_then(encoder, new_encoder), encoder.format, identity)
+
+
+def _first_then(first: Any, new_codec: Callable[[], Any]) -> Callable[[], Any]:
+    """Gives what was made already, and then new ones."""
+    made = [first]
+    return lambda: made.pop() if made else new_codec()
 
 
 def main(signals: StopSignals, arguments: Sequence[str] | None = None, load: Loader | None = None) -> int:
@@ -122,10 +146,10 @@ def load_codec(options: argparse.Namespace) -> Loaded:
     runtime: Runtime | EncoderRuntime
     if options.encode:
         runtime = encoding = load_encoder_runtime(bundle, **engine)
-        loaded = ready_to_encode(encoding.new_encoder(), _identity(bundle, encoding))
+        loaded = ready_to_encode(encoding.new_encoder, _identity(bundle, encoding))
     else:
         runtime = decoding = load_runtime(bundle, graph=options.graph, **engine)
-        loaded = ready_to_decode(decoding.new_decoder(), _identity(bundle, decoding))
+        loaded = ready_to_decode(decoding.new_decoder, _identity(bundle, decoding))
     # Measured once, when a ramp is first asked for: while loading, or by SETTINGS after a fixed size.
     return replace(loaded, ramp_second_frames=cache(lambda: ramp_second_frames(runtime)))
 
@@ -158,6 +182,9 @@ class _Process:
         self._stops_on_error = options.on_error == "stop"
         self._maybe_connection: Connection | None = None
         self._maybe_times: StepTimes | None = None
+        self._turns: Turns  # when it is known how long a frame is
+        self._maybe_pool: ThreadPoolExecutor | None = None  # where several streams are computed side by side
+        self._stream_times = StreamTimes()
         self._first_audio = Durations()
         self._ready_seconds = 0.0
 
@@ -171,18 +198,46 @@ class _Process:
             # input can lock out the loading of libraries.
             if sys.platform != "win32":
                 reading.start()
-            connection = self._maybe_connection = self._connect(load(self._options))
+            loaded = load(self._options)
+            try:
+                connection = self._maybe_connection = self._connect(loaded)
+            except SettingsError as error:
+                raise UsageError(f"{error} (asked for by a flag)") from error
             if sys.platform == "win32":
                 reading.start()
-        self._output.start(connection.format)
+        self._output.start(connection.plain.settings.form)
         self._put(connection.handshake())
         self._ready_seconds = time.perf_counter()
         try:
-            while isinstance(event := self._next_event(connection), Arrival):
-                self._put_all(connection.handle(event.message, event.seconds))
+            ending = self._converse(connection)
         except _StopOnErrorError:
             return ExitStatus.BAD_INPUT
-        return self._close(connection, event)
+        return self._close(connection, ending)
+
+    def _converse(self, connection: Connection) -> Ending:
+        """Until no more messages come, and all that they made due is computed."""
+        maybe_ending: Ending | None = None
+        while True:
+            # All that has come goes to its stream first: what is computed next may depend on it.
+            while maybe_ending is None and not connection.is_full:
+                match self._inbox.maybe_next():
+                    case Arrival(message, seconds):
+                        self._put_all(connection.receive(message, seconds))
+                    case Ending() as ending:
+                        if ending.is_reader_gone:
+                            raise BrokenPipeError
+                        self._put_all(connection.end_input(is_faulty=ending.maybe_fault is not None))
+                        maybe_ending = ending
+                    case None:
+                        break
+            due = connection.due_lanes()
+            if turns := self._turns.next(due, time.perf_counter()):
+                self._put_all(connection.advance(turns, self._maybe_pool.map if self._maybe_pool else map))
+            elif maybe_ending is not None:
+                return maybe_ending
+            elif self._inbox.is_empty:
+                with self._signals.raising():
+                    self._inbox.wait(self._fd.check_reader, self._turns.wakes_at(due))
 
     def stop_output(self) -> None:
         """Whatever still sounds is silent from now on."""
@@ -192,13 +247,17 @@ class _Process:
         """One JSON line on stderr: what was done so far."""
         stats = {
             "streams": self._maybe_connection.streams_opened if self._maybe_connection else 0,
+            "numbered_streams": self._maybe_connection.numbered_opened if self._maybe_connection else 0,
             **(self._maybe_times.snapshot() if self._maybe_times else {}),
             "first_audio_p50_ms": self._first_audio.percentile_ms(50),
             "first_audio_p95_ms": self._first_audio.percentile_ms(95),
             "peak_resident_bytes": peak_resident_bytes(),
             "errors": self._maybe_connection.error_count if self._maybe_connection else 0,
+            **self._stream_times.snapshot(),
         }
-        write_stderr(json.dumps(stats))
+        while len(line := json.dumps(stats)) >= MAX_LINE_BYTES and stats["latest_streams"]:
+            del stats["latest_streams"][0]  # what does not fit would be cut off
+        write_stderr(line)
 
     def die(self, error: Exception) -> int:
         """Say why we cannot go on, to the peer and on stderr; the status with which we end."""
@@ -221,13 +280,13 @@ class _Process:
             outputs.append(SpeakerOutput(self._open_player, self._should_stop_playing))
         return SeveralOutputs(outputs)
 
-    def _open_player(self, codec_format: CodecFormat) -> Player:
+    def _open_player(self, form: SoundForm) -> Player:
         from mossnano_stdio.playback import Player
 
         options = self._options
         return Player(
-            codec_format.sample_rate,
-            codec_format.channels,
+            form.sample_rate,
+            form.channels,
             device=options.device,
             prebuffer_ms=options.prebuffer_ms,
             latency=options.latency,
@@ -239,12 +298,38 @@ class _Process:
         self._signals.check()
         return self._inbox.cancel_waits()
 
+    @property
+    def _has_one_form(self) -> bool:
+        return self._options.output in ("raw", "wav")
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What flags set."""
+        options = {name: getattr(self._options, name) for name in (*SOUND_OPTIONS, "window_samples")}
+        return {name: value for name, value in options.items() if value is not None}
+
     def _connect(self, loaded: Loaded) -> Connection:
         options = self._options
-        frames_per_second = loaded.codec.format.frames_per_second
+        frames_per_second = loaded.format.frames_per_second
         times = self._maybe_times = StepTimes(frames_per_second)
         if options.stop_on_zero_frame and loaded.direction is DECODE_SEGMENTS:
             raise UsageError("--stop-on-zero-frame is for frames of codes, these weights decode segments; leave it out")
+        # A session's threads are fixed. Where a step has one of several, streams share the CPUs; else each step does.
+        if options.threads == 1:
+            from mossnano_stdio.codecs import default_threads
+
+            at_once = default_threads()
+        else:
+            at_once = 1
+        turns = self._turns = Turns(1 / frames_per_second, at_once)
+        self._maybe_pool = ThreadPoolExecutor(at_once) if at_once > 1 else None
+        one_at_a_time = threading.Lock()
+
+        def note_step(frames: int, seconds: float) -> None:
+            with one_at_a_time:
+                times.add(frames, seconds)
+                turns.note_cost(frames, seconds)
+
         identity = {
             "protocol": VERSION,
             "name": PROGRAM,
@@ -258,20 +343,25 @@ class _Process:
 
         return Connection(
             DECODE_TO_ZEROS if options.stop_on_zero_frame else loaded.direction,
-            loaded.codec,
+            loaded.new_codec,
             chosen_schedule(options, frames_per_second, new_ramp),
             identity,
+            settings=self._settings,
             new_ramp=new_ramp,
+            max_streams=options.max_streams,
+            maybe_no_numbers=(
+                f"--output {options.output} has no place for them: use --output framed" if self._has_one_form else None
+            ),
+            maybe_fixed_form=(
+                f"{'--play' if options.play else f'--output {options.output}'} has one form for the whole run: "
+                "set it with flags of the same names, --sample-rate for instance"
+                if options.play or self._has_one_form
+                else None
+            ),
             cancel_waiting=self._inbox.cancel_waits,
-            on_step=times.add,
+            on_handled=self._inbox.release,
+            on_step=note_step,
         )
-
-    def _next_event(self, connection: Connection) -> Arrival | Ending:
-        """The next message, once every chunk is out that no waiting message could make larger."""
-        while connection.is_due and (connection.is_sated or self._inbox.is_empty):
-            self._put_all(connection.advance())
-        with self._signals.raising():
-            return self._inbox.get(self._fd.check_reader)
 
     def _put_all(self, answers: Iterable[Message]) -> None:
         for answer in answers:
@@ -279,10 +369,13 @@ class _Process:
 
     def _put(self, answer: Message) -> None:
         self._output.put(answer)
-        stream = self._maybe_connection.open if self._maybe_connection else None
-        if answer.kind in (Kind.AUDIO, Kind.TOKENS) and stream is not None and not stream.has_answered:
-            stream.has_answered = True
-            self._first_audio.add(time.perf_counter() - max(stream.opened_seconds, self._ready_seconds))
+        if answer.kind & ~NUMBERED in (Kind.AUDIO, Kind.TOKENS) and self._maybe_connection is not None:
+            stream, now = self._maybe_connection.maybe_stream_of(answer), time.perf_counter()
+            if stream is not None:
+                if stream.heard_until_seconds is None:
+                    self._first_audio.add(now - max(stream.due_seconds or 0.0, self._ready_seconds))
+                self._stream_times.add(stream, now)
+                stream.note_sent(now)
         if answer.kind == Kind.ERROR:
             log.error("%s", parse_json(answer)["message"])
             if self._stops_on_error:
@@ -290,14 +383,12 @@ class _Process:
         self._signals.check()
 
     def _close(self, connection: Connection, ending: Ending) -> int:
-        """Drain, and judge what came in."""
-        if ending.is_reader_gone:
-            raise BrokenPipeError
+        """Say the last, and judge what came in."""
         fault = ending.maybe_fault
         if fault is not None and not isinstance(fault, MossnanoError):
             raise fault
         self._stops_on_error = False
-        is_cut = connection.open is not None and connection.open.maybe_cut() is not None
+        is_cut = connection.is_cut
         self._put_all(connection.close(fault))
         self._output.finish()
         if fault is not None:
@@ -343,10 +434,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"without a fixed size, chunks take what waits: 1, 2, 4, ... and at most N frames ({RAMP_MAX_FRAMES})",
     )
     add_zero_frame_argument(parser)
+    parser.add_argument(
+        "--max-streams",
+        type=whole_number(0, 1000),
+        default=32,
+        metavar="N",
+        help="how many numbered streams may be open at once (32)",
+    )
+    parser.add_argument(
+        "--window-samples",
+        type=whole_number(1, 2**32),
+        metavar="N",
+        help="how many samples a numbered stream may send before its first CREDIT (all)",
+    )
     parser.add_argument("--max-message-bytes", type=whole_number(1, 2**32 - 1), default=MAX_MESSAGE_BYTES, metavar="N")
     parser.add_argument(
         "--on-error", choices=("skip", "stop"), default="skip", help="stop: the first ERROR ends us with 65"
     )
+    add_sound_arguments(parser.add_argument_group("the form of the sound, which SETTINGS may change"))
     player = parser.add_argument_group("sound card, as well as stdout or, with --output none, instead")
     player.add_argument("--play", action="store_true", help="play the PCM")
     add_player_arguments(player)
@@ -366,4 +471,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stop-on-zero-frame is for decoding; leave it out with --encode")
     if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
         parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
+    for name in (*SOUND_OPTIONS, "window_samples"):
+        if options.encode and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is for decoding: --encode writes no sound")
     return options

@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from mossnano_stdio.errors import DeviceError
-from mossnano_stdio.pcm import wav_header
+from mossnano_stdio.pcm import Mixer, SoundForm, wav_header
 from mossnano_stdio.process.logs import log
-from mossnano_stdio.protocol import Kind, Message, encode_message, parse_json
-from mossnano_stdio.tokens import CodecFormat
+from mossnano_stdio.protocol import NUMBERED, Kind, Message, encode_message, out_of_stream, parse_json
 
 if TYPE_CHECKING:
     from mossnano_stdio.playback import Player
@@ -37,8 +36,8 @@ class Output:
 
     carries_errors = False  # does the peer learn of errors from what it reads?
 
-    def start(self, codec_format: CodecFormat) -> None:
-        """Begin, before the first message."""
+    def start(self, form: SoundForm) -> None:
+        """Begin, before the first message. `form` is that of plain streams, and stays so."""
 
     def put(self, message: Message) -> None:
         """Take a message."""
@@ -78,12 +77,12 @@ class WavOutput(RawOutput):
 
     def __init__(self, sink: ByteSink) -> None:
         super().__init__(sink)
-        self._maybe_format: CodecFormat | None = None
+        self._maybe_form: SoundForm | None = None
         self._data_bytes = 0
 
-    def start(self, codec_format: CodecFormat) -> None:
-        self._maybe_format = codec_format
-        self._sink.write(wav_header(codec_format.sample_rate, codec_format.channels, None))
+    def start(self, form: SoundForm) -> None:
+        self._maybe_form = form
+        self._sink.write(wav_header(form.sample_rate, form.channels, None, form.sample_format))
 
     def put(self, message: Message) -> None:
         super().put(message)
@@ -91,40 +90,61 @@ class WavOutput(RawOutput):
             self._data_bytes += len(message.payload)
 
     def finish(self) -> None:
-        if self._maybe_format is not None:
-            header = wav_header(self._maybe_format.sample_rate, self._maybe_format.channels, self._data_bytes)
+        if self._maybe_form is not None:
+            form = self._maybe_form
+            header = wav_header(form.sample_rate, form.channels, self._data_bytes, form.sample_format)
             self._sink.rewrite_start(header)
 
 
 class SpeakerOutput(Output):
-    """PCM to the sound card, as fast as it plays. `should_stop` is asked while we wait for it."""
+    """Sound to the sound card, as fast as it plays. `should_stop` is asked while we wait for it.
 
-    def __init__(self, open_player: Callable[[CodecFormat], Player], should_stop: Callable[[], bool]) -> None:
+    Streams that sound at once are mixed. All are of the form that holds at the start.
+    """
+
+    def __init__(self, open_player: Callable[[SoundForm], Player], should_stop: Callable[[], bool]) -> None:
         self._open_player = open_player
         self._should_stop = should_stop
         self._maybe_player: Player | None = None
 
-    def start(self, codec_format: CodecFormat) -> None:
-        self._maybe_player = self._open_player(codec_format)
+    def start(self, form: SoundForm) -> None:
+        self._form = form
+        self._mixer = Mixer(form)
+        self._maybe_player = self._open_player(form)
 
     def put(self, message: Message) -> None:
         if self._maybe_player is None:
             return
+        maybe_number, message = out_of_stream(message) if message.kind & NUMBERED else (None, message)
         if message.kind == Kind.AUDIO:
-            self._maybe_player.push(message.payload, self._should_stop, since=time.perf_counter())
-        elif message.kind == Kind.END and parse_json(message)["cancelled"]:
-            self._maybe_player.flush()
+            self._push(self._maybe_player, self._mixer.push(maybe_number, message.payload, self._form))
         elif message.kind == Kind.END:
-            self._maybe_player.end_stream(self._should_stop)
+            self._end(self._maybe_player, maybe_number, parse_json(message)["cancelled"])
 
     def finish(self) -> None:
         if self._maybe_player is not None:
+            self._push(self._maybe_player, self._mixer.finish_all())
             self._maybe_player.finish(self._should_stop)
 
     def abort(self) -> None:
         if self._maybe_player is not None:
             self._maybe_player.abort()
             self._maybe_player = None
+
+    def _push(self, player: Player, pcm: bytes) -> None:
+        if pcm:
+            player.push(pcm, self._should_stop, since=time.perf_counter())
+
+    def _end(self, player: Player, maybe_number: int | None, is_cancelled: bool) -> None:
+        is_all = self._mixer.is_all_of(maybe_number)
+        if is_cancelled:
+            self._push(player, self._mixer.drop(maybe_number))
+        else:
+            self._push(player, self._mixer.finish(maybe_number))
+        if self._mixer.is_idle and is_cancelled and is_all:
+            player.flush()  # what it holds is of this stream only
+        elif self._mixer.is_idle:
+            player.end_stream(self._should_stop)
 
 
 class SeveralOutputs(Output):
@@ -138,9 +158,9 @@ class SeveralOutputs(Output):
         self._maybe_lost: DeviceError | None = None
         self.carries_errors = bool(outputs) and outputs[0].carries_errors
 
-    def start(self, codec_format: CodecFormat) -> None:
+    def start(self, form: SoundForm) -> None:
         for output in self._outputs:
-            output.start(codec_format)
+            output.start(form)
 
     def put(self, message: Message) -> None:
         self._each(lambda output: output.put(message))

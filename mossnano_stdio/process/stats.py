@@ -3,6 +3,7 @@
 Rules of this room:
 
 - Durations go into buckets two per cent wide, so a percentile is right to one per cent, and nothing is kept per chunk.
+- Only the latest streams have numbers of their own.
 - `snapshot` is a plain dict of JSON values with units in its names. It may be taken at any time.
 """
 
@@ -11,10 +12,14 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from mossnano_stdio.protocol.stream import Stream
+
 _BUCKET_RATIO: Final = math.log(1.02)
+LATEST_STREAMS: Final = 32  # that are told of one by one
 _STATUS_FILE: Final = Path("/proc/self/status")
 
 
@@ -48,18 +53,20 @@ class Durations:
 
 
 class StepTimes:
-    """How many frames were computed, and how long their steps took."""
+    """How many frames were computed, in which chunks, and how long their steps took."""
 
     def __init__(self, frames_per_second: float) -> None:
         self._frames_per_second = frames_per_second
         self.frames = 0
         self.seconds = 0.0
         self.durations = Durations()
+        self._chunks: Counter[int] = Counter()  # by their frames
 
     def add(self, frames: int, seconds: float) -> None:
         self.frames += frames
         self.seconds += seconds
         self.durations.add(seconds)
+        self._chunks[frames] += 1
 
     def snapshot(self) -> dict[str, Any]:
         audio_seconds = self.frames / self._frames_per_second
@@ -69,6 +76,57 @@ class StepTimes:
             "real_time_factor": round(audio_seconds / self.seconds, 2) if self.seconds else None,
             "step_p50_ms": self.durations.percentile_ms(50),
             "step_p95_ms": self.durations.percentile_ms(95),
+            "chunks": dict(sorted(self._chunks.items())),
+        }
+
+
+class SoundTimes:
+    """How a stream's sound left, or that of all streams: how late, and with how much in its listener's hands."""
+
+    def __init__(self) -> None:
+        self._lateness = Durations()
+        self._held = Durations()
+
+    def add(self, late_seconds: float, held_seconds: float) -> None:
+        self._lateness.add(late_seconds)
+        self._held.add(held_seconds)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            "lateness_p50_ms": self._lateness.percentile_ms(50),
+            "lateness_p99_ms": self._lateness.percentile_ms(99),
+            "held_p50_ms": self._held.percentile_ms(50),
+        }
+
+
+class StreamTimes:
+    """The same for each of the latest streams, and for all together."""
+
+    def __init__(self) -> None:
+        self._all = SoundTimes()
+        self._latest: dict[tuple[bool, int], tuple[SoundTimes, Mapping[int, int]]] = {}
+
+    def add(self, stream: Stream, seconds: float) -> None:
+        """Sound of this stream, which is counted already, leaves at `seconds` of the clock."""
+        key = (stream.lane.maybe_number is not None, stream.number)
+        times, _ = self._latest.setdefault(key, (SoundTimes(), stream.chunk_counts))
+        for each in (self._all, times):
+            each.add(stream.late_seconds(seconds), stream.held_seconds(seconds))
+        if len(self._latest) > LATEST_STREAMS:
+            del self._latest[next(iter(self._latest))]
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            **self._all.snapshot(),
+            "latest_streams": [
+                {
+                    "stream": number,
+                    "is_numbered": is_numbered,
+                    **times.snapshot(),
+                    "chunks": dict(sorted(chunks.items())),
+                }
+                for (is_numbered, number), (times, chunks) in self._latest.items()
+            ],
         }
 
 

@@ -19,8 +19,8 @@ from mossnano_stdio.errors import AudioError, MossnanoError
 from mossnano_stdio.pcm import from_pcm16
 from mossnano_stdio.protocol.connection import Action, Connection, Direction
 from mossnano_stdio.protocol.messages import Kind, Message
-from mossnano_stdio.protocol.stream import Answers, Owner, State, Stream
-from mossnano_stdio.tokens import pack_frames
+from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
+from mossnano_stdio.tokens import CodecFormat, Codes, pack_frames
 
 
 class EncodingStream(Stream):
@@ -28,19 +28,40 @@ class EncodingStream(Stream):
 
     chunks: EncodingChunks
 
-    def __init__(self, number: int, state: State, chunks: Chunks[Any], opened_seconds: float) -> None:
-        super().__init__(number, state, chunks, opened_seconds)
+    def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], codec: CodecFormat) -> None:
+        super().__init__(number, lane, chunks)
+        self._codec = codec
         self.partial_sample = b""
 
-    def step(self, owner: Owner) -> Answers:
-        codes = self.chunks.step()
-        if codes is not None:
-            self.frames += len(codes)
-            self.samples += len(codes) * owner.format.frame_samples
-            packed = pack_frames(codes[:, : owner.quantizers], owner.format.codebook_size)
-            yield Message(Kind.TOKENS, packed)
+    @property
+    def samples_per_second(self) -> int:
+        return self._codec.sample_rate
 
-    def finish_input(self) -> None:
+    @property
+    def backlog_bytes(self) -> int:
+        return (self.chunks.original_samples - self.samples) * self._codec.sample_bytes + len(self.partial_sample)
+
+    def fits(self, frames: int) -> bool:
+        return True  # there is no credit in this direction
+
+    def push(self, pcm: bytes) -> None:
+        pcm = self.partial_sample + pcm
+        whole_bytes = len(pcm) // self._codec.sample_bytes * self._codec.sample_bytes
+        self.partial_sample = pcm[whole_bytes:]
+        self.chunks.push(from_pcm16(pcm[:whole_bytes], self._codec.channels))
+
+    def compute(self, most_frames: int) -> Codes:
+        codes = self.chunks.step(most_frames)
+        assert codes is not None, "a turn is of a stream that has a chunk due"
+        return codes
+
+    def deliver(self, owner: Owner, codes: Codes) -> Answers:
+        self.frames += len(codes)
+        self.samples += len(codes) * self._codec.frame_samples
+        packed = pack_frames(codes[:, : self.settings.quantizers], self._codec.codebook_size)
+        yield Message(Kind.TOKENS, packed)
+
+    def complete_input(self) -> None:
         self.chunks.finish()
 
     def forget_input(self) -> None:
@@ -49,9 +70,8 @@ class EncodingStream(Stream):
     def maybe_rest(self) -> MossnanoError | None:
         if not self.partial_sample:
             return None
-        sample_bytes = self.chunks.encoder.format.sample_bytes
         return AudioError(
-            f"the audio ended {len(self.partial_sample)} bytes into a sample of {sample_bytes}: "
+            f"the audio ended {len(self.partial_sample)} bytes into a sample of {self._codec.sample_bytes}: "
             "send whole samples; the part is dropped"
         )
 
@@ -63,21 +83,30 @@ class EncodingStream(Stream):
         return {"original_samples": self.chunks.original_samples}
 
 
-def open_audio(connection: Connection, stream: None, message: Message) -> Answers:
-    opened = connection.open_stream(State.AUDIO)
-    if connection.maybe_misfit is not None:
-        yield from connection.fail(opened, AudioError(f"{connection.maybe_misfit}; send one that fits, then the audio"))
+def open_audio(connection: Connection, lane: Lane, message: Message) -> Answers:
+    connection.open_stream(lane)
+    yield from begin_audio(connection, lane, message)
+
+
+def begin_audio(connection: Connection, lane: Lane, message: Message) -> Answers:
+    stream = _encoding(lane)
+    stream.state = State.AUDIO
+    if lane.maybe_misfit is not None:
+        yield from connection.fail(lane, AudioError(f"{lane.maybe_misfit}; send one that fits, then the audio"))
         return
-    yield from push_audio(connection, opened, message)
+    yield from push_audio(connection, lane, message)
 
 
-def push_audio(connection: Connection, stream: Any, message: Message) -> Answers:
+def push_audio(connection: Connection, lane: Lane, message: Message) -> Answers:
+    stream = _encoding(lane)
     if not stream.is_dropped:
-        pcm = stream.partial_sample + message.payload
-        whole_bytes = len(pcm) // connection.format.sample_bytes * connection.format.sample_bytes
-        stream.partial_sample = pcm[whole_bytes:]
-        stream.chunks.push(from_pcm16(pcm[:whole_bytes], connection.format.channels))
+        stream.push(message.payload)
     yield from ()
+
+
+def _encoding(lane: Lane) -> EncodingStream:
+    assert isinstance(lane.stream, EncodingStream), "the table has this action only where such a stream is open"
+    return lane.stream
 
 
 def check_quantizers(encoder: Encoder, quantizers: int) -> None:
@@ -92,6 +121,13 @@ ENCODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.IDLE, Kind.END): Connection.refuse_no_stream,
     (State.IDLE, Kind.CANCEL): Connection.cancel,
     (State.IDLE, Kind.SETTINGS): Connection.settle,
+    (State.OPEN, Kind.HANDSHAKE): Connection.compare_formats,
+    (State.OPEN, Kind.AUDIO): begin_audio,
+    (State.OPEN, Kind.ERROR): Connection.report_peer_error,
+    (State.OPEN, Kind.PING): Connection.echo,
+    (State.OPEN, Kind.END): Connection.finish,
+    (State.OPEN, Kind.CANCEL): Connection.cancel,
+    (State.OPEN, Kind.SETTINGS): Connection.settle_stream,
     (State.AUDIO, Kind.HANDSHAKE): Connection.refuse_out_of_place,
     (State.AUDIO, Kind.AUDIO): push_audio,
     (State.AUDIO, Kind.ERROR): Connection.report_peer_error,
@@ -108,4 +144,14 @@ ENCODING: Final[Mapping[tuple[State, Kind], Action]] = {
     (State.SKIP, Kind.SETTINGS): Connection.refuse_out_of_place,
 }
 
-ENCODE: Final = Direction("encode", "AUDIO", ENCODING, EncodingStream, EncodingChunks, check_quantizers)
+ENCODE: Final = Direction(
+    "encode",
+    "AUDIO",
+    ENCODING,
+    frozenset({Kind.AUDIO}),
+    frozenset({Kind.AUDIO, Kind.SETTINGS}),
+    True,
+    EncodingStream,
+    EncodingChunks,
+    check_quantizers,
+)

@@ -24,6 +24,11 @@ MAX_MESSAGE_BYTES: Final = 1 << 20  # the default for the longest inbound messag
 INBOX_BYTES: Final = 4 << 20  # what may wait to be dealt with
 MESSAGE_COST_BYTES: Final = 64  # what each waiting message counts on top of its own bytes
 
+NUMBERED: Final = 0x80  # added to the kind of a message whose payload begins with the number of its stream
+NUMBER_BYTES: Final = 4
+MAX_NUMBER: Final = (1 << 32) - 1
+MAX_MARK_BYTES: Final = 1000  # of the text of one MARK
+
 LENGTH_BYTES: Final = 4
 _HEADER = struct.Struct("<IB")
 _LENGTH = struct.Struct("<I")
@@ -42,7 +47,10 @@ class Kind(IntEnum):
     PING = 0x06  # echoed once all before it was dealt with
     END = 0x07  # the stream is over (JSON on the way out)
     CANCEL = 0x08  # drop all audio work, at once
-    SETTINGS = 0x09  # quantizers and chunk_frames for the streams to come (JSON)
+    SETTINGS = 0x09  # how the streams to come are decoded, and in which form their sound leaves (JSON)
+    CREDIT = 0x0A  # how many samples a numbered stream may have sent in all
+    MARK = 0x0B  # a place in a stream, which comes back with its position in the sound
+    LEVELS = 0x0C  # how loud the AUDIO that follows is
 
 
 class Message(NamedTuple):
@@ -50,6 +58,35 @@ class Message(NamedTuple):
 
     kind: int
     payload: bytes = b""
+
+    @property
+    def cost_bytes(self) -> int:
+        """What it counts while it waits."""
+        return len(self.payload) + MESSAGE_COST_BYTES
+
+
+def in_stream(number: int, message: Message) -> Message:
+    """The message as one of a numbered stream.
+
+    >>> in_stream(7, Message(Kind.PING, b"hi"))
+    Message(kind=134, payload=b'\\x07\\x00\\x00\\x00hi')
+    """
+    return Message(message.kind | NUMBERED, _LENGTH.pack(number) + message.payload)
+
+
+def out_of_stream(message: Message) -> tuple[int, Message]:
+    """The other way round: the number, and the message as one of a plain stream.
+
+    >>> out_of_stream(Message(0x86, bytes.fromhex("07000000 6869")))
+    (7, Message(kind=6, payload=b'hi'))
+    """
+    if len(message.payload) < NUMBER_BYTES:
+        raise PayloadError(
+            f"a message of kind 0x{message.kind:02x} has a payload of {len(message.payload)} bytes: "
+            f"it begins with the {NUMBER_BYTES} bytes of its stream's number"
+        )
+    (number,) = _LENGTH.unpack_from(message.payload)
+    return number, Message(message.kind & ~NUMBERED, message.payload[NUMBER_BYTES:])
 
 
 class MessageReader:

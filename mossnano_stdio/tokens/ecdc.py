@@ -280,12 +280,19 @@ class EcdcReader:
 
     def finish(self) -> EcdcHeader:
         """The header of the file that has come as a whole; raise ArtifactError while bytes of it are missing."""
+        if (maybe_cut := self.maybe_cut()) is not None:
+            _check_ecdc_magic(self._received if self._maybe_metadata_bytes is None else ECDC_MAGIC)
+            raise ArtifactError(maybe_cut)
+        assert self.maybe_header is not None
+        return self.maybe_header
+
+    def maybe_cut(self) -> str | None:
+        """What is missing of the file, if it ends here."""
         maybe_missing_bytes = self._maybe_missing_bytes()
-        if self.maybe_header is not None and maybe_missing_bytes is None:
-            return self.maybe_header
-        _check_ecdc_magic(self._received if self._maybe_metadata_bytes is None else ECDC_MAGIC)
+        if maybe_missing_bytes is None:
+            return None
         where = "its header" if self.maybe_header is None else f"segment {self._segment_number}"
-        raise ArtifactError(f"the .ecdc is cut inside {where}: {maybe_missing_bytes} bytes are missing")
+        return f"the .ecdc is cut inside {where}: {maybe_missing_bytes} bytes are missing"
 
     @property
     def is_complete(self) -> bool:

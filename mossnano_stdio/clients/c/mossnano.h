@@ -21,6 +21,10 @@
  * on. With prebuffer_ms a stream sounds once so much of it waits, or all of it, and so again after an underrun: fed in
  * real time, with jitter, 100 to 200 are enough.
  *
+ * Many voices of one process, at once: mossnano_open gives one for each utterance, with a ring and controls of its own.
+ * The process decodes ahead only what a voice's ring has room for, so one that nobody pulls stops none of the others,
+ * but for the stream of the client itself, which has no such limit: pull it, or feed voices alone.
+ *
  * POSIX: link with -pthread; tested on Linux. Windows: mingw, run under wine 8. macOS: compiled once (zig cc), NOT RUN.
  * MSVC needs /std:c11 /experimental:c11atomics. Protocol version 1, see protocol.md.
  */
@@ -66,6 +70,23 @@ typedef struct {
     int64_t samples; /* of it that were given out; what fades out counts for nothing */
 } mossnano_position;
 
+typedef struct mossnano_voice mossnano_voice;
+
+typedef struct {
+    double ring_seconds;  /* PCM that the process may send ahead; 0: 2. At least prebuffer_ms and one chunk */
+    double fade_ms;       /* as in mossnano_options, and so is the next */
+    double prebuffer_ms;
+    double gain;          /* a factor, 0 to 100; 0 is taken as 1: see mossnano_voice_set_gain */
+    bool is_mono;         /* pull gives one value for each sample, the mean of all channels */
+    int priority;         /* who goes first where there is too much to do: from 3 to -4, the last */
+} mossnano_voice_options;
+
+typedef struct { /* of a stream, where its sample of that number has been pulled */
+    int64_t sample;
+    size_t bytes;
+    char text[1001]; /* ends with a 0 */
+} mossnano_mark;
+
 /* Starting: also while a process that crashed is started again. */
 enum mossnano_state { MOSSNANO_STARTING, MOSSNANO_READY, MOSSNANO_FAILED };
 
@@ -102,8 +123,28 @@ bool mossnano_is_speaking(mossnano *client);      /* is something to be pulled, 
 int64_t mossnano_stream(const mossnano *client);  /* the one that feed opened last, from 0; -1 before the first */
 mossnano_position mossnano_played(const mossnano *client); /* how much was heard of which, less what the sound card holds */
 uint64_t mossnano_underruns(mossnano *client);    /* pulls that found the ring dry in the middle of a stream */
-void mossnano_stop(mossnano *client);             /* ends the process; nothing of it is left. No pull may be
-                                                     running, and no callback of ours may call this */
+void mossnano_stop(mossnano *client);             /* ends the process, and frees all voices; nothing is left. No pull
+                                                     may be running, and no callback of ours may call this */
+
+/* A voice is one utterance. All of these may be called from any thread, but for pull: by one at a time, and none while
+ * the voice is closed. Feed and mark answer false where it is over or finished, and where too much waits: 768 KiB of
+ * frames that the process did not decode, 128 marks that nobody took. Then on_error is told `queue_full`. */
+int mossnano_max_streams(const mossnano *client); /* how many voices the process takes at once; 0: it takes none */
+mossnano_voice *mossnano_open(mossnano *client, const mossnano_voice_options *options, char *error, size_t error_bytes);
+bool mossnano_voice_feed(mossnano_voice *voice, const void *packed, size_t frames);
+bool mossnano_voice_feed_codes(mossnano_voice *voice, const uint16_t *codes, size_t frames);
+bool mossnano_voice_mark(mossnano_voice *voice, const void *text, size_t bytes); /* between what was fed and what will be;
+                                                                                    up to 1,000 bytes */
+bool mossnano_voice_take_mark(mossnano_voice *voice, mossnano_mark *out); /* the next one whose place was pulled */
+bool mossnano_voice_finish(mossnano_voice *voice);
+int64_t mossnano_voice_cancel(mossnano_voice *voice); /* be silent, now: says how many samples were heard */
+size_t mossnano_voice_pull(mossnano_voice *voice, int16_t *out, size_t samples);
+void mossnano_voice_set_gain(mossnano_voice *voice, double gain); /* the next pull goes there from what holds */
+bool mossnano_voice_is_speaking(mossnano_voice *voice);
+int64_t mossnano_voice_played(const mossnano_voice *voice); /* samples that were pulled; a fade-out counts for nothing */
+uint64_t mossnano_voice_underruns(const mossnano_voice *voice);
+const char *mossnano_voice_reason(const mossnano_voice *voice); /* once it is over: what went wrong, or "" */
+void mossnano_voice_close(mossnano_voice *voice);
 
 #ifdef __cplusplus
 }
@@ -139,12 +180,20 @@ typedef atomic_bool mossnano__atomic_bool;
 typedef atomic_int mossnano__atomic_int;
 #endif
 
-enum { MOSSNANO_HANDSHAKE = 0, MOSSNANO_AUDIO = 1, MOSSNANO_TOKENS = 4, MOSSNANO_ERROR = 5, MOSSNANO_END = 7, MOSSNANO_CANCEL = 8 };
+enum { MOSSNANO_HANDSHAKE = 0, MOSSNANO_AUDIO = 1, MOSSNANO_TOKENS = 4, MOSSNANO_ERROR = 5, MOSSNANO_END = 7, MOSSNANO_CANCEL = 8,
+       MOSSNANO_SETTINGS = 9, MOSSNANO_CREDIT = 10, MOSSNANO_MARK = 11 };
+enum { MOSSNANO_NUMBERED = 0x80 };     /* added to a kind: the payload begins with the number of its stream, 4 bytes */
+enum { MOSSNANO_MOST_MARKS = 128 };    /* of a voice that nobody took yet, and */
+enum { MOSSNANO_VOICE_QUEUE = 3 << 18 }; /* bytes of frames that it did not hear of yet: together less than the 1 MiB
+                                            that may wait in a stream of the process */
+enum { MOSSNANO_CREDIT_MS = 10 };      /* how often one looks how far a voice was pulled; */
+enum { MOSSNANO_CREDIT_STEP_MS = 20 }; /* and what is worth a message */
+enum { MOSSNANO_UNITY = 1 << 16 };     /* as a gain */
 enum { MOSSNANO_LONGEST = 1 << 20 };   /* no message of the process is longer */
 enum { MOSSNANO_PIECE = 1 << 16 };     /* of what is fed in one message: CANCEL must not wait behind a long one */
 enum { MOSSNANO_HEAD = 5 };            /* bytes of a message: its length and its kind */
 enum { MOSSNANO_QUEUE = 4 << 20 };     /* of messages that the process has not taken yet */
-enum { MOSSNANO_MARKS = 256 };         /* streams that may begin in the ring */
+enum { MOSSNANO_BEGINNINGS = 256 };         /* streams that may begin in the ring */
 enum { MOSSNANO_LINE = 4096 };         /* bytes of the process' stderr that are given out at once */
 enum { MOSSNANO_FIRST_PAUSE_MS = 250, MOSSNANO_LONGEST_PAUSE_MS = 8000 }; /* before a restart; doubles within a row */
 #define MOSSNANO_SAMPLES (INT64_C(1) << 40) /* of a stream, at most: `played` is one number of both */
@@ -163,8 +212,58 @@ typedef pthread_cond_t mossnano__signal;
 
 typedef struct mossnano__message { /* its bytes lie behind it */
     struct mossnano__message *next;
+    mossnano_voice *voice; /* that it is dropped with; or NULL */
     size_t bytes;
 } mossnano__message;
+
+typedef struct mossnano__passed { /* a MARK that came */
+    struct mossnano__passed *next;
+    mossnano_mark mark;
+} mossnano__passed;
+
+struct mossnano_voice { /* a ring, what is put into it and who pulls it: of the client's own streams, or of one numbered */
+    mossnano *client;
+
+    /* Under the client's gate: */
+    mossnano_voice *next;          /* of the client's */
+    uint32_t number;               /* of its stream, where it has one */
+    bool is_numbered, is_open;     /* open: what is fed belongs to a stream that was begun */
+    bool has_left, has_end;        /* its stream was opened over there, or is about to be; and its END came */
+    int64_t fed_bytes, window, granted; /* the last two: samples */
+    int64_t frame_samples;         /* of ours; the client's are of the codec's rate */
+    mossnano__passed *marks, **marks_end;
+    int marks_out;                 /* that nobody took, wherever they are */
+    char fault[300], reason[300];  /* the first ERROR; and what it ended with */
+
+    int16_t *ring;                 /* values, not samples; indices only grow, `% capacity` says where they are */
+    int64_t capacity, channels, fade_samples, prebuffer; /* the last: values */
+    mossnano__atomic_i64 written, taken, drop_before; /* moved by: reader, puller, reader */
+    mossnano__atomic_i64 end_of_stream;               /* where the last stream that is over ended in the ring, */
+    mossnano__atomic_i64 cut_at;                      /* and where the last one broke off that was lost */
+    int64_t begin_at[MOSSNANO_BEGINNINGS];            /* where in the ring a stream begins */
+    int64_t begin_stream[MOSSNANO_BEGINNINGS];        /* and which */
+    mossnano__atomic_i64 begun, begun_heard;          /* moved by: reader, puller */
+    int64_t last_begun;                               /* the reader's */
+    mossnano__atomic_i64 opened, ended;               /* streams */
+    mossnano__atomic_i64 cancels, cancels_answered;
+    mossnano__atomic_i64 underruns;
+    mossnano__atomic_bool is_sounding;                /* PCM of a stream came, its END did not */
+    mossnano__atomic_int gain;                        /* MOSSNANO_UNITY: 1 */
+
+    /* The puller's. A pull is `real` samples from `pull_at`, then a fade-out, then silence. */
+    int64_t pull_at, real, audible; /* audible: samples, the real ones and the fade-out */
+    int64_t dropped_left;          /* samples that a CANCEL dropped, and that its fade-out may still use */
+    int64_t level;                 /* how loud we are, from 0 to fade_samples; less only in and after a fade */
+    bool is_fading_out, was_cut, fades_dropped, is_complete;
+    bool is_gathering, is_fresh;   /* fresh: nothing of the stream was given yet: no fade-in, unless we were cut off */
+    bool is_mono;
+    int64_t gain_was, gain_is;     /* at the beginning and at the end of the pull */
+    int64_t noticed_cancels;
+    int64_t next_stream, stream, heard; /* that is being given out, and how many samples of it were */
+    mossnano__atomic_i64 played;   /* both, for other threads */
+    int64_t cut_heard;             /* the last cut_at that we came to */
+    int16_t *last;                 /* the last sample that was given: a fade-out holds it where nothing follows */
+};
 
 struct mossnano {
 #ifdef _WIN32
@@ -179,7 +278,9 @@ struct mossnano {
     mossnano__message *queue, **queue_end; /* that the writer has not begun yet */
     size_t queued_bytes;           /* theirs, and those of the message that is being written */
     bool cancel_is_due;            /* before all that is in the queue */
-    bool stream_is_open, is_closing;
+    bool is_closing;
+    mossnano_voice *voices;        /* that were opened */
+    uint32_t numbers_used;
     bool has_process;              /* that may be killed: its number is still its own */
     mossnano_options options;
     mossnano_format format;
@@ -187,21 +288,8 @@ struct mossnano {
     bool start_fails;              /* with what goes wrong before the first HANDSHAKE: on_error is not told */
     char fault[2200], reason[2200]; /* what was said last; and what was, when it failed */
     uint8_t *message;
-    int16_t *ring;                 /* values, not samples; indices only grow, `% capacity` says where they are */
-    int64_t capacity, fade_samples, prebuffer; /* the last: values */
     mossnano__atomic_bool has_ring;
-    mossnano__atomic_i64 written, taken, drop_before; /* moved by: reader, puller, reader */
-    mossnano__atomic_i64 end_of_stream;               /* where the last stream that is over ended in the ring, */
-    mossnano__atomic_i64 cut_at;                      /* and where the last one broke off that was lost */
-    int64_t mark_at[MOSSNANO_MARKS];                  /* where in the ring a stream begins */
-    int64_t mark_stream[MOSSNANO_MARKS];              /* and which */
-    mossnano__atomic_i64 marks_written, marks_taken;  /* moved by: reader, puller */
-    int64_t marked_stream;                            /* the reader's */
-    mossnano__atomic_i64 opened, ended;               /* streams */
-    mossnano__atomic_i64 cancels, cancels_answered;
     int64_t opened_before_cancel;  /* streams, at the last one; under the gate */
-    mossnano__atomic_i64 underruns;
-    mossnano__atomic_bool is_sounding;       /* PCM of a stream came, its END did not */
     mossnano__atomic_bool is_stopping, is_given_up; /* given up: killed, and not waited for any more */
     mossnano__atomic_bool is_late;                  /* to say HANDSHAKE: it was killed */
     mossnano__atomic_bool has_exited;               /* its stderr ends soon */
@@ -209,18 +297,7 @@ struct mossnano {
     mossnano__atomic_int state, pid, restarts;
     int restarts_in_a_row;         /* the reader's */
     char *handshake, version[64];
-
-    /* The puller's. A pull is `real` samples from `pull_at`, then a fade-out, then silence. */
-    int64_t pull_at, real, audible; /* audible: samples, the real ones and the fade-out */
-    int64_t dropped_left;          /* samples that a CANCEL dropped, and that its fade-out may still use */
-    int64_t level;                 /* how loud we are, from 0 to fade_samples; less only in and after a fade */
-    bool is_fading_out, was_cut, fades_dropped, is_complete;
-    bool is_gathering, is_fresh;   /* fresh: nothing of the stream was given yet: no fade-in, unless we were cut off */
-    int64_t noticed_cancels;
-    int64_t next_stream, stream, heard; /* that is being given out, and how many samples of it were */
-    mossnano__atomic_i64 played;   /* both, for other threads */
-    int64_t cut_heard;             /* the last cut_at that we came to */
-    int16_t *last;                 /* the last sample that was given: a fade-out holds it where nothing follows */
+    mossnano_voice plain;          /* of the streams that have no number of their own */
 };
 
 /* --- what differs between systems ------------------------------------------------------------------------------ */
@@ -238,7 +315,9 @@ static void mossnano__make_gate(mossnano *c) { InitializeSRWLock(&c->gate); Init
 static void mossnano__unmake_gate(mossnano *c) { (void)c; }
 static void mossnano__enter(mossnano *c) { AcquireSRWLockExclusive(&c->gate); }
 static void mossnano__leave(mossnano *c) { ReleaseSRWLockExclusive(&c->gate); }
-static void mossnano__wait(mossnano *c) { SleepConditionVariableSRW(&c->queue_changed, &c->gate, INFINITE, 0); }
+static void mossnano__wait(mossnano *c, int ms) { /* below 0: for as long as it takes */
+    SleepConditionVariableSRW(&c->queue_changed, &c->gate, ms < 0 ? INFINITE : (DWORD)ms, 0);
+}
 static void mossnano__wake(mossnano *c) { WakeAllConditionVariable(&c->queue_changed); }
 static void mossnano__sleep_ms(int ms) { Sleep((DWORD)ms); }
 static void mossnano__close_input(mossnano *c) { CloseHandle(c->input); }
@@ -332,11 +411,32 @@ static bool mossnano__start_thread(mossnano__thread *t, mossnano__main main, mos
     return pthread_create(t, NULL, main, c) == 0;
 }
 static void mossnano__join(mossnano__thread t) { pthread_join(t, NULL); }
-static void mossnano__make_gate(mossnano *c) { pthread_mutex_init(&c->gate, NULL); pthread_cond_init(&c->queue_changed, NULL); }
+#ifdef __APPLE__ /* its conditions know no other clock */
+#define MOSSNANO_CLOCK CLOCK_REALTIME
+static void mossnano__choose_clock(pthread_condattr_t *how) { (void)how; }
+#else
+#define MOSSNANO_CLOCK CLOCK_MONOTONIC
+static void mossnano__choose_clock(pthread_condattr_t *how) { pthread_condattr_setclock(how, MOSSNANO_CLOCK); }
+#endif
+static void mossnano__make_gate(mossnano *c) {
+    pthread_condattr_t how;
+    pthread_condattr_init(&how);
+    mossnano__choose_clock(&how);
+    pthread_mutex_init(&c->gate, NULL);
+    pthread_cond_init(&c->queue_changed, &how);
+    pthread_condattr_destroy(&how);
+}
 static void mossnano__unmake_gate(mossnano *c) { pthread_mutex_destroy(&c->gate); pthread_cond_destroy(&c->queue_changed); }
 static void mossnano__enter(mossnano *c) { pthread_mutex_lock(&c->gate); }
 static void mossnano__leave(mossnano *c) { pthread_mutex_unlock(&c->gate); }
-static void mossnano__wait(mossnano *c) { pthread_cond_wait(&c->queue_changed, &c->gate); }
+static void mossnano__wait(mossnano *c, int ms) { /* below 0: for as long as it takes */
+    struct timespec until;
+    if (ms < 0) { pthread_cond_wait(&c->queue_changed, &c->gate); return; }
+    clock_gettime(MOSSNANO_CLOCK, &until);
+    until.tv_nsec += ms * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000, until.tv_nsec %= 1000000000;
+    pthread_cond_timedwait(&c->queue_changed, &c->gate, &until);
+}
 static void mossnano__wake(mossnano *c) { pthread_cond_broadcast(&c->queue_changed); }
 
 static int64_t mossnano__now_ms(void) {
@@ -508,20 +608,27 @@ static void mossnano__kill(mossnano *c) {
     mossnano__leave(c);
 }
 
-static bool mossnano__make_ring(mossnano *c, const char *json) {
-    mossnano_format *f = &c->format;
+static double mossnano__fade_ms(double asked) { return asked > 0 ? asked : asked < 0 ? 0 : 5; }
+
+static bool mossnano__make_ring(mossnano_voice *v, int64_t samples, double fade_ms, double prebuffer_ms) {
+    const mossnano_format *f = &v->client->format;
+    v->channels = f->channels;
+    v->capacity = samples * v->channels; /* whole samples: their channels lie side by side */
+    v->fade_samples = (int64_t)(mossnano__fade_ms(fade_ms) * f->sample_rate / 1000);
+    v->prebuffer = (int64_t)(prebuffer_ms * f->sample_rate / 1000) * v->channels;
+    v->ring = (int16_t *)malloc((size_t)v->capacity * sizeof *v->ring);
+    v->last = (int16_t *)calloc((size_t)v->channels, sizeof *v->last);
+    v->marks_end = &v->marks;
+    return v->ring && v->last;
+}
+
+static bool mossnano__make_plain_ring(mossnano *c, const char *json) {
     double seconds = c->options.ring_seconds > 0 ? c->options.ring_seconds : 10;
-    double fade_ms = c->options.fade_ms > 0 ? c->options.fade_ms : c->options.fade_ms < 0 ? 0 : 5;
-    c->capacity = (int64_t)(seconds * f->sample_rate) * f->channels + f->max_audio_bytes / 2;
-    c->capacity -= c->capacity % f->channels; /* whole samples: their channels lie side by side */
-    c->fade_samples = (int64_t)(fade_ms * f->sample_rate / 1000);
-    c->prebuffer = (int64_t)(c->options.prebuffer_ms * f->sample_rate / 1000) * f->channels;
-    c->ring = (int16_t *)malloc((size_t)c->capacity * sizeof *c->ring);
-    c->last = (int16_t *)calloc((size_t)f->channels, sizeof *c->last);
+    int64_t samples = (int64_t)(seconds * c->format.sample_rate) + c->format.max_audio_bytes / 2 / c->format.channels;
     c->handshake = (char *)malloc(strlen(json) + 1);
     if (c->handshake) strcpy(c->handshake, json);
     mossnano__text(json, "version", c->version, sizeof c->version);
-    return c->ring && c->last && c->handshake;
+    return c->handshake && mossnano__make_ring(&c->plain, samples, c->options.fade_ms, c->options.prebuffer_ms);
 }
 
 static bool mossnano__shake_hands(mossnano *c, const char *json) {
@@ -530,6 +637,8 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     int *numbers[] = {&f->sample_rate, &f->channels, &f->frame_samples, &f->quantizers, &f->codebook_size, &f->frame_bytes, &f->max_audio_bytes};
     bool ok = mossnano__number(json, "protocol") == 1 && !strncmp(mossnano__find(json, "direction"), "\"decode\"", 8);
     for (int i = 0; i < 7; i++) ok &= (*numbers[i] = mossnano__number(json, keys[i])) > 0;
+    bool is_16_bit = !*mossnano__find(json, "sample_format") || !strncmp(mossnano__find(json, "sample_format"), "\"s16le\"", 7);
+    if (ok && !is_16_bit) return mossnano__say(c, "handshake", "mossnano.h takes s16le: drop --sample-format", true), false;
     if (!ok) return mossnano__say(c, "handshake", "this is no decoder of protocol 1: update mossnano.h, or drop --encode", true), false;
     for (int i = 0; i < 7 && c->has_ring; i++) {
         int was = mossnano__number(c->handshake, keys[i]);
@@ -540,7 +649,7 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     if (!c->has_ring) {
         c->format = said;
         const char *advice = "no memory for the ring: lower ring_seconds";
-        if (!mossnano__make_ring(c, json)) return mossnano__say(c, "out_of_memory", advice, true), false;
+        if (!mossnano__make_plain_ring(c, json)) return mossnano__say(c, "out_of_memory", advice, true), false;
     }
     mossnano__enter(c);
     bool is_in_time = !c->is_late;
@@ -550,56 +659,116 @@ static bool mossnano__shake_hands(mossnano *c, const char *json) {
     return is_in_time;
 }
 
-static bool mossnano__is_cancelled(mossnano *c) { return c->cancels != c->cancels_answered; }
+static bool mossnano__is_cancelled(mossnano_voice *v) { return v->cancels != v->cancels_answered; }
 
-static void mossnano__mark(mossnano *c) { /* a stream begins here */
-    while (c->marks_written - c->marks_taken == MOSSNANO_MARKS) {
-        if (mossnano__is_cancelled(c) || c->is_stopping) return; /* nothing of it will be pulled */
+static void mossnano__begin_stream(mossnano_voice *v) { /* a stream begins here */
+    while (v->begun - v->begun_heard == MOSSNANO_BEGINNINGS) {
+        if (mossnano__is_cancelled(v) || v->client->is_stopping) return; /* nothing of it will be pulled */
         mossnano__sleep_ms(2);
     }
-    c->marked_stream = c->ended;
-    c->mark_at[c->marks_written % MOSSNANO_MARKS] = c->written;
-    c->mark_stream[c->marks_written % MOSSNANO_MARKS] = c->marked_stream;
-    c->marks_written++;
+    v->last_begun = v->ended;
+    v->begin_at[v->begun % MOSSNANO_BEGINNINGS] = v->written;
+    v->begin_stream[v->begun % MOSSNANO_BEGINNINGS] = v->last_begun;
+    v->begun++;
 }
 
-static void mossnano__push(mossnano *c, const uint8_t *pcm, int64_t values) {
-    if (c->marked_stream != c->ended) mossnano__mark(c);
-    for (int64_t i = 0; i < values && !mossnano__is_cancelled(c) && !c->is_stopping;) {
-        int64_t at = c->written, room = c->capacity - (at - c->taken);
+static void mossnano__push(mossnano_voice *v, const uint8_t *pcm, int64_t values) {
+    if (v->last_begun != v->ended) mossnano__begin_stream(v);
+    for (int64_t i = 0; i < values && !mossnano__is_cancelled(v) && !v->client->is_stopping;) {
+        int64_t at = v->written, room = v->capacity - (at - v->taken);
         if (!room) { mossnano__sleep_ms(2); continue; } /* asleep, not signalled: the puller must not touch a lock */
         int64_t end = at + (room < values - i ? room : values - i);
-        for (; at < end; at++, i++) c->ring[at % c->capacity] = (int16_t)(pcm[2 * i] | pcm[2 * i + 1] << 8);
-        c->written = end;
-        c->is_sounding = true;
+        for (; at < end; at++, i++) v->ring[at % v->capacity] = (int16_t)(pcm[2 * i] | pcm[2 * i + 1] << 8);
+        v->written = end;
+        v->is_sounding = true;
     }
 }
 
-static void mossnano__answer_cancel(mossnano *c, int64_t streams, int64_t number) { /* all that were open at it are over */
-    c->ended = streams;
-    if (mossnano__is_cancelled(c)) c->drop_before = (int64_t)c->written;
-    c->cancels_answered = number;
+static void mossnano__answer_cancel(mossnano_voice *v, int64_t streams, int64_t number) { /* all that were open at it are over */
+    v->ended = streams;
+    if (mossnano__is_cancelled(v)) v->drop_before = (int64_t)v->written;
+    v->cancels_answered = number;
+}
+
+/* Of a voice: all with the gate. */
+static bool mossnano__is_over(const mossnano_voice *v) { return v->ended == v->opened; }
+
+static void mossnano__end_voice(mossnano_voice *v, const char *reason) {
+    if (mossnano__is_over(v)) return;
+    snprintf(v->reason, sizeof v->reason, "%s", reason);
+    v->is_sounding = v->is_open = false;
+    v->ended = (int64_t)v->opened; /* only now: who sees it may read the reason */
+}
+
+static void mossnano__pass_mark(mossnano_voice *v, const uint8_t *payload, size_t bytes) {
+    mossnano__passed *passed = bytes >= 8 ? (mossnano__passed *)calloc(1, sizeof *passed) : NULL;
+    if (!passed) return;
+    for (int i = 0; i < 8; i++) passed->mark.sample |= (int64_t)((uint64_t)payload[i] << 8 * i);
+    passed->mark.bytes = bytes - 8 < sizeof passed->mark.text ? bytes - 8 : sizeof passed->mark.text - 1;
+    memcpy(passed->mark.text, payload + 8, passed->mark.bytes);
+    *v->marks_end = passed;
+    v->marks_end = &passed->next;
+}
+
+static void mossnano__take_of_voice(mossnano_voice *v, int kind, const uint8_t *payload, size_t bytes) {
+    const char *json = (const char *)payload;
+    int64_t values = (int64_t)bytes / 2, room = v->capacity - (v->written - v->taken);
+    if (kind == MOSSNANO_AUDIO && values <= room) mossnano__push(v, payload, values);
+    else if (kind == MOSSNANO_AUDIO) mossnano__end_voice(v, "the process sent more than it was granted");
+    if (kind == MOSSNANO_MARK) mossnano__pass_mark(v, payload, bytes);
+    if (kind == MOSSNANO_ERROR && !v->fault[0]) {
+        char code[64];
+        mossnano__text(json, "code", code, sizeof code);
+        mossnano__text(json, "message", v->fault, sizeof v->fault - sizeof code - 4);
+        bool is_refused = !strcmp(code, "too_many_streams") || !strcmp(code, "late_stream"); /* no END follows */
+        strcat(strcat(strcat(v->fault, " ("), code), ")");
+        if (is_refused) mossnano__end_voice(v, v->fault);
+    }
+    if (kind == MOSSNANO_END) {
+        v->has_end = true;
+        v->end_of_stream = (int64_t)v->written;
+        mossnano__end_voice(v, v->fault);
+    }
+}
+
+static bool mossnano__take_numbered(mossnano *c, int kind, size_t bytes) { /* is there somebody whom it concerns? */
+    uint32_t number = 0;
+    for (int i = 0; i < 4 && bytes >= 4; i++) number |= (uint32_t)c->message[i] << 8 * i;
+    mossnano__enter(c);
+    mossnano_voice *v = c->voices;
+    while (v && v->number != number) v = v->next;
+    bool is_there = v && bytes >= 4 && !mossnano__is_over(v);
+    if (is_there) mossnano__take_of_voice(v, kind, c->message + 4, bytes - 4);
+    mossnano__leave(c);
+    return is_there;
 }
 
 static void mossnano__end(mossnano *c, const char *json) {
-    c->end_of_stream = (int64_t)c->written;
-    c->is_sounding = false;
+    c->plain.end_of_stream = (int64_t)c->plain.written;
+    c->plain.is_sounding = false;
     if (!mossnano__is_true(json, "cancelled")) {
-        c->ended++;
+        c->plain.ended++;
         c->restarts_in_a_row = 0;
         return;
     }
     char echo[64], *rest; /* our CANCEL carried how many streams were open by then, and its number */
     mossnano__text(json, "echo", echo, sizeof echo);
     int64_t streams = strtoll(echo, &rest, 10);
-    mossnano__answer_cancel(c, streams, strtoll(rest, NULL, 10));
+    mossnano__answer_cancel(&c->plain, streams, strtoll(rest, NULL, 10));
 }
 
 static bool mossnano__take(mossnano *c, int kind, size_t bytes) {
     const char *json = (const char *)c->message; /* ends with a 0 */
     char code[64], text[2048];
     if (c->state == MOSSNANO_STARTING && kind == MOSSNANO_HANDSHAKE) return mossnano__shake_hands(c, json);
-    if (kind == MOSSNANO_AUDIO && c->state == MOSSNANO_READY) mossnano__push(c, c->message, (int64_t)bytes / 2);
+    if (kind & MOSSNANO_NUMBERED) {
+        kind &= ~MOSSNANO_NUMBERED;
+        if (!mossnano__take_numbered(c, kind, bytes)) return true; /* it was closed */
+        if (kind == MOSSNANO_END) c->restarts_in_a_row = 0;
+        if (kind != MOSSNANO_ERROR) return true;
+        json += 4;
+    }
+    if (kind == MOSSNANO_AUDIO && c->state == MOSSNANO_READY) mossnano__push(&c->plain, c->message, (int64_t)bytes / 2);
     if (kind == MOSSNANO_END) mossnano__end(c, json);
     if (kind == MOSSNANO_ERROR) {
         mossnano__text(json, "code", code, sizeof code);
@@ -609,29 +778,36 @@ static bool mossnano__take(mossnano *c, int kind, size_t bytes) {
     return true;
 }
 
-static void mossnano__empty_queue(mossnano *c) { /* whoever calls this holds the gate */
-    for (mossnano__message *next; c->queue; c->queue = next) {
-        next = c->queue->next;
-        c->queued_bytes -= c->queue->bytes;
-        free(c->queue);
+static void mossnano__drop_queued(mossnano *c, const mossnano_voice *maybe_voice) { /* all, or of one; with the gate */
+    mossnano__message **at = &c->queue;
+    while (*at) {
+        mossnano__message *message = *at;
+        if (maybe_voice && message->voice != maybe_voice) { at = &message->next; continue; }
+        *at = message->next;
+        c->queued_bytes -= message->bytes;
+        free(message);
     }
-    c->queue_end = &c->queue;
+    c->queue_end = at;
 }
 
 static bool mossnano__bury(mossnano *c, const char *code, const char *text) { /* is it to be started again? */
     char without[100] = "", again[sizeof c->fault + 160];
     bool is_restarted = mossnano__may_restart(c);
     mossnano__enter(c);
-    int64_t first = c->ended > c->opened_before_cancel ? (int64_t)c->ended : c->opened_before_cancel; /* that is lost */
-    int64_t last = c->opened - 1;
-    mossnano__empty_queue(c);
-    c->stream_is_open = c->cancel_is_due = c->is_sounding = c->has_process = false;
+    int64_t first = c->plain.ended > c->opened_before_cancel ? (int64_t)c->plain.ended : c->opened_before_cancel; /* that is lost */
+    int64_t last = c->plain.opened - 1;
+    mossnano__drop_queued(c, NULL);
+    c->plain.is_open = c->cancel_is_due = c->plain.is_sounding = c->has_process = false;
     c->pid = 0;
-    c->cut_at = (int64_t)c->written; /* what came of its streams can still be pulled, and then fades out */
-    mossnano__answer_cancel(c, c->opened, c->cancels);
+    c->plain.cut_at = (int64_t)c->plain.written; /* what came of its streams can still be pulled, and then fades out */
+    mossnano__answer_cancel(&c->plain, c->plain.opened, c->plain.cancels);
     c->is_gone = true;
     const char *form = strcmp(code, "process_ended") ? "%s" : "%s (process_ended)";
     if (!c->fatal_was_said) snprintf(c->fault, sizeof c->fault, form, text);
+    for (mossnano_voice *v = c->voices; v; v = v->next) {
+        if (!mossnano__is_over(v)) v->cut_at = (int64_t)v->written;
+        mossnano__end_voice(v, c->fault);
+    }
     if (!is_restarted) memcpy(c->reason, c->fault, sizeof c->reason);
     c->state = is_restarted ? MOSSNANO_STARTING : MOSSNANO_FAILED;
     mossnano__wake(c);
@@ -668,14 +844,17 @@ static void mossnano__make_head(uint8_t *head, int kind, size_t bytes) {
     head[4] = (uint8_t)kind;
 }
 
-static mossnano__message *mossnano__make_message(int kind, const void *payload, size_t bytes) { /* NULL: no memory */
-    mossnano__message *message = (mossnano__message *)malloc(sizeof *message + MOSSNANO_HEAD + bytes);
+static mossnano__message *mossnano__make_message(mossnano_voice *v, int kind, const void *payload, size_t bytes) {
+    size_t number_bytes = v->is_numbered ? 4 : 0;
+    mossnano__message *message = (mossnano__message *)malloc(sizeof *message + MOSSNANO_HEAD + number_bytes + bytes);
     if (!message) return NULL;
     message->next = NULL;
-    message->bytes = MOSSNANO_HEAD + bytes;
+    message->voice = v;
+    message->bytes = MOSSNANO_HEAD + number_bytes + bytes;
     uint8_t *head = (uint8_t *)(message + 1);
-    mossnano__make_head(head, kind, bytes);
-    if (bytes) memcpy(head + MOSSNANO_HEAD, payload, bytes);
+    mossnano__make_head(head, v->is_numbered ? kind | MOSSNANO_NUMBERED : kind, number_bytes + bytes);
+    for (size_t i = 0; i < number_bytes; i++) head[MOSSNANO_HEAD + i] = (uint8_t)(v->number >> 8 * i);
+    if (bytes) memcpy(head + MOSSNANO_HEAD + number_bytes, payload, bytes);
     return message;
 }
 
@@ -692,29 +871,50 @@ static mossnano__message *mossnano__take_from_queue(mossnano *c) {
     mossnano__message *message = c->queue;
     c->queue = message->next;
     if (!c->queue) c->queue_end = &c->queue;
+    if (message->voice) message->voice->has_left = true;
     return message;
 }
 
 static size_t mossnano__make_cancel(mossnano *c, char *out, size_t room) { /* made when it leaves: it never lacks memory */
     int bytes = snprintf(out + MOSSNANO_HEAD, room - MOSSNANO_HEAD, "%lld %lld", (long long)c->opened_before_cancel,
-                         (long long)c->cancels);
+                         (long long)c->plain.cancels);
     mossnano__make_head((uint8_t *)out, MOSSNANO_CANCEL, (size_t)bytes);
     return MOSSNANO_HEAD + (size_t)bytes;
 }
 
+/* A CREDIT, where a voice was pulled so far that one is due. Credit is all that was pulled and the window. */
+static size_t mossnano__make_credit(mossnano *c, uint8_t *out) {
+    for (mossnano_voice *v = c->voices; v; v = v->next) {
+        int64_t granted = v->window + v->taken / v->channels, more = granted - v->granted;
+        int64_t step = (int64_t)c->format.sample_rate * MOSSNANO_CREDIT_STEP_MS / 1000;
+        bool is_due = more > 0 && (more >= step || v->taken == v->written); /* an empty ring waits for what is granted now */
+        if (!is_due || !v->has_left || mossnano__is_over(v)) continue;
+        v->granted = granted;
+        mossnano__make_head(out, MOSSNANO_CREDIT | MOSSNANO_NUMBERED, 12);
+        for (int i = 0; i < 4; i++) out[MOSSNANO_HEAD + i] = (uint8_t)(v->number >> 8 * i);
+        for (int i = 0; i < 8; i++) out[MOSSNANO_HEAD + 4 + i] = (uint8_t)((uint64_t)granted >> 8 * i);
+        return MOSSNANO_HEAD + 12;
+    }
+    return 0;
+}
+
 static bool mossnano__write_next(mossnano *c) { /* false: that was all */
-    char cancel[64];
-    size_t cancel_bytes = 0;
+    uint8_t small[64]; /* a CANCEL, or a CREDIT */
+    size_t small_bytes = 0;
     mossnano__message *message = NULL;
     mossnano__enter(c);
-    while (!c->queue && !c->cancel_is_due && !c->is_closing && !c->is_gone) mossnano__wait(c);
-    if (c->cancel_is_due) cancel_bytes = mossnano__make_cancel(c, cancel, sizeof cancel);
-    else if (c->queue) message = mossnano__take_from_queue(c);
-    c->cancel_is_due = false;
+    while (true) {
+        if (c->cancel_is_due) small_bytes = mossnano__make_cancel(c, (char *)small, sizeof small);
+        else if (!c->is_gone) small_bytes = mossnano__make_credit(c, small);
+        c->cancel_is_due = false;
+        if (!small_bytes && c->queue) message = mossnano__take_from_queue(c);
+        if (message || small_bytes || c->is_closing || c->is_gone) break;
+        mossnano__wait(c, c->voices ? MOSSNANO_CREDIT_MS : -1); /* nobody wakes us when a voice is pulled */
+    }
     mossnano__leave(c);
-    if (!message && !cancel_bytes) return false;
+    if (!message && !small_bytes) return false;
     if (!message) {
-        mossnano__write(c, (uint8_t *)cancel, cancel_bytes);
+        mossnano__write(c, small, small_bytes);
         return true;
     }
     mossnano__write(c, (uint8_t *)(message + 1), message->bytes);
@@ -836,7 +1036,10 @@ static mossnano *mossnano__make(const mossnano_options *options, bool start_fail
     }
     c->options = *options;
     c->start_fails = start_fails;
-    c->marked_stream = c->stream = -1;
+    c->plain.client = c;
+    c->plain.gain = MOSSNANO_UNITY;
+    c->plain.gain_is = MOSSNANO_UNITY;
+    c->plain.last_begun = c->plain.stream = -1;
     c->queue_end = &c->queue;
     mossnano__make_gate(c);
     if (mossnano__start_thread(&c->reader, mossnano__run, c)) return c;
@@ -872,60 +1075,78 @@ int mossnano_restarts(const mossnano *c) { return c->restarts; }
 const char *mossnano_version(const mossnano *c) { return c->has_ring ? c->version : ""; }
 const char *mossnano_handshake(const mossnano *c) { return c->has_ring ? c->handshake : ""; }
 bool mossnano_is_demo(const mossnano *c) { return c->has_ring && mossnano__is_true(c->handshake, "demo"); }
-int64_t mossnano_stream(const mossnano *c) { return c->opened - 1; }
+int64_t mossnano_stream(const mossnano *c) { return c->plain.opened - 1; }
 
 mossnano_position mossnano_played(const mossnano *c) {
-    int64_t both = c->played;
+    int64_t both = c->plain.played;
     mossnano_position position = {both / MOSSNANO_SAMPLES - 1, both % MOSSNANO_SAMPLES};
     return position;
 }
 
+static void mossnano__free_messages(mossnano__message *first) {
+    for (mossnano__message *next; first; first = next) next = first->next, free(first);
+}
+
 /* The messages for some frames; NULL where there is no memory. */
-static mossnano__message *mossnano__cut(const uint8_t *at, size_t frames, size_t frame_bytes) {
+static mossnano__message *mossnano__cut(mossnano_voice *v, const uint8_t *at, size_t frames, size_t frame_bytes) {
     size_t most = MOSSNANO_PIECE > frame_bytes ? MOSSNANO_PIECE / frame_bytes : 1;
     mossnano__message *first = NULL, **end = &first;
     do { /* once for no frames as well: an empty TOKENS too opens a stream, for its END */
         size_t piece = frames < most ? frames : most;
-        *end = mossnano__make_message(MOSSNANO_TOKENS, at, piece * frame_bytes);
+        *end = mossnano__make_message(v, MOSSNANO_TOKENS, at, piece * frame_bytes);
         if (!*end) break;
         end = &(*end)->next;
         frames -= piece;
         at += piece ? piece * frame_bytes : 0;
         if (!frames) return first;
     } while (true);
-    for (mossnano__message *next; first; first = next) next = first->next, free(first);
+    mossnano__free_messages(first);
     return NULL;
 }
 
-bool mossnano_feed(mossnano *c, const void *packed, size_t frames) {
+/* With the gate; false: there is no room for it, and `why` says so. */
+static bool mossnano__has_room(mossnano_voice *v, size_t bytes, size_t frames, char *why, size_t why_bytes) {
+    mossnano *c = v->client;
+    int64_t fed = (int64_t)(frames * (size_t)c->format.frame_bytes), ahead = 0;
+    if (v->is_numbered) ahead = v->fed_bytes - v->written / v->channels / v->frame_samples * c->format.frame_bytes;
+    snprintf(why, why_bytes, "%zu bytes wait for the process to take them, and %zu frames more were fed: "
+             "%d bytes (4 MiB) are allowed, feed less or later", c->queued_bytes, frames, MOSSNANO_QUEUE);
+    if (c->queued_bytes + bytes > MOSSNANO_QUEUE) return false;
+    snprintf(why, why_bytes, "%lld bytes of frames wait to be decoded in this voice, and %zu frames more were fed: "
+             "%d bytes are allowed, feed less or later", (long long)ahead, frames, MOSSNANO_VOICE_QUEUE);
+    return !v->is_numbered || ahead + fed <= MOSSNANO_VOICE_QUEUE;
+}
+
+static bool mossnano__feed(mossnano_voice *v, const void *packed, size_t frames) {
+    mossnano *c = v->client;
     if (c->state != MOSSNANO_READY) return false;
-    size_t frame_bytes = (size_t)c->format.frame_bytes, wanted = 0, waiting;
+    size_t frame_bytes = (size_t)c->format.frame_bytes, wanted = 0;
     mossnano__message *first = NULL; /* a gigabyte is not copied to be refused */
-    if (frames <= MOSSNANO_QUEUE / frame_bytes) first = mossnano__cut((const uint8_t *)packed, frames, frame_bytes);
+    bool is_copied = frames <= MOSSNANO_QUEUE / frame_bytes;
+    if (is_copied) first = mossnano__cut(v, (const uint8_t *)packed, frames, frame_bytes);
     for (mossnano__message *message = first; message; message = message->next) wanted += message->bytes;
+    char text[200];
     mossnano__enter(c);
-    bool is_ready = c->state == MOSSNANO_READY;
-    waiting = c->queued_bytes;
-    bool is_taken = is_ready && first && waiting + wanted <= MOSSNANO_QUEUE;
+    bool is_ready = c->state == MOSSNANO_READY && (v->is_open || !v->is_numbered);
+    bool has_room = mossnano__has_room(v, is_copied ? wanted : MOSSNANO_QUEUE + 1, frames, text, sizeof text);
+    bool is_taken = is_ready && first && has_room;
     if (is_taken) {
-        c->opened += !c->stream_is_open;
-        c->stream_is_open = true;
+        v->opened += !v->is_open;
+        v->is_open = true;
+        v->fed_bytes += (int64_t)(frames * frame_bytes);
         mossnano__enqueue(c, first);
     }
     mossnano__leave(c);
     if (is_taken) return true;
-    bool has_memory = first || frames > MOSSNANO_QUEUE / frame_bytes;
-    for (mossnano__message *next; first; first = next) next = first->next, free(first);
-    char text[200];
-    snprintf(text, sizeof text, "%zu bytes wait for the process to take them, and %zu frames more were fed: "
-             "%d bytes (4 MiB) are allowed, feed less or later", waiting, frames, MOSSNANO_QUEUE);
+    mossnano__free_messages(first);
     if (!is_ready || !c->options.on_error) return false;
-    if (has_memory) c->options.on_error(c->options.context, "queue_full", text, false);
+    if (!has_room) c->options.on_error(c->options.context, "queue_full", text, false);
     else c->options.on_error(c->options.context, "out_of_memory", "no memory for what was fed: feed less", false);
     return false;
 }
 
-bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) {
+static bool mossnano__feed_codes(mossnano_voice *v, const uint16_t *codes, size_t frames) {
+    const mossnano *c = v->client;
     if (c->state != MOSSNANO_READY) return false;
     size_t quantizers = (size_t)c->format.quantizers, frame_bytes = (size_t)c->format.frame_bytes, bits = 0;
     while (1 << bits < c->format.codebook_size) bits++;
@@ -938,147 +1159,330 @@ bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) {
             packed[i / quantizers * frame_bytes + at / 8] |= (uint8_t)((codes[i] >> bit & 1) << at % 8);
         }
     }
-    ok = ok && mossnano_feed(c, packed, frames);
+    ok = ok && mossnano__feed(v, packed, frames);
     free(packed);
     return ok;
 }
 
-bool mossnano_finish(mossnano *c) {
+static bool mossnano__finish(mossnano_voice *v) {
+    mossnano *c = v->client;
     mossnano__enter(c);
     bool is_ready = c->state == MOSSNANO_READY;
-    mossnano__message *end = c->stream_is_open ? mossnano__make_message(MOSSNANO_END, NULL, 0) : NULL;
-    bool has_memory = end || !c->stream_is_open;
+    mossnano__message *end = v->is_open ? mossnano__make_message(v, MOSSNANO_END, NULL, 0) : NULL;
+    bool has_memory = end || !v->is_open;
     if (end) mossnano__enqueue(c, end);
-    c->stream_is_open = !has_memory;
+    v->is_open = !has_memory;
     mossnano__leave(c);
     return is_ready && has_memory;
 }
 
+bool mossnano_feed(mossnano *c, const void *packed, size_t frames) { return mossnano__feed(&c->plain, packed, frames); }
+bool mossnano_feed_codes(mossnano *c, const uint16_t *codes, size_t frames) { return mossnano__feed_codes(&c->plain, codes, frames); }
+bool mossnano_finish(mossnano *c) { return mossnano__finish(&c->plain); }
+
 bool mossnano_cancel(mossnano *c) {
     mossnano__enter(c);
     bool is_ready = c->state == MOSSNANO_READY;
-    mossnano__empty_queue(c); /* what has not left never will */
-    c->stream_is_open = false;
-    c->opened_before_cancel = c->opened;
-    c->cancels++; /* from here on the puller is silent and the reader drops, until the END of this one is back */
+    mossnano__drop_queued(c, &c->plain); /* what has not left never will */
+    c->plain.is_open = false;
+    c->opened_before_cancel = c->plain.opened;
+    c->plain.cancels++; /* from here on the puller is silent and the reader drops, until the END of this one is back */
     c->cancel_is_due = is_ready;
-    if (!is_ready) mossnano__answer_cancel(c, c->opened, c->cancels);
+    if (!is_ready) mossnano__answer_cancel(&c->plain, c->plain.opened, c->plain.cancels);
     mossnano__wake(c);
     mossnano__leave(c);
     return is_ready;
+}
+
+/* --- voices, as you call them ----------------------------------------------------------------------------------- */
+
+int mossnano_max_streams(const mossnano *c) { return c->has_ring ? mossnano__number(c->handshake, "max_streams") : 0; }
+
+static bool mossnano__refuse(char *error, size_t error_bytes, const char *why) { return snprintf(error, error_bytes, "%s", why), false; }
+
+static bool mossnano__may_open(mossnano *c, const mossnano_voice_options *o, char *error, size_t error_bytes) {
+    if (c->state != MOSSNANO_READY) return mossnano__refuse(error, error_bytes, "the client is not ready: see mossnano_state");
+    if (mossnano_max_streams(c) < 1)
+        return mossnano__refuse(error, error_bytes, "the process takes one stream at a time (its HANDSHAKE has no "
+                                "max_streams): update it, start it without --max-streams 0, or feed the client itself");
+    bool ok = o->prebuffer_ms >= 0 && o->prebuffer_ms <= 60000 && o->gain >= 0 && o->gain <= 100;
+    ok = ok && o->priority >= -4 && o->priority <= 3 && o->ring_seconds >= 0 && o->ring_seconds <= 600;
+    if (!ok) snprintf(error, error_bytes, "ring_seconds %g, prebuffer_ms %g, gain %g, priority %d: 0 to 600, 0 to 60,000, "
+                      "0 to 100 and -4 to 3 are allowed", o->ring_seconds, o->prebuffer_ms, o->gain, o->priority);
+    return ok;
+}
+
+static void mossnano__free_voice(mossnano_voice *v) {
+    for (mossnano__passed *next; v->marks; v->marks = next) next = v->marks->next, free(v->marks);
+    free(v->ring), free(v->last), free(v);
+}
+
+static mossnano_voice *mossnano__make_voice(mossnano *c, const mossnano_voice_options *o) { /* NULL: no memory */
+    mossnano_voice *v = (mossnano_voice *)calloc(1, sizeof *v);
+    if (!v) return NULL;
+    int64_t rate = c->format.sample_rate, codec_rate = mossnano__number(c->handshake, "codec_sample_rate");
+    int64_t chunk_frames = mossnano__number(c->handshake, "chunk_frames"); /* null, and so 0, where chunks may be cut */
+    int64_t chunk = ((chunk_frames > 0 ? chunk_frames : 1) * c->format.frame_samples * rate) / (codec_rate > 0 ? codec_rate : rate) + 1;
+    int64_t least = (int64_t)(o->prebuffer_ms * (double)rate / 1000) + chunk; /* or the prebuffer could never fill */
+    v->client = c;
+    v->is_numbered = v->is_open = true;
+    v->is_mono = o->is_mono;
+    v->window = v->granted = (int64_t)((o->ring_seconds > 0 ? o->ring_seconds : 2) * (double)rate);
+    if (v->window < least) v->window = v->granted = least;
+    v->frame_samples = c->format.frame_samples * rate / (codec_rate > 0 ? codec_rate : rate);
+    v->opened = v->begun = 1; /* its stream begins where its ring does */
+    v->stream = -1;
+    v->gain_is = (int64_t)(MOSSNANO_UNITY * (o->gain > 0 ? o->gain : 1));
+    v->gain = (int)v->gain_is;
+    if (mossnano__make_ring(v, v->window, o->fade_ms, o->prebuffer_ms) && v->frame_samples > 0) return v;
+    mossnano__free_voice(v);
+    return NULL;
+}
+
+mossnano_voice *mossnano_open(mossnano *c, const mossnano_voice_options *options, char *error, size_t error_bytes) {
+    mossnano_voice_options usual;
+    memset(&usual, 0, sizeof usual);
+    if (!options) options = &usual;
+    if (!mossnano__may_open(c, options, error, error_bytes)) return NULL;
+    mossnano_voice *v = mossnano__make_voice(c, options);
+    char settings[80];
+    int bytes = snprintf(settings, sizeof settings, "{\"window_samples\":%lld,\"urgency\":%d}", v ? (long long)v->window : 0, 3 - options->priority);
+    mossnano__enter(c);
+    bool is_ready = c->state == MOSSNANO_READY;
+    if (v) v->number = c->numbers_used; /* under the gate, as its first message: numbers only grow on their way */
+    mossnano__message *first = v && is_ready ? mossnano__make_message(v, MOSSNANO_SETTINGS, settings, (size_t)bytes) : NULL;
+    if (first) {
+        c->numbers_used++;
+        v->next = c->voices;
+        c->voices = v;
+        mossnano__enqueue(c, first);
+    }
+    mossnano__leave(c);
+    if (first) return v;
+    mossnano__refuse(error, error_bytes, is_ready ? "no memory for a voice: lower its ring_seconds" : "the process has just ended");
+    if (v) mossnano__free_voice(v);
+    return NULL;
+}
+
+bool mossnano_voice_feed(mossnano_voice *v, const void *packed, size_t frames) { return mossnano__feed(v, packed, frames); }
+bool mossnano_voice_feed_codes(mossnano_voice *v, const uint16_t *codes, size_t frames) { return mossnano__feed_codes(v, codes, frames); }
+bool mossnano_voice_finish(mossnano_voice *v) { return mossnano__finish(v) && !*mossnano_voice_reason(v); }
+
+bool mossnano_voice_mark(mossnano_voice *v, const void *text, size_t bytes) {
+    mossnano *c = v->client;
+    char why[200];
+    mossnano__message *mark = bytes < sizeof v->marks->mark.text ? mossnano__make_message(v, MOSSNANO_MARK, text, bytes) : NULL;
+    if (!mark) return false;
+    mossnano__enter(c);
+    bool is_open = v->is_open;
+    bool has_room = mossnano__has_room(v, mark->bytes, 0, why, sizeof why);
+    bool is_taken = is_open && has_room && v->marks_out < MOSSNANO_MOST_MARKS;
+    if (has_room) snprintf(why, sizeof why, "%d marks were not taken: take those that were played, or mark later", v->marks_out);
+    if (is_taken) v->marks_out++, mossnano__enqueue(c, mark);
+    mossnano__leave(c);
+    if (is_taken) return true;
+    free(mark);
+    if (is_open && c->options.on_error) c->options.on_error(c->options.context, "queue_full", why, false);
+    return false;
+}
+
+bool mossnano_voice_take_mark(mossnano_voice *v, mossnano_mark *out) {
+    mossnano__enter(v->client);
+    int64_t heard = mossnano_voice_played(v);
+    bool is_all = v->has_end && v->cancels == 0 && v->taken == v->written; /* a mark may be behind the last sample */
+    mossnano__passed *first = v->marks;
+    bool is_played = first && (first->mark.sample < heard || (is_all && first->mark.sample == heard));
+    if (is_played) {
+        *out = first->mark;
+        v->marks = first->next;
+        if (!v->marks) v->marks_end = &v->marks;
+        v->marks_out--;
+        free(first);
+    }
+    mossnano__leave(v->client);
+    return is_played;
+}
+
+static void mossnano__silence(mossnano_voice *v) { /* with the gate */
+    mossnano *c = v->client;
+    v->cancels++; /* for ever: its number is never used again */
+    if (mossnano__is_over(v)) return;
+    mossnano__drop_queued(c, v); /* if its first message is among them, there is no stream to cancel */
+    mossnano__message *cancel = v->has_left ? mossnano__make_message(v, MOSSNANO_CANCEL, NULL, 0) : NULL;
+    if (cancel) {
+        cancel->voice = NULL;
+        mossnano__message *behind = c->queue;
+        if (!behind) c->queue_end = &c->queue;
+        mossnano__message **end = c->queue_end;
+        c->queue_end = &c->queue;
+        mossnano__enqueue(c, cancel);
+        cancel->next = behind;
+        if (behind) c->queue_end = end;
+    }
+    mossnano__end_voice(v, "");
+}
+
+int64_t mossnano_voice_cancel(mossnano_voice *v) {
+    mossnano__enter(v->client);
+    mossnano__silence(v);
+    mossnano__leave(v->client);
+    return mossnano_voice_played(v);
+}
+
+void mossnano_voice_set_gain(mossnano_voice *v, double gain) {
+    v->gain = (int)(MOSSNANO_UNITY * (gain > 100 ? 100 : gain > 0 ? gain : 0));
+}
+
+int64_t mossnano_voice_played(const mossnano_voice *v) { return v->played % MOSSNANO_SAMPLES; }
+uint64_t mossnano_voice_underruns(const mossnano_voice *v) { return (uint64_t)v->underruns; }
+const char *mossnano_voice_reason(const mossnano_voice *v) { return mossnano__is_over(v) ? v->reason : ""; }
+
+void mossnano_voice_close(mossnano_voice *v) {
+    if (!v) return;
+    mossnano *c = v->client;
+    mossnano__enter(c);
+    mossnano__silence(v);
+    mossnano__drop_queued(c, v);
+    mossnano_voice **at = &c->voices;
+    while (*at != v) at = &(*at)->next;
+    *at = v->next;
+    mossnano__leave(c);
+    mossnano__free_voice(v);
 }
 
 /* --- the puller: without a lock against the reader -------------------------------------------------------------- */
 
 static int64_t mossnano__least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static void mossnano__take_marks(mossnano *c, int64_t at) {
-    for (; c->marks_taken < c->marks_written && c->mark_at[c->marks_taken % MOSSNANO_MARKS] <= at; c->marks_taken++) {
-        c->is_fresh = true;
-        c->next_stream = c->mark_stream[c->marks_taken % MOSSNANO_MARKS];
-        c->is_gathering = c->prebuffer > 0;
+static void mossnano__take_beginnings(mossnano_voice *v, int64_t at) {
+    for (; v->begun_heard < v->begun && v->begin_at[v->begun_heard % MOSSNANO_BEGINNINGS] <= at; v->begun_heard++) {
+        v->is_fresh = true;
+        v->next_stream = v->begin_stream[v->begun_heard % MOSSNANO_BEGINNINGS];
+        v->is_gathering = v->prebuffer > 0;
     }
 }
 
-static bool mossnano__take_real(mossnano *c, int64_t wanted, int64_t cut, int64_t over, int64_t end) { /* was the ring dry? */
-    int64_t at = c->pull_at;
+static bool mossnano__take_real(mossnano_voice *v, int64_t wanted, int64_t cut, int64_t over, int64_t end) { /* was the ring dry? */
+    int64_t at = v->pull_at;
     bool is_cut = false; /* what follows is another stream, but this one's last sample is not its end */
-    while (c->real < wanted) {
-        is_cut = at == cut && cut != c->cut_heard && c->level + c->real > 0;
-        if (at == cut) c->cut_heard = cut;
+    while (v->real < wanted) {
+        is_cut = at == cut && cut != v->cut_heard && v->level + v->real > 0;
+        if (at == cut) v->cut_heard = cut;
         if (is_cut) break;
-        mossnano__take_marks(c, at);
+        mossnano__take_beginnings(v, at);
         bool is_whole = over > at || cut > at; /* more of this stream does not come */
-        bool is_gathered = !c->is_gathering || ((end - at >= c->prebuffer || is_whole) && end > at);
-        int64_t next_mark = c->marks_taken < c->marks_written ? c->mark_at[c->marks_taken % MOSSNANO_MARKS] : end;
-        int64_t until = mossnano__least(mossnano__least(end, next_mark), cut > at ? cut : end);
-        int64_t more = is_gathered ? mossnano__least(wanted - c->real, (until - at) / c->format.channels) : 0;
+        bool is_gathered = !v->is_gathering || ((end - at >= v->prebuffer || is_whole) && end > at);
+        int64_t next_begins = v->begun_heard < v->begun ? v->begin_at[v->begun_heard % MOSSNANO_BEGINNINGS] : end;
+        int64_t until = mossnano__least(mossnano__least(end, next_begins), cut > at ? cut : end);
+        int64_t more = is_gathered ? mossnano__least(wanted - v->real, (until - at) / v->channels) : 0;
         if (more <= 0) break;
-        if (c->is_fresh && c->real == 0 && !c->was_cut) c->level = c->fade_samples;
-        if (c->is_fresh) c->stream = c->next_stream, c->heard = 0;
-        c->is_fresh = c->is_gathering = c->was_cut = false;
-        c->real += more;
-        c->heard += more;
-        at += more * c->format.channels;
+        if (v->is_fresh && v->real == 0 && !v->was_cut) v->level = v->fade_samples;
+        if (v->is_fresh) v->stream = v->next_stream, v->heard = 0;
+        v->is_fresh = v->is_gathering = v->was_cut = false;
+        v->real += more;
+        v->heard += more;
+        at += more * v->channels;
     }
-    if (c->real == wanted) return false;
-    c->is_complete = at == over || c->is_gathering; /* the stream ends here as it should, with its own last sample */
-    bool fades_out = !c->is_complete && c->level + c->real > 0 && c->fade_samples > 0;
-    if (fades_out) c->is_fading_out = c->was_cut = true, c->fades_dropped = false;
-    bool is_dry = !c->is_gathering && !is_cut;
-    c->is_gathering = c->prebuffer > 0;
+    if (v->real == wanted) return false;
+    v->is_complete = at == over || v->is_gathering; /* the stream ends here as it should, with its own last sample */
+    bool fades_out = !v->is_complete && v->level + v->real > 0 && v->fade_samples > 0;
+    if (fades_out) v->is_fading_out = v->was_cut = true, v->fades_dropped = false;
+    bool is_dry = !v->is_gathering && !is_cut;
+    v->is_gathering = v->prebuffer > 0;
     return is_dry;
 }
 
-static void mossnano__begin_pull(mossnano *c, int64_t wanted) {
-    bool was_sounding = c->is_sounding; /* asked before the ring is looked at: what it told of is in there */
-    int64_t cut = c->cut_at, over = c->end_of_stream, end = c->written, taken = c->taken;
-    int64_t number = c->cancels; /* asked after it: what lies before the end was fed before that CANCEL */
-    bool is_cancelled = number != c->cancels_answered;
-    int64_t dropped = is_cancelled ? end : (int64_t)c->drop_before;
-    bool cuts = number != c->noticed_cancels && c->level > 0 && !c->is_fading_out;
-    if (cuts) c->is_fading_out = c->was_cut = c->fades_dropped = true;
-    c->noticed_cancels = number;
+static void mossnano__begin_pull(mossnano_voice *v, int64_t wanted) {
+    bool was_sounding = v->is_sounding; /* asked before the ring is looked at: what it told of is in there */
+    int64_t cut = v->cut_at, over = v->end_of_stream, end = v->written, taken = v->taken;
+    int64_t number = v->cancels; /* asked after it: what lies before the end was fed before that CANCEL */
+    bool is_cancelled = number != v->cancels_answered;
+    int64_t dropped = is_cancelled ? end : (int64_t)v->drop_before;
+    bool cuts = number != v->noticed_cancels && v->level > 0 && !v->is_fading_out;
+    if (cuts) v->is_fading_out = v->was_cut = v->fades_dropped = true;
+    v->noticed_cancels = number;
 
-    c->real = 0;
-    c->is_complete = false;
-    c->pull_at = c->is_fading_out || taken > dropped ? taken : dropped;
-    c->dropped_left = c->is_fading_out && c->fades_dropped && dropped > taken ? (dropped - taken) / c->format.channels : 0;
-    if (!c->is_fading_out) { /* a fade-out is finished first */
-        bool is_dry = mossnano__take_real(c, wanted, cut, over, end);
-        if (is_dry && was_sounding && c->is_sounding && !is_cancelled) c->underruns++;
+    v->real = 0;
+    v->is_complete = false;
+    v->pull_at = v->is_fading_out || taken > dropped ? taken : dropped;
+    v->dropped_left = v->is_fading_out && v->fades_dropped && dropped > taken ? (dropped - taken) / v->channels : 0;
+    if (!v->is_fading_out) { /* a fade-out is finished first */
+        bool is_dry = mossnano__take_real(v, wanted, cut, over, end);
+        if (is_dry && was_sounding && v->is_sounding && !is_cancelled) v->underruns++;
     }
-    int64_t fade = c->is_fading_out ? mossnano__least(c->fade_samples, c->level + c->real) : 0;
-    c->audible = mossnano__least(wanted, c->real + fade);
+    int64_t fade = v->is_fading_out ? mossnano__least(v->fade_samples, v->level + v->real) : 0;
+    v->audible = mossnano__least(wanted, v->real + fade);
 }
 
-static int16_t *mossnano__at(mossnano *c, int64_t sample) {
-    return &c->ring[(c->pull_at + sample * c->format.channels) % c->capacity];
+static int16_t *mossnano__at(mossnano_voice *v, int64_t sample) {
+    return &v->ring[(v->pull_at + sample * v->channels) % v->capacity];
 }
 
-static void mossnano__give(mossnano *c, int64_t sample, int16_t *out) {
-    int64_t loud = c->level + sample + 1; /* of the fade-in */
-    const int16_t *held = mossnano__at(c, sample);
-    if (sample >= c->real) {
-        int64_t from = c->dropped_left > 0 ? mossnano__least(sample, c->dropped_left - 1) : c->real - 1;
-        loud = mossnano__least(c->fade_samples, c->level + c->real) - (sample - c->real) - 1;
-        held = from < 0 ? c->last : mossnano__at(c, from);
+static int64_t mossnano__value(mossnano_voice *v, int64_t sample, int channel) {
+    int64_t loud = v->level + sample + 1; /* of the fade-in */
+    const int16_t *held = mossnano__at(v, sample);
+    if (sample >= v->real) {
+        int64_t from = v->dropped_left > 0 ? mossnano__least(sample, v->dropped_left - 1) : v->real - 1;
+        loud = mossnano__least(v->fade_samples, v->level + v->real) - (sample - v->real) - 1;
+        held = from < 0 ? v->last : mossnano__at(v, from);
     }
-    for (int channel = 0; channel < c->format.channels; channel++)
-        out[channel] = loud >= c->fade_samples ? held[channel] : (int16_t)(held[channel] * loud / c->fade_samples);
+    return loud >= v->fade_samples ? held[channel] : held[channel] * loud / v->fade_samples;
 }
 
-static void mossnano__end_pull(mossnano *c) {
-    int64_t given = c->real + mossnano__least(c->audible - c->real, c->dropped_left);
-    if (given > 0) memcpy(c->last, mossnano__at(c, given - 1), (size_t)c->format.channels * sizeof *c->last);
-    c->level = c->is_complete ? 0 : mossnano__least(c->fade_samples, c->level + c->real) - (c->audible - c->real);
-    c->is_fading_out = c->is_fading_out && c->level > 0;
-    c->played = (c->stream + 1) * MOSSNANO_SAMPLES + c->heard; /* one number, so that they belong together */
-    c->taken = c->pull_at + given * c->format.channels; /* only now: until here the reader must not write over it */
+static int16_t mossnano__amplified(const mossnano_voice *v, int64_t sample, int64_t value) {
+    int64_t gain = v->gain_was + (v->gain_is - v->gain_was) * (sample + 1) / v->audible;
+    value = value * gain / MOSSNANO_UNITY;
+    return (int16_t)(value > INT16_MAX ? INT16_MAX : value < INT16_MIN ? INT16_MIN : value);
+}
+
+static void mossnano__give(mossnano_voice *v, int64_t sample, int16_t *out) {
+    int64_t sum = 0;
+    for (int channel = 0; channel < v->channels; channel++) {
+        int64_t value = mossnano__value(v, sample, channel);
+        sum += value;
+        if (!v->is_mono) out[channel] = mossnano__amplified(v, sample, value);
+    }
+    if (v->is_mono) *out = mossnano__amplified(v, sample, sum / v->channels);
+}
+
+static void mossnano__end_pull(mossnano_voice *v) {
+    int64_t given = v->real + mossnano__least(v->audible - v->real, v->dropped_left);
+    if (given > 0) memcpy(v->last, mossnano__at(v, given - 1), (size_t)v->channels * sizeof *v->last);
+    v->level = v->is_complete ? 0 : mossnano__least(v->fade_samples, v->level + v->real) - (v->audible - v->real);
+    v->is_fading_out = v->is_fading_out && v->level > 0;
+    v->played = (v->stream + 1) * MOSSNANO_SAMPLES + v->heard; /* one number, so that they belong together */
+    v->taken = v->pull_at + given * v->channels; /* only now: until here the reader must not write over it */
+}
+
+size_t mossnano_voice_pull(mossnano_voice *v, int16_t *out, size_t samples) {
+    size_t channels = v->is_mono ? 1 : (size_t)v->channels;
+    v->gain_was = v->gain_is;
+    v->gain_is = v->gain;
+    mossnano__begin_pull(v, (int64_t)samples);
+    for (int64_t i = 0; i < v->audible; i++) mossnano__give(v, i, out + (size_t)i * channels);
+    memset(out + (size_t)v->audible * channels, 0, (samples - (size_t)v->audible) * channels * sizeof *out);
+    mossnano__end_pull(v);
+    return (size_t)v->real;
+}
+
+bool mossnano_voice_is_speaking(mossnano_voice *v) {
+    bool more_comes = !mossnano__is_over(v); /* asked first: what came by then is in the ring */
+    return more_comes || (v->taken < v->written && v->drop_before < v->written && !mossnano__is_cancelled(v));
 }
 
 size_t mossnano_pull(mossnano *c, int16_t *out, size_t samples) {
-    if (!c->has_ring) return 0;
-    size_t channels = (size_t)c->format.channels;
-    mossnano__begin_pull(c, (int64_t)samples);
-    for (int64_t i = 0; i < c->audible; i++) mossnano__give(c, i, out + (size_t)i * channels);
-    memset(out + (size_t)c->audible * channels, 0, (samples - (size_t)c->audible) * channels * sizeof *out);
-    mossnano__end_pull(c);
-    return (size_t)c->real;
+    return c->has_ring ? mossnano_voice_pull(&c->plain, out, samples) : 0;
 }
 
-bool mossnano_is_speaking(mossnano *c) {
-    bool more_comes = !c->is_gone && c->ended < c->opened; /* asked first: what came by then is in the ring */
-    return more_comes || (c->taken < c->written && c->drop_before < c->written && !mossnano__is_cancelled(c));
-}
-
-uint64_t mossnano_underruns(mossnano *c) { return (uint64_t)c->underruns; }
+bool mossnano_is_speaking(mossnano *c) { return mossnano_voice_is_speaking(&c->plain); }
+uint64_t mossnano_underruns(mossnano *c) { return mossnano_voice_underruns(&c->plain); }
 
 void mossnano_stop(mossnano *c) {
     if (!c) return;
     c->is_stopping = true;
     mossnano_cancel(c);
     mossnano__enter(c);
+    for (mossnano_voice *v = c->voices; v; v = v->next) mossnano__silence(v);
     c->is_closing = true;
     mossnano__wake(c);
     mossnano__leave(c);
@@ -1086,7 +1490,8 @@ void mossnano_stop(mossnano *c) {
     if (!c->is_over) mossnano__kill(c);
     c->is_given_up = true;
     mossnano__join(c->reader);
+    while (c->voices) mossnano_voice_close(c->voices);
     mossnano__unmake_gate(c);
-    free(c->ring), free(c->last), free(c->handshake), free(c->message), free(c);
+    free(c->plain.ring), free(c->plain.last), free(c->handshake), free(c->message), free(c);
 }
 #endif

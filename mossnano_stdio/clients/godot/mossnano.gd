@@ -26,6 +26,17 @@ extends RefCounted
 ## and `stream` is the last one that [method feed] opened. With `restart` a process that crashes is started again, up to
 ## so many times in a row (a stream that comes to its end ends the row), and [signal ready_to_feed] is emitted anew.
 ##
+## Many voices of one process, at once: [method open] gives a [Voice] for each utterance. The process decodes ahead only
+## what a voice has room for, so one that nobody pulls stops none of the others, but for the stream of this class itself,
+## which has no such limit: pull it, or feed voices alone.
+## [codeblock]
+## var line := voice.open()
+## line.marked.connect(func(text, sample): wave())   # when it is played, not when it is decoded
+## line.feed(packed_frames); line.mark("wave"); line.feed(more_frames); line.finish()
+## # in _process: as above, with line.pull; and to be silent at once:
+## var heard_samples := line.cancel()
+## [/codeblock]
+##
 ## Godot up to 4.5.1 on Linux and macOS dies of SIGPIPE when it writes to a process that ends at that moment, as one
 ## does that hangs with a full pipe and is stopped (Godot's issue 111110, mended in 4.5.2). Nothing here can prevent it.
 ##
@@ -39,12 +50,20 @@ signal lost(streams: PackedInt32Array)  ## Fed to a process that ended. What it 
 signal log_line(line: String)  ## Of the process' stderr. Printed where nothing is connected.
 
 enum State { STARTING, READY, FAILED, STOPPED }
-enum Kind { HANDSHAKE = 0, AUDIO = 1, TOKENS = 4, ERROR = 5, END = 7, CANCEL = 8 }
+enum Kind {
+	HANDSHAKE = 0, AUDIO = 1, TOKENS = 4, ERROR = 5, END = 7, CANCEL = 8, SETTINGS = 9, CREDIT = 10, MARK = 11
+}
+enum Whose { ALL = -2, PLAIN = -1 }  ## Messages of any, or of no, numbered stream.
 
 const LONGEST := 1 << 20  ## No message of the process is longer.
 const HEAD_BYTES := 5  ## Of a message: its length and its kind.
 const WAITING_BYTES := 4 << 20  ## Of messages that may wait here for the process.
 const PIECE_BYTES := 4096  ## Of what is fed in one message: what a pipe takes in one go.
+const NUMBERED := 0x80  ## Added to a kind: the payload begins with the number of its stream, 4 bytes.
+const MOST_MARKS := 128  ## Of a voice, that were not played, and
+const VOICE_BYTES := 3 << 18  ## of frames without sound yet: together less than the 1 MiB that may wait over there.
+const LONGEST_MARK := 1000
+const CREDITS_A_SECOND := 50  ## At most.
 const FIRST_PAUSE_MS := 250  ## Before a restart; twice as long before the next one in a row,
 const LONGEST_PAUSE_MS := 8000  ## up to this.
 const LONGEST_LINE := 1 << 16  ## Of its stderr: what is longer comes in pieces.
@@ -79,23 +98,13 @@ var _work := Semaphore.new()  # for the writer: posted for each message that wai
 var _mutex := Mutex.new()
 # Behind the mutex:
 var _stream_is_open := false
-var _pcm: Array[PackedByteArray] = []  # what waits to be pulled,
-var _pcm_streams: Array[int] = []  # which streams it belongs to,
-var _cuts: Array[bool] = []  # and whether the rest of the stream was lost
-var _pcm_bytes := 0
-var _first_at := 0  # how much of the first one was pulled
-var _is_holding := true  # until a prebuffer is there
-var _is_heard := false  # the last sample that was given out was no silence
-var _last := Vector2()  # that sample
-var _tail := PackedVector2Array()  # of a fade out, to be pulled before anything else
-var _risen := 0  # how many samples of a fade in were given out,
-var _rise := 0  # of how many
-var _is_sounding := false  # PCM of a stream came, its END did not
+var _ring := Ring.new()
+var _voices := {}  # by number; those that are over are not there
+var _numbers_used := 0
 var _is_gone := true
 var _is_stopping := false
 var _fatal_was_said := false
 var _opened := 0  # streams
-var _ended := 0  # so that is also the number of the stream whose AUDIO comes
 var _cancelled := 0  # how many had been opened at the last cancel
 var _restarts_in_a_row := 0
 var _cancels := 0  # for which no END has come back
@@ -122,26 +131,27 @@ func feed(packed: PackedByteArray) -> bool:
 	if state != State.READY or packed.size() % int(format["frame_bytes"]) != 0:
 		push_error("feed whole frames, a multiple of frame_bytes, while the state is READY")
 		return false
-	var frame_bytes := int(format["frame_bytes"])
-	var step := maxi(1, floori(float(PIECE_BYTES) / frame_bytes)) * frame_bytes
-	# Once at least: an empty TOKENS opens the stream too, and without one its END would be out of place.
-	var starts := range(0, maxi(1, packed.size()), step)
 	_mutex.lock()
-	var is_taken := not _is_gone and _has_room_for(packed.size() + starts.size() * HEAD_BYTES)
+	var is_taken := not _is_gone and _has_room_for(_bytes_of(packed))
 	if is_taken:
 		_opened += 0 if _stream_is_open else 1
 		_stream_is_open = true
 		stream = _opened - 1
-		for at in starts:
-			_send(Kind.TOKENS, packed.slice(at, at + step))
+		_send_frames(packed, Whose.PLAIN)
 	_mutex.unlock()
 	return is_taken
 
 
 ## The same for codes, `quantizers` for each frame.
 func feed_codes(codes: PackedInt32Array) -> bool:
+	var packed := pack(codes)
+	return feed(packed) if packed.size() > 0 or codes.is_empty() else false
+
+
+## Codes as packed frames; none where they are bad, and [method @GlobalScope.push_error] says why.
+func pack(codes: PackedInt32Array) -> PackedByteArray:
 	if state != State.READY:
-		return feed(PackedByteArray())
+		return PackedByteArray()
 	var quantizers := int(format["quantizers"])
 	var frame_bytes := int(format["frame_bytes"])
 	var bits := 0
@@ -149,27 +159,27 @@ func feed_codes(codes: PackedInt32Array) -> bool:
 		bits += 1
 	if codes.size() % quantizers != 0:
 		push_error("%d codes are no whole frames: feed a multiple of %d" % [codes.size(), quantizers])
-		return false
+		return PackedByteArray()
 	var packed := PackedByteArray()
 	@warning_ignore("integer_division")
 	packed.resize(codes.size() / quantizers * frame_bytes)
 	for i in codes.size():
 		if codes[i] < 0 or codes[i] >= int(format["codebook_size"]):
 			push_error("code %d: 0 to %d are allowed" % [codes[i], int(format["codebook_size"]) - 1])
-			return false
+			return PackedByteArray()
 		for bit in bits:  # least significant first; each frame starts at a byte
 			var at := i % quantizers * bits + bit
 			@warning_ignore("integer_division")
 			var byte := i / quantizers * frame_bytes + (at >> 3)
 			packed[byte] = packed[byte] | (codes[i] >> bit & 1) << (at & 7)
-	return feed(packed)
+	return packed
 
 
 ## The stream is complete.
 func finish() -> bool:
 	_mutex.lock()
 	if _stream_is_open:
-		_send(Kind.END, PackedByteArray())
+		_send(Kind.END, PackedByteArray(), Whose.PLAIN)
 	_stream_is_open = false
 	var is_alive := not _is_gone
 	_mutex.unlock()
@@ -180,47 +190,67 @@ func finish() -> bool:
 func cancel() -> bool:
 	_mutex.lock()
 	_stream_is_open = false
-	_is_sounding = false
-	_fade_out()
-	_drop()
+	_ring.silence()
 	var is_answered := not _is_gone and state != State.STARTING
 	if is_answered:
-		_forget_waiting()
+		_forget_waiting(Whose.PLAIN)
 		_cancels += 1  # what comes is dropped until as many ENDs have come back
 		_cancelled = _opened
-		_send(Kind.CANCEL, str(_opened).to_ascii_buffer())
+		_send(Kind.CANCEL, str(_opened).to_ascii_buffer(), Whose.PLAIN, true)
 	_mutex.unlock()
 	return is_answered
 
 
 ## Exactly so many samples, left and right, with silence where there are none.
 func pull(samples: int) -> PackedVector2Array:
-	var out := PackedVector2Array()
 	_mutex.lock()
-	var was_holding := _is_holding
-	var piece := _give(samples)
-	while not piece.is_empty():
-		out.append_array(piece)
-		piece = _give(samples - out.size())
-	if out.size() < samples:
-		if _is_sounding and not (was_holding and _is_holding):
-			underruns += 1
-			_fade_out()
-			out.append_array(_give_tail(samples - out.size()))
-		_is_holding = prebuffer_ms > 0
-		_is_heard = false
+	var out := _ring.pull(samples)
+	played = _ring.played
+	underruns = _ring.underruns
 	_mutex.unlock()
-	out.resize(samples)  # zeros
 	return out
 
 
 ## Is something to be pulled, now or later?
 func is_speaking() -> bool:
 	_mutex.lock()
-	var fades := not _tail.is_empty() and not _is_stopping
-	var answer := fades or _pcm_bytes > 0 or (not _is_gone and _ended < _opened)
+	var fades := _ring.is_fading() and not _is_stopping
+	var answer := fades or _ring.bytes > 0 or (not _is_gone and _ring.ended < _opened)
 	_mutex.unlock()
 	return answer
+
+
+## A voice for one utterance, with room for so much of it, and what it gathers before it sounds. Where there is too much
+## to do, a higher `priority` goes first: 3 to -4. Null, and [method @GlobalScope.push_error] says why, where the process
+## takes no numbered streams or is not READY.
+func open(ring_seconds := 2.0, gathered_ms := 0.0, priority := 0) -> Voice:
+	var is_good := ring_seconds >= 0.0 and ring_seconds <= 600.0 and gathered_ms >= 0.0 and gathered_ms <= 60000.0
+	if not is_good or priority < -4 or priority > 3:
+		push_error("open(%s, %s, %s): 0 to 600 seconds, 0 to 60000 ms and -4 to 3" % [ring_seconds, gathered_ms, priority])
+		return null
+	if state != State.READY:
+		push_error("open a voice while the state is READY")
+		return null
+	if max_streams() < 1:
+		push_error("the process takes one stream at a time (its HANDSHAKE has no max_streams): update it, or feed Mossnano itself")
+		return null
+	var voice := Voice.new(self, ring_seconds, gathered_ms)
+	_mutex.lock()
+	if _is_gone:
+		voice.reason = "the process has just ended"
+	else:
+		voice.number = _numbers_used
+		_numbers_used += 1
+		_voices[voice.number] = voice
+		var settings := '{"window_samples":%d,"urgency":%d}' % [voice.window, 3 - priority]
+		_send(Kind.SETTINGS, settings.to_ascii_buffer(), voice.number)
+	_mutex.unlock()
+	return voice
+
+
+## How many voices the process takes at once; 0: it takes none.
+func max_streams() -> int:
+	return int(format.get("max_streams", 0))
 
 
 ## Ends the process and our threads; nothing of it is left.
@@ -229,8 +259,8 @@ func stop() -> void:
 		return
 	_mutex.lock()
 	_is_stopping = true
-	_fade_out()
-	_drop()
+	_ring.silence()
+	_end_voices("stopped")
 	if not _is_gone:
 		OS.kill(pid)  # Godot cannot close stdin alone, and a decoder has nothing to save
 	_mutex.unlock()
@@ -283,6 +313,7 @@ func _bury() -> bool:
 	_is_gone = true
 	var is_restarted := _may_restart()
 	var streams := _lose_streams()
+	_end_voices("the process ended by itself (process_ended)")
 	if is_restarted:
 		state = State.STARTING
 	_mutex.unlock()
@@ -302,18 +333,21 @@ func _may_restart() -> bool:
 ## What has come of them can still be pulled, and then fades out. Call it with the mutex.
 func _lose_streams() -> PackedInt32Array:
 	var streams := PackedInt32Array()
-	for number in range(maxi(_ended, _cancelled), _opened):
+	for number in range(maxi(_ring.ended, _cancelled), _opened):
 		streams.append(number)
-	if _is_sounding and not _cuts.is_empty():
-		_cuts[_cuts.size() - 1] = true
-	elif _is_sounding:
-		_fade_out()
-	_is_sounding = false
+	_ring.cut()
 	_stream_is_open = false
-	_ended = _opened
-	_forget_waiting()
+	_ring.ended = _opened
+	_forget_waiting(Whose.ALL)
 	_cancels = 0
 	return streams
+
+
+## Call it with the mutex.
+func _end_voices(why: String) -> void:
+	for voice in _voices.values():
+		voice.ring.cut()
+		voice.end(why)
 
 
 ## False where stop was called meanwhile.
@@ -323,88 +357,6 @@ func _pause() -> bool:
 	while Time.get_ticks_msec() < until and not _is_stopping:
 		OS.delay_msec(10)
 	return not _is_stopping
-
-
-# --- what is heard; all of it is called with the mutex ----------------------------------------------------------------
-
-
-func _samples_in(milliseconds: float) -> int:
-	return floori(milliseconds * format["sample_rate"] / 1000.0)
-
-
-func _sample_bytes() -> int:
-	return 2 * int(format["channels"])
-
-
-## Up to so many samples, of a fade out or else of what waits; none where it is dry.
-func _give(most: int) -> PackedVector2Array:
-	return _give_pcm(most) if _tail.is_empty() else _give_tail(most)
-
-
-func _give_tail(most: int) -> PackedVector2Array:
-	var given := _tail.slice(0, most)
-	_tail = _tail.slice(given.size())
-	return given
-
-
-func _give_pcm(most: int) -> PackedVector2Array:
-	if most == 0 or _pcm.is_empty() or (_is_holding and not _has_prebuffer()):
-		return PackedVector2Array()
-	var given := _decoded(_pcm[0], _first_at, most)
-	_first_at += given.size() * _sample_bytes()
-	_pcm_bytes -= given.size() * _sample_bytes()
-	var before: int = played["samples"] if played["stream"] == _pcm_streams[0] else 0
-	played = {"stream": _pcm_streams[0], "samples": before + given.size()}  # a new one: who asked keeps the old one
-	for i in given.size():
-		if _risen == _rise:
-			break
-		given[i] = given[i] * (float(_risen) / _rise)
-		_risen += 1
-	_last = given[given.size() - 1]
-	_is_heard = true
-	_is_holding = false
-	if _first_at >= _pcm[0].size():
-		_first_at = 0
-		_pcm.pop_front()
-		_pcm_streams.pop_front()
-		if _cuts.pop_front():
-			_fade_out()
-	return given
-
-
-func _decoded(pcm: PackedByteArray, first: int, most: int) -> PackedVector2Array:
-	var samples := PackedVector2Array()
-	var sample_bytes := _sample_bytes()
-	var right := 2 if sample_bytes > 2 else 0
-	for at in range(first, mini(pcm.size(), first + most * sample_bytes), sample_bytes):
-		samples.append(Vector2(pcm.decode_s16(at), pcm.decode_s16(at + right)) / 32767.0)
-	return samples
-
-
-## The rest of a stream that has ended is never held back. More than is ever kept is never waited for.
-func _has_prebuffer() -> bool:
-	var wanted := _samples_in(minf(prebuffer_ms, buffer_seconds * 1000.0))
-	return _pcm_streams[0] < _ended or _pcm_bytes >= wanted * _sample_bytes()
-
-
-## Makes a tail that leads from the last sample to silence: over what would have come, and past that over its end, held.
-func _fade_out() -> void:
-	if not _is_heard:
-		return
-	_is_heard = false
-	var samples := _samples_in(fade_ms)
-	var over := PackedVector2Array()
-	if _risen == _rise:  # else what comes is louder than the last sample was made
-		for pcm in _pcm:
-			if over.size() < samples:
-				over.append_array(_decoded(pcm, _first_at if over.is_empty() else 0, samples - over.size()))
-	_tail = PackedVector2Array()
-	for i in samples:
-		if i < over.size():
-			_last = over[i]
-		_tail.append(_last * (1.0 - float(i + 1) / samples))
-	_risen = 0
-	_rise = samples
 
 
 # --- the reader -------------------------------------------------------------------------------------------------------
@@ -470,6 +422,9 @@ func _emit_log(line: String) -> void:
 
 
 func _take(kind: int, payload: PackedByteArray) -> void:  # unknown kinds and keys are passed over
+	if kind >= NUMBERED:
+		_take_numbered(kind - NUMBERED, payload)
+		return
 	if kind == Kind.AUDIO:
 		_push(payload)
 	if kind != Kind.HANDSHAKE and kind != Kind.ERROR and kind != Kind.END:
@@ -481,14 +436,29 @@ func _take(kind: int, payload: PackedByteArray) -> void:  # unknown kinds and ke
 		_say(said["code"], said["message"], said["fatal"])
 	elif kind == Kind.END:
 		_mutex.lock()
-		_is_sounding = false
+		_ring.is_sounding = false
 		if said["cancelled"]:
-			_ended = int(said["echo"])  # how many streams were open when we sent that CANCEL: all are over
+			_ring.ended = int(said["echo"])  # how many streams were open when we sent that CANCEL: all are over
 			_cancels -= 1
 		else:
-			_ended += 1
+			_ring.ended += 1
 			_restarts_in_a_row = 0
 		_mutex.unlock()
+
+
+func _take_numbered(kind: int, payload: PackedByteArray) -> void:
+	var number := payload.decode_u32(0)
+	var rest := payload.slice(4)
+	var said: Dictionary = JSON.parse_string(rest.get_string_from_utf8()) if kind == Kind.ERROR else {}
+	_mutex.lock()
+	var voice: Voice = _voices.get(number)
+	if voice != null:
+		voice.take(kind, rest, said)
+	_mutex.unlock()
+	if kind == Kind.END:
+		_restarts_in_a_row = 0
+	if kind == Kind.ERROR and voice != null:
+		_say(said["code"], said["message"], said["fatal"])
 
 
 func _shake_hands(said: Dictionary) -> void:
@@ -499,7 +469,12 @@ func _shake_hands(said: Dictionary) -> void:
 		_say("handshake", "this is no decoder of protocol 1: update mossnano.gd, or drop --encode", true)
 		OS.kill(pid)
 		return
+	if said.get("sample_format", "s16le") != "s16le":
+		_say("handshake", "mossnano.gd takes s16le: drop --sample-format", true)
+		OS.kill(pid)
+		return
 	format = said
+	_ring.set_up(format, fade_ms, prebuffer_ms, buffer_seconds)
 	version = said.get("version", "")
 	demo = said.get("demo", false)
 	state = State.READY
@@ -511,25 +486,13 @@ func _push(pcm: PackedByteArray) -> void:
 	while true:
 		_mutex.lock()
 		var is_dropped := _cancels > 0 or _is_stopping
-		var has_room := _pcm_bytes <= most
+		var has_room := _ring.bytes <= most
 		if has_room and not is_dropped:
-			_pcm.append(pcm)
-			_pcm_streams.append(_ended)
-			_cuts.append(false)
-			_pcm_bytes += pcm.size()
-			_is_sounding = true
+			_ring.push(pcm)
 		_mutex.unlock()
 		if has_room or is_dropped:
 			return
 		OS.delay_msec(2)
-
-
-func _drop() -> void:
-	_pcm.clear()
-	_pcm_streams.clear()
-	_cuts.clear()
-	_pcm_bytes = 0
-	_first_at = 0
 
 
 func _say(code: String, message: String, fatal: bool) -> void:
@@ -579,14 +542,23 @@ func _take_waiting() -> PackedByteArray:
 	return message
 
 
-## Messages that have not left never will: the CANCEL that follows would drop what they bring. Call it with the mutex.
-func _forget_waiting() -> void:
+## Messages that have not left never will: the CANCEL that follows would drop what they bring. Says whether one of them
+## would have opened a numbered stream. Call it with the mutex.
+func _forget_waiting(whose: int) -> bool:
+	var kept: Array[PackedByteArray] = []
+	var would_open := false
 	for message in _waiting.slice(_first_waiting):
+		var number: int = message.decode_u32(HEAD_BYTES) if message[4] >= NUMBERED else Whose.PLAIN
+		if whose != Whose.ALL and whose != number:
+			kept.append(message)
+			continue
 		_waiting_bytes -= message.size()
+		would_open = would_open or message[4] == Kind.SETTINGS + NUMBERED
 		if message[4] == Kind.CANCEL:
 			_cancels -= 1  # no END will answer it
-	_waiting.clear()
+	_waiting = kept
 	_first_waiting = 0
+	return would_open
 
 
 ## Call it with the mutex.
@@ -598,13 +570,376 @@ func _has_room_for(more: int) -> bool:
 	return false
 
 
+## So many bytes are the messages for these frames, at most.
+func _bytes_of(packed: PackedByteArray) -> int:
+	@warning_ignore("integer_division")
+	return packed.size() + (packed.size() / _piece_bytes() + 1) * (HEAD_BYTES + 4)
+
+
+func _piece_bytes() -> int:
+	var frame_bytes := int(format["frame_bytes"])
+	return maxi(1, floori(float(PIECE_BYTES) / frame_bytes)) * frame_bytes
+
+
+## Call it with the mutex. Sends one message at least: an empty TOKENS opens the stream too, and without one its END
+## would be out of place.
+func _send_frames(packed: PackedByteArray, whose: int) -> void:
+	for at in range(0, maxi(1, packed.size()), _piece_bytes()):
+		_send(Kind.TOKENS, packed.slice(at, at + _piece_bytes()), whose)
+
+
 ## Call it with the mutex.
-func _send(kind: Kind, payload: PackedByteArray) -> void:
+func _send(kind: Kind, payload: PackedByteArray, whose: int, is_first := false) -> void:
 	var message := PackedByteArray()
-	message.resize(HEAD_BYTES)
-	message.encode_u32(0, payload.size() + 1)
+	var number_bytes := 0 if whose == Whose.PLAIN else 4
+	message.resize(HEAD_BYTES + number_bytes)
+	message.encode_u32(0, number_bytes + payload.size() + 1)
 	message[4] = kind
+	if whose != Whose.PLAIN:
+		message[4] = kind + NUMBERED
+		message.encode_u32(HEAD_BYTES, whose)
 	message.append_array(payload)
-	_waiting.append(message)
+	if is_first:
+		_waiting.insert(_first_waiting, message)
+	else:
+		_waiting.append(message)
 	_waiting_bytes += message.size()
 	_work.post()
+
+
+# --- a voice ----------------------------------------------------------------------------------------------------------
+
+
+## One utterance of [method open]. It is pulled on the main thread, as all that it signals is emitted there.
+class Voice:
+	extends RefCounted
+
+	signal marked(text: String, sample: int)  ## A [method mark] is being played: its sample was pulled.
+	signal ended(reason: String)  ## No more comes of it; what came can still be pulled. "": as it should.
+
+	var gain := 1.0  ## The next [method pull] goes there from what holds.
+	var mono := false  ## Left and right are the mean of both.
+	var reason := ""  ## Once it is over: what went wrong.
+	var number := -1  ## Of its stream.
+	var window := 0  ## Samples that the process may send ahead.
+	var ring := Ring.new()
+	var _client: Mossnano  # until it is over
+	var _mutex: Mutex  # the client's; behind it:
+	var _is_open := true
+	var _has_end := false  # of its own, that is: it was heard of to its end
+	var _was_cancelled := false
+	var _fault := ""  # the first ERROR
+	var _fed_bytes := 0
+	var _come_samples := 0
+	var _granted := 0  # samples
+	var _texts: Array[String] = []  # of marks that came,
+	var _places: Array[int] = []  # and their samples
+	var _marks_out := 0  # that were not played, wherever they are
+	var _gain_was := -1.0
+
+	func _init(client: Mossnano, ring_seconds: float, gathered_ms: float) -> void:
+		_client = client
+		_mutex = client._mutex
+		var rate := float(client.format["sample_rate"])
+		var chunk_frames: Variant = client.format.get("chunk_frames")  # null where chunks may be cut
+		var chunk := ceili((chunk_frames if chunk_frames else 1) * _frame_samples())
+		# Or what is gathered could never come.
+		window = maxi(floori(ring_seconds * rate), floori(gathered_ms * rate / 1000.0) + chunk)
+		_granted = window
+		ring.set_up(client.format, client.fade_ms, gathered_ms, window / rate)
+
+	## So many samples are heard so far.
+	func played() -> int:
+		return ring.played["samples"]
+
+	func underruns() -> int:
+		return ring.underruns
+
+	## Adds packed frames. False, and [method @GlobalScope.push_error] says why, where too much waits: 4 MiB in all, or
+	## 768 KiB of this voice; and where it is finished or over.
+	func feed(packed: PackedByteArray) -> bool:
+		_mutex.lock()
+		var is_taken := _is_open and _has_room_for(packed)
+		if is_taken:
+			_fed_bytes += packed.size()
+			_client._send_frames(packed, number)
+		_mutex.unlock()
+		return is_taken
+
+	## The same for codes, `quantizers` for each frame.
+	func feed_codes(codes: PackedInt32Array) -> bool:
+		var client := _client  # which another thread may forget
+		var packed := client.pack(codes) if client != null else PackedByteArray()
+		return feed(packed) if packed.size() > 0 or codes.is_empty() else false
+
+	## A place between what was fed and what will be. Up to 1,000 bytes, and 128 that were not played yet.
+	func mark(text: String) -> bool:
+		var bytes := text.to_utf8_buffer()
+		_mutex.lock()
+		var has_room := _marks_out < MOST_MARKS
+		var is_good := bytes.size() <= LONGEST_MARK and has_room
+		var is_taken := _is_open and is_good and _client._has_room_for(bytes.size() + HEAD_BYTES + 4)
+		if is_taken:
+			_marks_out += 1
+			_client._send(Kind.MARK, bytes, number)
+		_mutex.unlock()
+		if not has_room:
+			push_error("%d marks were not played: mark later" % MOST_MARKS)
+		elif not is_good:
+			push_error("a mark of %d bytes: %d are allowed" % [bytes.size(), LONGEST_MARK])
+		return is_taken
+
+	## It is complete.
+	func finish() -> bool:
+		_mutex.lock()
+		var was_open := _is_open
+		if was_open:
+			_client._send(Kind.END, PackedByteArray(), number)
+		_is_open = false
+		_mutex.unlock()
+		return was_open
+
+	## Be silent, now: but for what fades out, nothing can be pulled any more. Says how many samples were heard.
+	func cancel() -> int:
+		_mutex.lock()
+		_was_cancelled = true
+		ring.silence()
+		if _client != null:
+			# If its first message is still here, there is no stream to cancel.
+			if not _client._forget_waiting(number):
+				_client._send(Kind.CANCEL, PackedByteArray(), number, true)
+			end("")
+		_mutex.unlock()
+		return played()
+
+	## Exactly so many samples, left and right, with silence where there are none.
+	func pull(samples: int) -> PackedVector2Array:
+		_mutex.lock()
+		var out := ring.pull(samples)
+		_grant()
+		_pass_marks()
+		_mutex.unlock()
+		var before := gain if _gain_was < 0.0 else _gain_was
+		_gain_was = gain
+		if mono or before != 1.0 or gain != 1.0:
+			for i in samples:
+				var sample := out[i] * (before + (gain - before) * float(i + 1) / samples)
+				out[i] = Vector2(sample.x + sample.y, sample.x + sample.y) / 2.0 if mono else sample
+		return out
+
+	## Is something to be pulled, now or later?
+	func is_speaking() -> bool:
+		_mutex.lock()
+		var answer := ring.is_fading() or ring.bytes > 0 or _client != null
+		_mutex.unlock()
+		return answer
+
+	# All that follows is called with the mutex.
+
+	func take(kind: int, payload: PackedByteArray, said: Dictionary) -> void:
+		if kind == Kind.AUDIO and ring.bytes + payload.size() > window * ring.sample_bytes:
+			end("the process sent more than it was granted")
+		elif kind == Kind.AUDIO:
+			ring.push(payload)
+			@warning_ignore("integer_division")
+			_come_samples += payload.size() / ring.sample_bytes
+		elif kind == Kind.MARK:
+			_places.append(payload.decode_s64(0))
+			_texts.append(payload.slice(8).get_string_from_utf8())
+		elif kind == Kind.ERROR and _fault == "":
+			_fault = "%s (%s)" % [said["message"], said["code"]]
+			if said["code"] == "too_many_streams" or said["code"] == "late_stream":
+				end(_fault)  # no END follows
+		elif kind == Kind.END:
+			_has_end = true
+			end(_fault)
+			_pass_marks()
+
+	func end(why: String) -> void:
+		if _client == null:
+			return
+		_client._voices.erase(number)
+		_client = null
+		_is_open = false
+		reason = why
+		ring.is_sounding = false
+		ring.ended = 1
+		ended.emit.call_deferred(why)
+
+	func _frame_samples() -> float:
+		var rate: float = _client.format["sample_rate"]
+		return _client.format["frame_samples"] * rate / _client.format.get("codec_sample_rate", rate)
+
+	func _has_room_for(packed: PackedByteArray) -> bool:
+		var frame_bytes := int(_client.format["frame_bytes"])
+		if packed.size() % frame_bytes != 0:
+			push_error("feed whole frames, a multiple of %d bytes" % frame_bytes)
+			return false
+		var ahead := _fed_bytes - floori(_come_samples / _frame_samples()) * frame_bytes
+		if ahead + packed.size() > VOICE_BYTES:
+			var found := "%d bytes of frames wait to be decoded in this voice, and %d more were fed" % [ahead, packed.size()]
+			push_error("%s: %d are allowed, feed less or later" % [found, VOICE_BYTES])
+			return false
+		return _client._has_room_for(_client._bytes_of(packed))
+
+	## What was pulled, and the window, may have come in all. Often enough, but not for each sample; and what waits with
+	## nothing to pull waits for this.
+	func _grant() -> void:
+		var all := window + played()
+		var is_worth_it := all - _granted >= ring.rate / CREDITS_A_SECOND or (all > _granted and ring.bytes == 0)
+		if _client == null or not is_worth_it:
+			return
+		_granted = all
+		var payload := PackedByteArray()
+		payload.resize(8)
+		payload.encode_u64(0, all)
+		_client._send(Kind.CREDIT, payload, number)
+
+	func _pass_marks() -> void:
+		# At its end a mark may be behind the last sample.
+		var passed := played() + (1 if _has_end and not _was_cancelled and ring.bytes == 0 else 0)
+		while not _places.is_empty() and _places[0] < passed:
+			_marks_out -= 1
+			marked.emit.call_deferred(_texts.pop_front(), _places.pop_front())
+
+
+# --- what is heard ----------------------------------------------------------------------------------------------------
+
+
+## PCM that waits to be pulled, of one stream after the other. All of it is called with the mutex.
+class Ring:
+	extends RefCounted
+
+	var rate := 0.0
+	var sample_bytes := 4
+	var bytes := 0  ## That wait.
+	var underruns := 0
+	var played := {"stream": -1, "samples": 0}
+	var ended := 0  ## Streams; so that is also the number of the one whose PCM comes.
+	var is_sounding := false  ## PCM of a stream came, its END did not.
+	var _pcm: Array[PackedByteArray] = []  # what waits to be pulled,
+	var _pcm_streams: Array[int] = []  # which streams it belongs to,
+	var _cuts: Array[bool] = []  # and whether the rest of the stream was lost
+	var _first_at := 0  # how much of the first one was pulled
+	var _prebuffer_bytes := 0
+	var _is_holding := true  # until a prebuffer is there
+	var _is_heard := false  # the last sample that was given out was no silence
+	var _last := Vector2()  # that sample
+	var _tail := PackedVector2Array()  # of a fade out, to be pulled before anything else
+	var _fade_samples := 0
+	var _risen := 0  # how many samples of a fade in were given out,
+	var _rise := 0  # of how many
+
+	## More than is ever kept is never waited for.
+	func set_up(format: Dictionary, fade_ms: float, prebuffer_ms: float, most_seconds: float) -> void:
+		rate = format["sample_rate"]
+		sample_bytes = 2 * int(format["channels"])
+		_fade_samples = floori(fade_ms * rate / 1000.0)
+		_prebuffer_bytes = floori(minf(prebuffer_ms, most_seconds * 1000.0) * rate / 1000.0) * sample_bytes
+
+	func push(pcm: PackedByteArray) -> void:
+		_pcm.append(pcm)
+		_pcm_streams.append(ended)
+		_cuts.append(false)
+		bytes += pcm.size()
+		is_sounding = true
+
+	func pull(samples: int) -> PackedVector2Array:
+		var out := PackedVector2Array()
+		var was_holding := _is_holding
+		var piece := _give(samples)
+		while not piece.is_empty():
+			out.append_array(piece)
+			piece = _give(samples - out.size())
+		if out.size() < samples:
+			if is_sounding and not (was_holding and _is_holding):
+				underruns += 1
+				_fade_out()
+				out.append_array(_give_tail(samples - out.size()))
+			_is_holding = _prebuffer_bytes > 0
+			_is_heard = false
+		out.resize(samples)  # zeros
+		return out
+
+	func is_fading() -> bool:
+		return not _tail.is_empty()
+
+	## Drops all but for a fade out.
+	func silence() -> void:
+		is_sounding = false
+		_fade_out()
+		_pcm.clear()
+		_pcm_streams.clear()
+		_cuts.clear()
+		bytes = 0
+		_first_at = 0
+
+	## The rest of the stream is lost: what came of it can still be pulled, and then fades out.
+	func cut() -> void:
+		if is_sounding and not _cuts.is_empty():
+			_cuts[_cuts.size() - 1] = true
+		elif is_sounding:
+			_fade_out()
+		is_sounding = false
+
+	## Up to so many samples, of a fade out or else of what waits; none where it is dry.
+	func _give(most: int) -> PackedVector2Array:
+		return _give_pcm(most) if _tail.is_empty() else _give_tail(most)
+
+	func _give_tail(most: int) -> PackedVector2Array:
+		var given := _tail.slice(0, most)
+		_tail = _tail.slice(given.size())
+		return given
+
+	func _give_pcm(most: int) -> PackedVector2Array:
+		if most == 0 or _pcm.is_empty() or (_is_holding and not _has_prebuffer()):
+			return PackedVector2Array()
+		var given := _decoded(_pcm[0], _first_at, most)
+		_first_at += given.size() * sample_bytes
+		bytes -= given.size() * sample_bytes
+		var before: int = played["samples"] if played["stream"] == _pcm_streams[0] else 0
+		played = {"stream": _pcm_streams[0], "samples": before + given.size()}  # a new one: who asked keeps the old one
+		for i in given.size():
+			if _risen == _rise:
+				break
+			given[i] = given[i] * (float(_risen) / _rise)
+			_risen += 1
+		_last = given[given.size() - 1]
+		_is_heard = true
+		_is_holding = false
+		if _first_at >= _pcm[0].size():
+			_first_at = 0
+			_pcm.pop_front()
+			_pcm_streams.pop_front()
+			if _cuts.pop_front():
+				_fade_out()
+		return given
+
+	func _decoded(pcm: PackedByteArray, first: int, most: int) -> PackedVector2Array:
+		var samples := PackedVector2Array()
+		var right := 2 if sample_bytes > 2 else 0
+		for at in range(first, mini(pcm.size(), first + most * sample_bytes), sample_bytes):
+			samples.append(Vector2(pcm.decode_s16(at), pcm.decode_s16(at + right)) / 32767.0)
+		return samples
+
+	## The rest of a stream that has ended is never held back.
+	func _has_prebuffer() -> bool:
+		return _pcm_streams[0] < ended or bytes >= _prebuffer_bytes
+
+	## Makes a tail that leads from the last sample to silence: over what would have come, and past that over its end, held.
+	func _fade_out() -> void:
+		if not _is_heard:
+			return
+		_is_heard = false
+		var over := PackedVector2Array()
+		if _risen == _rise:  # else what comes is louder than the last sample was made
+			for pcm in _pcm:
+				if over.size() < _fade_samples:
+					over.append_array(_decoded(pcm, _first_at if over.is_empty() else 0, _fade_samples - over.size()))
+		_tail = PackedVector2Array()
+		for i in _fade_samples:
+			if i < over.size():
+				_last = over[i]
+			_tail.append(_last * (1.0 - float(i + 1) / _fade_samples))
+		_risen = 0
+		_rise = _fade_samples

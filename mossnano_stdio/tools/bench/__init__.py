@@ -6,6 +6,7 @@
                                                 environment that --peer-python names
   mossnano bench --weights DIR --steps          of all that the steps only: minutes instead of many
   mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
+  mossnano bench --weights DIR --streams 1,4,16 so many streams in one process, against a process for each
   mossnano bench --weights DIR --encode         streaming encoding beside decoding
   mossnano bench --bits                         packing an hour of codes; needs no weights
 
@@ -78,10 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--steps", action="store_true", help="measure steps only")
     what.add_argument("--process", action="store_true", help="measure mossnano-stdio itself")
+    what.add_argument("--streams", type=_whole_numbers, metavar="N,...", help="measure so many streams over one pipe")
     what.add_argument("--encode", action="store_true", help="measure streaming encoding")
     what.add_argument("--bits", action="store_true", help="measure packing")
     parser.add_argument(
         "--cpu-time", action="store_true", help="with --steps or --encode: what all threads together computed"
+    )
+    parser.add_argument(
+        "--seconds", type=whole_number(1, 86400), metavar="S", help="with --streams: how long each is played (4)"
     )
     parser.add_argument("--json", action="store_true", help="figures as JSON on stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="a picture of the steps")
@@ -112,7 +117,7 @@ def _opened_picture(args: argparse.Namespace) -> Iterator[BinaryIO | None]:
     if args.plot is None:
         yield None
         return
-    if args.process or args.encode or args.bits:
+    if args.process or args.streams or args.encode or args.bits:
         raise UsageError("--plot draws the steps of graphs; leave --process, --encode and --bits out")
     if args.plot == STANDARD_STREAM:
         raise UsageError("--plot takes a file: stdout has the figures")
@@ -149,8 +154,10 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         raise UsageError("--peer-python and --peer-checkpoint are for --peer, which is not given")
     if args.cpu_time and not (args.steps or args.encode):
         raise UsageError("--cpu-time is for steps; add --steps or --encode")
-    if (args.bits or args.process) and (args.peer or args.quantizers):
-        raise UsageError("--peer and --quantizers are for graphs; leave --bits and --process out")
+    if args.seconds and not args.streams:
+        raise UsageError("--seconds is how long streams are played; add --streams")
+    if (args.bits or args.process or args.streams) and (args.peer or args.quantizers):
+        raise UsageError("--peer and --quantizers are for graphs; leave --bits, --process and --streams out")
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
@@ -162,6 +169,13 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     bundle = load_bundle(find_weights(args.weights))
     if args.process:
         _measure_process(bundle, args, figures)
+    elif args.streams:
+        from mossnano_stdio.tools.bench.voices import PLAYED_SECONDS, estimated_seconds, measure_voices
+
+        played_seconds = PLAYED_SECONDS if args.seconds is None else args.seconds
+        progress = _Progress(len(args.streams), estimated_seconds(args.streams, args.turns, played_seconds))
+        figures["streams"] = {}
+        measure_voices(bundle.folder, args.streams, args.turns, played_seconds, progress, figures["streams"])
     elif args.encode:
         _measure_encoding(bundle, args, figures)
     else:
@@ -312,7 +326,7 @@ def _limits(work: _Work, threads: int) -> dict[str, float]:
 
 
 def _tables(figures: Mapping[str, Any]) -> list[str]:
-    if "bits" in figures or "process" in figures:
+    if "bits" in figures or "process" in figures or "streams" in figures:
         return json.dumps(figures, indent=1).replace('"', "").splitlines()
     lines = [f"{figures['weights']}"]
     for threads, found in figures["threads"].items():

@@ -31,6 +31,7 @@ from mossnano_stdio.tools.conformance.cases import (
     errors,
     framing,
     handshakes,
+    numbered,
     pings,
     settings,
     streams,
@@ -51,6 +52,7 @@ ROOMS: Final[tuple[ModuleType, ...]] = (
     errors,
     cancelling,
     settings,
+    numbered,
     endings,
 )
 

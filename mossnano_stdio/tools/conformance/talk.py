@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -86,6 +86,18 @@ class Talk:
             if maybe_message.kind in ANSWER_KINDS:
                 return maybe_message
         raise DepartureError(expected, self.peer.describe_end())
+
+    def next_of_any_stream(self, expected: str) -> Message:
+        """The next answer, of a numbered stream too."""
+        if (maybe_message := self.peer.maybe_read()) is None:
+            raise DepartureError(expected, self.peer.describe_end())
+        return maybe_message
+
+    def decode_beside(self, keep: Callable[[Message], None]) -> None:
+        """Put a plain stream through, which takes its turn with what is due in others; `keep` gets all answers."""
+        self.say(self.tokens(self.frames(1)), END)
+        while (message := self.next_of_any_stream("END of a plain stream beside others")).kind != Kind.END:
+            keep(message)
 
     def expect_audio(self, samples: int, why: str) -> bytes:
         """AUDIO messages that hold exactly so many samples together."""

@@ -2,7 +2,8 @@
 
   an artifact         its header, its sizes, its bit rate, and how its codes are spread
   an .ecdc            the same of EnCodec's own files, whose codes no language model packed
-  a framed stream     what mossnano-stdio reads or writes: messages by kind, frames, seconds, and whether it is whole
+  a framed stream     what mossnano-stdio reads or writes: messages by kind, frames, seconds, and whether it is whole;
+                      the same of each numbered stream, up to 32
   a weights folder    its numbers, its graphs, and where they come from
 
 `-` is stdin. Status 65: cut or malformed, after the facts that could be read. 76: a framed stream that has an

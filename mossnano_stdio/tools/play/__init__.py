@@ -4,9 +4,10 @@
   mossnano-stdio < in.bin | mossnano play -
   mossnano-stdio --output raw < in.bin | mossnano play --raw -
 
-What PATH is, is told by its first bytes; `-` is stdin. Sound starts when --prebuffer-ms of it are there. An underrun,
+What PATH is, is told by its first bytes; `-` is stdin. Numbered streams are mixed, each from where the others are when
+its first sound comes; --stream N plays one of them. Sound starts when --prebuffer-ms of it are there. An underrun,
 which is PCM that comes late, puts in silence, loses nothing, and waits for twice as much before it goes on. What is
-left of a stream that was cancelled is dropped. Ctrl-C stops at once.
+left of a stream that was cancelled is dropped, in a mix what is not mixed yet. Ctrl-C stops at once.
 
 Status 65: the input was cut or malformed, or held an ERROR; what could be played was. 69: no sound device, or it was
 lost while playing.
@@ -25,8 +26,9 @@ from typing import Final
 from mossnano_stdio.errors import ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input
 from mossnano_stdio.playback import OutputDevice, Player, output_devices
-from mossnano_stdio.process.flags import add_decoder_arguments, add_player_arguments
+from mossnano_stdio.process.flags import add_decoder_arguments, add_player_arguments, whole_number
 from mossnano_stdio.process.logs import log, start_logging, write_stderr
+from mossnano_stdio.protocol import MAX_NUMBER
 from mossnano_stdio.tools.facts import as_json
 from mossnano_stdio.tools.play.sources import Decoding, EndOfStream, Pcm, Source, open_raw, open_source
 from mossnano_stdio.weights import MODELS
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list-devices", action="store_true", help="say what can be played on (*: the default), and end"
     )
     parser.add_argument("--json", action="store_true", help="--list-devices as JSON")
+    parser.add_argument("--stream", type=whole_number(0, MAX_NUMBER), metavar="N", help="only the numbered stream N")
     add_player_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="one line of JSON on stderr at the end")
     raw = parser.add_argument_group("raw PCM, 16 bits, little-endian, channels interleaved")
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--json says in which form to --list-devices, so it needs that")
     if args.path == STANDARD_STREAM and sys.stdin is not None and sys.stdin.isatty():
         raise UsageError("stdin is a terminal: name a PATH, or pipe something in")
+    if args.raw and args.stream is not None:
+        raise UsageError("--raw is one stream without a number: leave --stream out")
     start_logging("mossnano play", "warning", as_json=False)
     name = "stdin" if args.path == STANDARD_STREAM else args.path
     with open_input(args.path) as file:
@@ -74,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
             channels = model.channels if args.channels is None else args.channels
             source = open_raw(file, name, sample_rate, channels)
         else:
-            source = open_source(file, name, Decoding(args.weights, args.threads, args.provider, args.graph))
+            decoding = Decoding(args.weights, args.threads, args.provider, args.graph)
+            source = open_source(file, name, decoding, args.stream)
         return _play(source, args)
 
 

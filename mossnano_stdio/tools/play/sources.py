@@ -6,6 +6,8 @@ Rules of this room:
 - A fault is an event, at the place where it was met: what comes before it is played, and what follows it too where
   that can be read. Only a fault that makes any sound impossible is raised.
 - A graph is loaded for artifacts only.
+- One stream after the other is played as it came, to the bit. Streams that sound at once are mixed, at the rate and
+  with the channels of the first HANDSHAKE.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from typing import BinaryIO, Final, Literal
 import numpy as np
 
 from mossnano_stdio.errors import InputError, MossnanoError, PayloadError, ProtocolError, UsageError
-from mossnano_stdio.pcm import to_pcm16
+from mossnano_stdio.pcm import SAMPLE_FORMATS, Mixer, SoundForm, form_said_by, to_pcm16
 from mossnano_stdio.pcm.recordings import read_audio
 from mossnano_stdio.process.logs import log
 from mossnano_stdio.protocol import (
     LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
+    NUMBERED,
     Kind,
     Message,
     MessageReader,
     kind_name,
+    out_of_stream,
     parse_json,
 )
 from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES
@@ -80,19 +84,26 @@ class Decoding:
     graph: Literal["official", "fast"] | None = None
 
 
-def open_source(file: BinaryIO, name: str, decoding: Decoding) -> Source:
-    """Open an artifact, an .ecdc, what mossnano-stdio answers, or an audio file. `name` is for the errors."""
+def open_source(file: BinaryIO, name: str, decoding: Decoding, maybe_number: int | None = None) -> Source:
+    """Open an artifact, an .ecdc, what mossnano-stdio answers, or an audio file. `name` is for the errors.
+
+    `maybe_number` chooses one numbered stream; None: all streams.
+    """
     data = _Input(file, name)
     start = data.look(LENGTH_BYTES + len(MAGIC))
     if not start:
         raise InputError(f"{name} is empty: there is nothing to play")
-    if start.startswith((MAGIC, ECDC_MAGIC)):
-        return _artifact(data, decoding)
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) > LENGTH_BYTES and 1 <= length <= LONGEST_MESSAGE_BYTES and start[LENGTH_BYTES] in list(Kind):
         messages = _messages(data.pieces())
-        sample_rate, channels = _greeted(next(messages, None))
-        return Source(sample_rate, channels, _events(messages, SAMPLE_BYTES * channels))
+        form = _greeted(next(messages, None))
+        return Source(form.sample_rate, form.channels, _events(messages, form, maybe_number))
+    if maybe_number is not None:
+        raise UsageError(
+            f"{name} is not what mossnano-stdio answers, so it has no numbered streams: leave --stream out"
+        )
+    if start.startswith((MAGIC, ECDC_MAGIC)):
+        return _artifact(data, decoding)
     if start.startswith(b"RIFF") and (maybe_wav := _maybe_wav(data)):
         return maybe_wav
     return _audio_file(data)
@@ -192,8 +203,8 @@ def _messages(pieces: Iterator[bytes]) -> Iterator[Message | MossnanoError]:
         yield InputError(f"the input is cut inside a message: {reader.incomplete_bytes} bytes of it are there")
 
 
-def _greeted(first: Message | MossnanoError | None) -> tuple[int, int]:
-    """Read sample rate and channels from the HANDSHAKE, which must come first; refuse what cannot be played."""
+def _greeted(first: Message | MossnanoError | None) -> SoundForm:
+    """Read the form of the sound from the HANDSHAKE, which must come first; refuse what cannot be played."""
     if not isinstance(first, Message):
         raise first or InputError("the input ended before its first message")
     if first.kind == Kind.ERROR:
@@ -206,44 +217,90 @@ def _greeted(first: Message | MossnanoError | None) -> tuple[int, int]:
     fields = parse_json(first)
     if fields.get("direction", "decode") != "decode":
         raise InputError("this is an encoder's answer, tokens without sound: send it through mossnano-stdio first")
-    if fields.get("sample_format", "s16le") != "s16le":
-        raise InputError(f"the PCM is {fields['sample_format']!r}, only s16le can be played")
+    if fields.get("sample_format", "s16le") not in SAMPLE_FORMATS:
+        raise InputError(f"the PCM is {fields['sample_format']!r}, only s16le and f32le can be played")
     sample_rate, channels = fields.get("sample_rate"), fields.get("channels")
     if not (type(sample_rate) is int and type(channels) is int and sample_rate > 0 and channels > 0):
         raise InputError(f"the HANDSHAKE says {channels!r} channels at {sample_rate!r} Hz: both must be whole numbers")
-    return sample_rate, channels
+    return form_said_by(fields)
 
 
 def _events(
-    messages: Iterator[Message | MossnanoError], sample_bytes: int
+    messages: Iterator[Message | MossnanoError], form: SoundForm, maybe_wanted: int | None
 ) -> Iterator[Pcm | EndOfStream | MossnanoError]:
+    answers = _Answers(form, maybe_wanted)
     for message in messages:
+        if isinstance(message, MossnanoError):
+            yield message
+            continue
+        since = time.perf_counter()
         try:
-            if maybe_event := _maybe_event(message, sample_bytes):
-                yield maybe_event
-        except PayloadError as error:
+            number, message = out_of_stream(message) if message.kind & NUMBERED else (None, message)
+            yield from answers.events_of(number, message, since)
+        except MossnanoError as error:
             yield error
+    yield from answers.last_events()
 
 
-def _maybe_event(message: Message | MossnanoError, sample_bytes: int) -> Pcm | EndOfStream | MossnanoError | None:
-    if isinstance(message, MossnanoError):
-        return message
-    match message.kind:
-        case Kind.AUDIO if len(message.payload) % sample_bytes:
-            raise PayloadError(f"AUDIO of {len(message.payload)} bytes is not whole samples of {sample_bytes} bytes")
-        case Kind.AUDIO:
-            return Pcm(message.payload, time.perf_counter())
-        case Kind.END:
-            return EndOfStream(is_cancelled=parse_json(message).get("cancelled") is True)
-        case Kind.ERROR:
-            return _said_error(message)
-        case _:
-            return None
+class _Answers:
+    """What each message is to a player: sound, the end of it, an error, or nothing."""
+
+    def __init__(self, form: SoundForm, maybe_wanted: int | None) -> None:
+        self._maybe_wanted = maybe_wanted
+        self._forms: dict[int | None, SoundForm] = {None: form}  # of plain streams, and of numbered ones that began
+        self._mixer = Mixer(form)
+        self._lost: set[int] = set()  # numbered streams that cannot be played on
+        self._is_there = maybe_wanted is None
+
+    def events_of(self, number: int | None, message: Message, since: float) -> Iterator[Pcm | EndOfStream | InputError]:
+        is_wanted = self._maybe_wanted in (None, number)
+        match message.kind:
+            case Kind.HANDSHAKE:
+                self._forms[number] = form_said_by(parse_json(message))
+            case Kind.AUDIO if is_wanted and number not in self._lost:
+                self._is_there = True
+                yield from self._sound(number, message.payload, since)
+            case Kind.END if is_wanted:
+                self._is_there = True
+                yield from self._end(number, parse_json(message).get("cancelled") is True, since)
+            case Kind.ERROR if is_wanted or number is None:
+                yield _said_error(message, number)
+
+    def last_events(self) -> Iterator[Pcm | InputError]:
+        if pcm := self._mixer.finish_all():
+            yield Pcm(pcm, time.perf_counter())
+        if not self._is_there:
+            yield InputError(f"no stream {self._maybe_wanted} is in the input")
+
+    def _sound(self, number: int | None, sound: bytes, since: float) -> Iterator[Pcm]:
+        form = self._forms.setdefault(number, self._forms[None])
+        if len(sound) % form.sample_bytes:
+            raise PayloadError(f"AUDIO of {len(sound)} bytes is not whole samples of {form.sample_bytes} bytes")
+        try:
+            pcm = self._mixer.push(number, sound, form)
+        except MossnanoError:
+            if number is not None:
+                self._lost.add(number)  # it would fail again and again
+            raise
+        if pcm:
+            yield Pcm(pcm, since)
+
+    def _end(self, number: int | None, is_cancelled: bool, since: float) -> Iterator[Pcm | EndOfStream]:
+        if number is not None:
+            self._forms.pop(number, None)
+            self._lost.discard(number)
+        is_all = self._mixer.is_all_of(number)
+        if pcm := self._mixer.drop(number) if is_cancelled else self._mixer.finish(number):
+            yield Pcm(pcm, since)
+        if self._mixer.is_idle:
+            # Of what was cancelled the player drops what it holds, unless sound of other streams would go with it.
+            yield EndOfStream(is_cancelled and is_all)
 
 
-def _said_error(message: Message) -> InputError:
+def _said_error(message: Message, maybe_number: int | None = None) -> InputError:
     fields = parse_json(message)
-    return InputError(f"mossnano-stdio says {fields.get('code')}: {fields.get('message')}")
+    of_stream = "" if maybe_number is None else f" of stream {maybe_number}"
+    return InputError(f"mossnano-stdio says{of_stream} {fields.get('code')}: {fields.get('message')}")
 
 
 # --- audio files -------------------------------------------------------------------------------------------------

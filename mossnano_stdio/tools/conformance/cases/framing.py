@@ -14,7 +14,7 @@ from mossnano_stdio.tools.conformance.talk import END, Talk, expect_equal_pcm, n
 _BETWEEN_BYTES_SECONDS: Final = 0.001  # so that the peer reads them one by one
 _LARGEST_TRIED_BYTES: Final = 1 << 26
 _LARGEST_LENGTH: Final = (1 << 32) - 1
-_UNKNOWN_KINDS: Final = (0x77, 0x0A, Kind.AUDIO, Kind.TEXT, 0x80 + Kind.TOKENS, 0xFF)
+_UNKNOWN_KINDS: Final = (0x77, 0x0A, Kind.AUDIO, Kind.TEXT, 0x80 + Kind.TEXT, 0xFF)
 
 
 def byte_by_byte(talk: Talk) -> None:
