@@ -39,6 +39,7 @@ VERBS = {
     "diagnose": "what is wrong with another decoder's sound?",
     "decode": "artifact -> WAV or raw PCM",
     "encode": "WAV, FLAC, OGG, MP3, ... -> artifact",
+    "roundtrip": "encode and decode in one go: what the codec makes of a sound",
     "play": "play an artifact or a stream of PCM, live",
     "check": "are these weights whole, and do they decode right?",
     "fetch": "get the official weights, verified",

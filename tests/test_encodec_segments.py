@@ -24,7 +24,7 @@ from mossnano_stdio.chunks import (
 )
 from mossnano_stdio.errors import ArtifactError, BundleError, ExitStatus, UsageError
 from mossnano_stdio.pcm import to_pcm16
-from mossnano_stdio.protocol import Kind, Message, parse_json
+from mossnano_stdio.protocol import Kind, Message, MessageReader, json_message, parse_json
 from mossnano_stdio.protocol.connection import Connection
 from mossnano_stdio.protocol.decoding import DECODE, DECODE_SEGMENTS
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, build_ecdc, load_recording
@@ -360,3 +360,81 @@ def test_artifacts_have_no_scales_either(folder: Path, tmp_path: Path) -> None:
     assert (code, "each with a scale" in said) == (ExitStatus.BAD_INPUT, True)
     data: Any = io.BytesIO(build_artifact(recording))
     assert load_recording(data, "few").original_samples == 700
+
+
+@pytest.mark.parametrize(
+    ("model", "quantizers"), [("encodec-24k", None), ("encodec-48k", 2), ("mimi", None), ("nano", 3)]
+)
+def test_a_round_trip_is_encode_and_decode(
+    folder: Path, causal: Path, tmp_path: Path, model: str, quantizers: int | None
+) -> None:
+    weights = {"encodec-24k": causal, "encodec-48k": folder}.get(model, tmp_path / "weights")
+    if model in ("mimi", "nano"):
+        build_standin(weights, "tiny", 1, model=model, trial=False)
+    codec = load_bundle(weights).format
+    noise = np.random.default_rng(0).standard_normal((9_001, codec.channels)) / 10
+    _save_float_wav(tmp_path / "in.wav", noise.astype(np.float32), codec.sample_rate)
+    words = ["--quantizers", quantizers] if quantizers else []
+    flags = ("--weights", weights)
+    code, out, said = call_tool("roundtrip", tmp_path / "in.wav", tmp_path / "one.wav", *flags, *words, "--json")
+    assert code == ExitStatus.DONE, said
+    file = tmp_path / ("x.ecdc" if model == "encodec-48k" else "x.mossnano")
+    assert call_tool("encode", tmp_path / "in.wav", file, *flags, *words)[0] == ExitStatus.DONE
+    chunks = [] if model == "encodec-48k" else ["--chunk-frames", "8"]
+    assert call_tool("decode", file, tmp_path / "two.wav", *flags, *chunks)[0] == ExitStatus.DONE
+    assert (tmp_path / "one.wav").read_bytes() == (tmp_path / "two.wav").read_bytes()
+    facts = json.loads(out)
+    assert (facts["samples"], facts["samples_again"]) == (9_001, 9_001)
+    assert facts["quantizers"] == (quantizers or codec.quantizers)
+    assert facts["bitrate_bps"] == facts["frames"] * facts["quantizers"] * codec.bits_per_code / facts["seconds"]
+    assert facts["encode_seconds"] > 0 < facts["decode_seconds"]
+    # The SNR by its definition, of what was written.
+    soundfile = pytest.importorskip("soundfile")
+    before, after = (soundfile.read(tmp_path / name, always_2d=True)[0] for name in ("in.wav", "one.wav"))
+    after = after * 32768 / 32767
+    snr = 10 * np.log10(np.square(before).sum() / np.square(after - before).sum())
+    assert abs(facts["snr_db"] - snr) < 0.01
+
+
+def test_a_round_trip_of_nothing(folder: Path, tmp_path: Path) -> None:
+    _save_float_wav(tmp_path / "in.wav", np.zeros((0, 2), np.float32), 48_000)
+    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", tmp_path / "out.wav", "--weights", folder)
+    assert (code, "is empty" in said) == (ExitStatus.BAD_INPUT, True)
+    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", "-", "--weights", folder, "--json")
+    assert (code, "both want stdout" in said) == (ExitStatus.USAGE, True)
+
+
+@pytest.mark.parametrize("model", ["encodec-24k", "encodec-48k"])
+def test_fetch_says_why_it_does_not(model: str) -> None:
+    code, _, said = call_tool("fetch", "--model", model)
+    assert code == ExitStatus.NO_WEIGHTS
+    assert "neither size nor SHA-256 of its files is known" in said
+    assert "`mossnano build DIR OUT_DIR`" in said
+
+
+# --- whose codes they are -----------------------------------------------------------------------------------------
+
+
+def test_codecs_with_the_same_numbers_are_told_apart(causal: Path) -> None:
+    runtime = codecs.load_runtime(load_bundle(causal), threads=1)
+    connection = Connection(DECODE, runtime.new_decoder, Ramp(), {"codec": "encodec, tiny"})
+    same: dict[str, Any] = {"sample_rate": 24_000, "channels": 1, "quantizers": 8, "codebook_size": 1024}
+    misfits: list[tuple[dict[str, Any], str]] = [
+        ({"frame_samples": 1_920}, "frame_samples is 1920 there and 320 here"),
+        ({"codec": "mimi"}, "codec is 'mimi' there and 'encodec, tiny' here"),
+        ({"codec": "MOSS-Audio-Tokenizer"}, "codec is 'MOSS-Audio-Tokenizer' there"),
+    ]
+    for more, said in misfits:
+        (error,) = answers_to(connection, [json_message(Kind.HANDSHAKE, same | more)])
+        assert said in parse_json(error)["message"]
+    fitting: list[dict[str, Any]] = [{}, {"frame_samples": 320}, {"codec": "encodec of somebody else"}, {"codec": 3}]
+    for fits in fitting:
+        assert [*answers_to(connection, [json_message(Kind.HANDSHAKE, same | fits)])] == []
+
+
+def test_an_ecdc_as_tokens_says_whose_codes_it_holds(tmp_path: Path) -> None:
+    framed = tmp_path / "framed"
+    call_tool("frame", "--as", "tokens", REFERENCE / "v60.raw.24k.ecdc", "--output", framed)
+    handshake = next(iter(MessageReader().feed(framed.read_bytes())))
+    said = parse_json(handshake)
+    assert (said["codec"], said["frame_samples"]) == ("encodec_24khz", 320)

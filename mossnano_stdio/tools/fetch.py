@@ -13,6 +13,9 @@ Where the extra `build` is installed, our own faster graphs are built beside the
 
 Of Mimi (--model mimi) it is one file of 385 MB that decodes and encodes, and all graphs are built of it: 0.9 GB.
 
+EnCodec (--model encodec-24k, encodec-48k) is not fetched, as nothing is known by which its files could be verified: it
+says how to get them otherwise.
+
 Of the larger models (--model 24k, v2) no graphs that stream are published. There decode and encode get the files of the
 checkpoint that are needed (7.1 GB of 24k, up to 8.5 GB of v2), and graphs are built of them in the same folder, which
 takes as much again.
@@ -25,8 +28,8 @@ import sys
 from pathlib import Path
 from typing import Final, Literal
 
-from mossnano_stdio.errors import ExitStatus, MossnanoError
-from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, Bundle, load_bundle
+from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError
+from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, UNPINNED_MODELS, Bundle, load_bundle
 from mossnano_stdio.weights.hub import fetch, selections, tensor_files
 
 Side = Literal["decode", "encode"]
@@ -35,7 +38,7 @@ GRAPHS_OF: Final[dict[Side, set[str]]] = {"decode": {"fast", "decode_step"}, "en
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=MODELS, default="nano", help="(default: nano)")
+    parser.add_argument("--model", choices=(*MODELS, *UNPINNED_MODELS), default="nano", help="(default: nano)")
     parser.add_argument("--what", choices=selections(), default="decode", help="which files (default: decode)")
     parser.add_argument(
         "--to",
@@ -48,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model in UNPINNED_MODELS:
+        raise _unpinned(args.model)
     selection = selections(args.model)[args.what]
     folder = args.to or selection.default_folder
     placed = fetch(selection, folder, _say)
@@ -63,6 +68,15 @@ def run(args: argparse.Namespace) -> int:
             _say(f"our own graphs are left out: {error}")
     print(folder)
     return ExitStatus.DONE
+
+
+def _unpinned(model: str) -> BundleError:
+    repository = UNPINNED_MODELS[model]
+    return BundleError(
+        f"{repository}: neither size nor SHA-256 of its files is known here, so nothing that came could be verified; "
+        f"get its config.json and model.safetensors yourself (`hf download {repository} --local-dir DIR`), then "
+        "`mossnano build DIR OUT_DIR`"
+    )
 
 
 def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:

@@ -119,7 +119,7 @@ def _one_after_the_other(args: argparse.Namespace) -> Iterator[Message]:
             yield from _as_artifact(recording)
             continue
         artifact = _without_scales(recording, path)
-        handshake = _handshake(artifact)
+        handshake = _handshake(artifact, recording)
         if handshake != maybe_said:
             yield handshake
             maybe_said = handshake
@@ -138,7 +138,7 @@ def _in_turns(args: argparse.Namespace) -> Iterator[Message]:
             rest = _as_artifact(recording)
         else:
             artifact = _without_scales(recording, path)
-            before.append(_handshake(artifact))
+            before.append(_handshake(artifact, recording))
             rest = _as_tokens(artifact, args.message_frames or 1, LONGEST_PAYLOAD_BYTES - NUMBER_BYTES, marks)
         if args.credit is not None:
             before.append(next(rest))  # CREDIT opens no stream
@@ -214,9 +214,12 @@ def _as_tokens(
     yield Message(Kind.END)
 
 
-def _handshake(artifact: Artifact) -> Message:
+def _handshake(artifact: Artifact, recording: Artifact | Ecdc) -> Message:
+    """What a .mossnano says of itself. An .ecdc also says whose codes it holds: others have the same numbers."""
     numbers = ("sample_rate", "channels", "quantizers", "codebook_size")
     said = {"protocol": VERSION, "name": "mossnano frame"} | {name: getattr(artifact, name) for name in numbers}
+    if isinstance(recording, Ecdc):
+        said |= {"codec": recording.header.model_name, "frame_samples": recording.header.model.frame_samples}
     return json_message(Kind.HANDSHAKE, said)
 
 
