@@ -76,7 +76,9 @@ def decoder(folder: Path) -> codecs.SegmentDecoder:
 
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> codecs.SegmentEncoder:
-    return codecs.load_segment_encoder(load_bundle(folder), threads=1)
+    found = codecs.load_segment_encoder(load_bundle(folder), threads=1)
+    assert isinstance(found, codecs.SegmentEncoder)
+    return found
 
 
 def sound_of(decoder: codecs.SegmentDecoder, recording: Ecdc) -> Sound:
@@ -438,3 +440,131 @@ def test_an_ecdc_as_tokens_says_whose_codes_it_holds(tmp_path: Path) -> None:
     handshake = next(iter(MessageReader().feed(framed.read_bytes())))
     said = parse_json(handshake)
     assert (said["codec"], said["frame_samples"]) == ("encodec_24khz", 320)
+
+
+# --- encodec-rs's graphs ------------------------------------------------------------------------------------------
+
+BUNDLE = {
+    "schema_version": 1, "model_name": "encodec_48khz", "bandwidth_kbps": 6.0, "sample_rate": 48_000, "channels": 2,
+    "segment_samples": LENGTH, "segment_stride": STRIDE, "normalize": True, "num_codebooks": 4, "frame_length": 150,
+    "encode_model": "encode_frame.onnx", "decode_model": "decode_frame.onnx", "opset_version": 17,
+    "codebook_cardinality": 1024, "a key of its own": {},
+}  # fmt: skip
+
+
+def save_frame_graphs(folder: Path, built: Path) -> Path:
+    """Graphs in the contract of encodec-rs's exporter, around those that we build."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def save(
+        name: str, source: str, before: list[Any], after: list[Any], inputs: list[Any], outputs: list[Any]
+    ) -> None:
+        model = onnx.load(built / source)
+        graph = model.graph
+        for tensor, value in (("firsts", np.arange(4) * 1024), ("axis", [0])):
+            graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"wrapped.{tensor}"))
+        nodes = [*before, *graph.node, *after]
+        for fields, values in ((graph.node, nodes), (graph.input, inputs), (graph.output, outputs)):
+            del fields[:]
+            fields.extend(values)
+        onnx.save(model, folder / name)
+
+    def value(name: str, kind: int, *shape: int | str) -> Any:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    long, single = TensorProto.INT64, TensorProto.FLOAT
+    codes, scale = value("codes", long, "batch", 4, 150), value("scale", single, "batch", 1)
+    save(
+        "decode_frame.onnx",
+        "encodec_decode_segment.onnx",
+        [
+            helper.make_node("Squeeze", ["codes", "wrapped.axis"], ["wrapped.narrow"]),
+            helper.make_node("Transpose", ["wrapped.narrow"], ["wrapped.turned"], perm=[1, 0]),
+            helper.make_node("Add", ["wrapped.turned", "wrapped.firsts"], ["wrapped.rows"]),
+            helper.make_node("Cast", ["wrapped.rows"], ["rows"], to=TensorProto.INT32),
+        ],
+        [
+            helper.make_node("Mul", ["audio", "scale"], ["wrapped.scaled"]),
+            helper.make_node("Transpose", ["wrapped.scaled"], ["wrapped.sound"], perm=[1, 0]),
+            helper.make_node("Unsqueeze", ["wrapped.sound", "wrapped.axis"], ["sound"]),
+        ],
+        [codes, scale],
+        [value("sound", single, "batch", 2, LENGTH)],
+    )
+    mono = [
+        helper.make_node("ReduceMean", ["wave"], ["wrapped.mono"], axes=[1]),
+        helper.make_node("Mul", ["wrapped.mono", "wrapped.mono"], ["wrapped.squares"]),
+        helper.make_node("ReduceMean", ["wrapped.squares"], ["wrapped.power"], axes=[1, 2], keepdims=0),
+        helper.make_node("Sqrt", ["wrapped.power"], ["wrapped.level"]),
+        helper.make_node("Unsqueeze", ["wrapped.level", "wrapped.axis"], ["scale"]),
+        helper.make_node("Squeeze", ["wave", "wrapped.axis"], ["wrapped.one"]),
+        helper.make_node("Transpose", ["wrapped.one"], ["wrapped.turned"], perm=[1, 0]),
+        helper.make_node("Div", ["wrapped.turned", "scale"], ["audio"]),
+    ]
+    after = [
+        helper.make_node("Transpose", ["codes"], ["wrapped.codes"], perm=[1, 0]),
+        helper.make_node("Unsqueeze", ["wrapped.codes", "wrapped.axis"], ["wrapped.wide"]),
+        helper.make_node("Cast", ["wrapped.wide"], ["found"], to=TensorProto.INT64),
+    ]
+    outputs = [value("found", long, "batch", 4, 150), scale]
+    waves = [value("wave", single, "batch", 2, LENGTH)]
+    save("encode_frame.onnx", "encodec_encode_segment.onnx", mono, after, waves, outputs)
+    (folder / "bundle.json").write_text(json.dumps(BUNDLE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frame_graphs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    source = save_frame_graphs(tmp_path_factory.mktemp("wrapped"), folder)
+    build_from_checkpoint(source, source / "built")
+    for name in ("decode_frame.onnx", "encode_frame.onnx"):
+        assert (source / "built" / name).read_bytes() == (source / name).read_bytes()
+    return source / "built"
+
+
+def test_frame_graphs_as_they_are(frame_graphs: Path, decoder: codecs.SegmentDecoder) -> None:
+    bundle = load_bundle(frame_graphs)
+    framed = codecs.load_decoder(bundle, threads=1)
+    assert isinstance(framed, codecs.SegmentDecoder)
+    second = loaded(path_of("second"))
+    whole, tail = second.segments
+    assert furthest(framed.decode_segment(whole.codes, 0.5), decoder.decode_segment(whole.codes, 0.5)) < TOLERANCE
+    padded = np.concatenate([tail.codes, np.zeros((148, 4), np.uint16)])
+    expected = decoder.decode_segment(padded, 0.5)[:640]
+    assert furthest(framed.decode_segment(tail.codes, 0.5), expected) < TOLERANCE
+    encoder = codecs.load_segment_encoder(bundle, threads=1)
+    wave = GOLDENS_48K["second.wav"].T
+    codes, scale = encoder.encode_segment(wave)
+    assert np.array_equal(codes, whole.codes)
+    assert abs(scale - (whole.maybe_scale or 0)) < 1e-7
+    assert [len(encoder.encode_segment(wave[:samples])[0]) for samples in (1, 320, 321)] == [1, 1, 2]
+
+
+def test_frame_graphs_take_all_codebooks_only(frame_graphs: Path, tmp_path: Path) -> None:
+    assert call_tool("decode", path_of("long"), tmp_path / "x.wav", "--weights", frame_graphs)[0] == ExitStatus.DONE
+    assert call_tool("check", frame_graphs)[0] == ExitStatus.DONE
+    code, _, said = call_tool("decode", path_of("long3k"), "-", "--weights", frame_graphs)
+    assert (code, "(nc) are 2, these weights decode 4 only" in said) == (ExitStatus.BAD_INPUT, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"segment_samples": 64_000}, "segment_samples is 64000, allowed is 48000"),
+        ({"schema_version": 2}, "schema_version is 2, allowed is 1"),
+        ({"model_name": "encodec_24khz"}, "model_name is"),
+        ({"normalize": False}, "normalize is false, allowed is true"),
+        ({"num_codebooks": 17}, "num_codebooks is 17"),
+        ({"num_codebooks": 8}, "the metadata says"),
+        ({"decode_model": "../decode_frame.onnx"}, "a file in the same folder"),
+        ({"decode_model": "other.onnx"}, "is not there, but"),
+    ],
+)
+def test_bundles_that_are_not_taken(frame_graphs: Path, tmp_path: Path, change: dict[str, Any], error: str) -> None:
+    for name in ("decode_frame.onnx", "encode_frame.onnx"):
+        (tmp_path / name).write_bytes((frame_graphs / name).read_bytes())
+    (tmp_path / "bundle.json").write_text(json.dumps(BUNDLE | change))
+    with pytest.raises(BundleError, match=error):
+        build_from_checkpoint(tmp_path, tmp_path / "built")
+    assert not (tmp_path / "built").exists()

@@ -43,6 +43,7 @@ from mossnano_stdio.build.encodec_whole import (
     save_encodec_whole_encode,
 )
 from mossnano_stdio.build.extract import extract_weights
+from mossnano_stdio.build.frame_graphs import copy_frame_graphs, frame_graph_format, maybe_frame_graphs
 from mossnano_stdio.build.mimi_checkpoint import load_mimi, maybe_mimi_file
 from mossnano_stdio.build.mimi_model import MimiWeights
 from mossnano_stdio.build.mimi_random import MIMI_SIZES, save_mimi_standin
@@ -73,6 +74,7 @@ from mossnano_stdio.weights import (
     record_files,
     save_sidecar,
 )
+from mossnano_stdio.weights.checked_json import Entry
 
 ENCODEC = "encodec"  # the family, as codecs/encodec.py calls it
 MIMI = "mimi"  # the family, as codecs/mimi.py calls it, and what the published weights are called
@@ -93,6 +95,9 @@ def build_from_checkpoint(checkpoint: Path, folder: Path, sides: Sides = "all", 
         save_encodec_bundle(
             folder, load_encodec(maybe_file), name=_encodec_name(maybe_file), sides=sides, graphs=graphs
         )
+        return
+    if (maybe_document := maybe_frame_graphs(checkpoint)) is not None:
+        save_frame_graphs(folder, checkpoint, maybe_document)
         return
     codec = maybe_codec_inside(checkpoint) or checkpoint
     weights = load_checkpoint(codec, sides)
@@ -216,6 +221,15 @@ def save_encodec_bundle(
     _save_own_codec(folder, OwnCodec(ENCODEC, weights.format), weights, chosen, name=name, trial=trial)
 
 
+def save_frame_graphs(folder: Path, source: Path, document: Entry) -> None:
+    """encodec-rs's graphs of an EnCodec, as they are, and `mossnano.json`."""
+    codec = OwnCodec(ENCODEC, frame_graph_format(document))
+    with staged(folder) as stage:
+        built = dict(copy_frame_graphs(source, document, stage))
+        _save_sidecar_of(stage, codec, built, f"{ENCODEC}, {source.resolve().name}")
+        try_folders(stage, stage)
+
+
 Saves = Mapping[tuple[str, str], tuple[str, Callable[[Path, Any], GraphSpec]]]  # (side, kind) -> graph, what writes it
 
 
@@ -239,16 +253,20 @@ def _save_own_codec(
     """Build the graphs of a codec that has no official metadata, and `mossnano.json`, into `folder`."""
     with staged(folder) as stage:
         built = {graph_name: save(stage, weights) for graph_name, save in saves.items()}
-        sidecar = Sidecar(
-            name=name,
-            codebook_size=codec.format.codebook_size,
-            maybe_codec=codec,
-            graphs=built,
-            files=record_files(stage, _files_of(built)),
-        )
-        save_sidecar(stage, sidecar)
+        _save_sidecar_of(stage, codec, built, name)
         if trial:
             try_folders(stage, stage)
+
+
+def _save_sidecar_of(stage: Path, codec: OwnCodec, built: dict[str, GraphSpec], name: str) -> None:
+    sidecar = Sidecar(
+        name=name,
+        codebook_size=codec.format.codebook_size,
+        maybe_codec=codec,
+        graphs=built,
+        files=record_files(stage, _files_of(built)),
+    )
+    save_sidecar(stage, sidecar)
 
 
 def _mimi_name(path: Path) -> str:

@@ -19,7 +19,13 @@ import numpy as np
 
 from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder, first_chunk_frames_of
 from mossnano_stdio.codecs import encodec, mimi, moss
-from mossnano_stdio.codecs.encodec import SegmentDecoder, SegmentEncoder, SegmentRuntime, refuse_segments
+from mossnano_stdio.codecs.encodec import (
+    FrameGraphEncoder,
+    SegmentDecoder,
+    SegmentEncoder,
+    SegmentRuntime,
+    refuse_segments,
+)
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.errors import BundleError
@@ -36,6 +42,7 @@ __all__ = [
     "EncoderRuntime",
     "Engine",
     "Family",
+    "FrameGraphEncoder",
     "GraphName",
     "Runtime",
     "SeekingDecoder",
@@ -195,9 +202,11 @@ def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None =
     return load_full_encoder(bundle, provider=provider, threads=threads)
 
 
-def load_segment_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> SegmentEncoder:
+def load_segment_encoder(
+    bundle: Bundle, *, provider: str = "cpu", threads: int | None = None
+) -> SegmentEncoder | FrameGraphEncoder:
     """Segments with their scales, of a codec that knows nothing else."""
-    return SegmentEncoder(bundle, Engine.of(provider, threads))
+    return encodec.load_segment_encoder(bundle, Engine.of(provider, threads))
 
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:

@@ -17,13 +17,14 @@ Rules of this room:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.contract import FLOAT32, INT32, check_audio_in, check_codes, check_codes_out
-from mossnano_stdio.codecs.engine import Engine, TensorSpec, check_contract, open_session
+from mossnano_stdio.codecs.engine import Array, Engine, TensorSpec, check_contract, open_session
 from mossnano_stdio.codecs.moss import (
     DecodeRowsRuntime,
     FastDecoder,
@@ -40,6 +41,7 @@ from mossnano_stdio.weights.checked_json import Entry
 
 NAME = "encodec"  # as `mossnano.json` calls the family, too
 STEPPING_GRAPHS = {"decode_step": None, "decode_segment": None}  # a bundle has one of them
+INT64 = np.dtype(np.int64)
 LEAST_SCALE = 1e-8  # what silence is divided by
 
 
@@ -50,9 +52,14 @@ def recognises(bundle: Bundle) -> bool:
 def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> EncodecRuntime | SegmentRuntime:
     if graph is not None:
         raise UsageError(f"graph {graph!r} is not known, {NAME} has one graph that decodes; leave the choice out")
-    if "decode_segment" in bundle.graphs:
-        return SegmentRuntime(bundle, engine)
+    if (maybe_graph := bundle.graphs.get("decode_segment")) is not None:
+        return (FrameGraphRuntime if _is_frame_graph(maybe_graph) else SegmentRuntime)(bundle, engine)
     return EncodecRuntime(bundle, engine)
+
+
+def load_segment_encoder(bundle: Bundle, engine: Engine) -> SegmentEncoder | FrameGraphEncoder:
+    graph = bundle.graph("encode_segment")
+    return (FrameGraphEncoder if _is_frame_graph(graph) else SegmentEncoder)(bundle, engine)
 
 
 def load_encoder_runtime(bundle: Bundle, engine: Engine) -> EncodecEncoderRuntime:
@@ -166,21 +173,33 @@ def _check_goes_on(seen_frames: int, first_chunk_frames: int) -> None:
 class _SegmentGraph:
     """A loaded graph over whole segments. It has no state: any number of threads may share it."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, graph: Graph, taken: str, given: str) -> None:
+    graph_name: str
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle = bundle
         self.engine = engine
         self.format: CodecFormat = bundle.format
+        graph = bundle.graph(self.graph_name)
         self.precision = graph.precision
         self.session = open_session(graph, engine)
-        specs = {
-            "audio": TensorSpec((None, self.format.channels), FLOAT32),
-            "rows": TensorSpec((None, self.format.quantizers), INT32),
-            "codes": TensorSpec((None, self.format.quantizers), INT32),
-        }
-        check_contract(self.session, {taken: specs[taken]}, {given: specs[given]}, ())
         facts = Entry(dict(graph.facts), f"{graph.path}: facts")
         self.segment_samples = facts.at("segment_samples").whole(least=1)
         self.segment_stride = facts.at("segment_stride").whole(1, self.segment_samples)
+        check_contract(self.session, *self._contract(), ())
+
+    def _contract(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Inputs and outputs."""
+        audio = {"audio": TensorSpec((None, self.format.channels), FLOAT32)}
+        rows, codes = ({name: TensorSpec((None, self.format.quantizers), INT32)} for name in ("rows", "codes"))
+        return (rows, audio) if self.graph_name == "decode_segment" else (audio, codes)
+
+    def _frames_of(self, samples: int) -> int:
+        return -(-samples // self.format.frame_samples)
+
+    def _checked(self, made: NDArray[Any], due: tuple[int, ...], given: str) -> NDArray[Any]:
+        if made.shape != due:
+            raise DecodeError(f"{self.session.graph.path}: {given} gave {list(made.shape)}, {list(due)} was due")
+        return made
 
     @property
     def segment_frames(self) -> int:
@@ -194,37 +213,35 @@ class SegmentRuntime(_SegmentGraph):
     decodes_prefix = True
     layer_context_frames: tuple[int, ...] = ()
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        super().__init__(bundle, engine, bundle.graph(self.graph_name), "rows", "audio")
-
     def new_decoder(self) -> SegmentDecoder:
         return SegmentDecoder(self)
+
+    def decode(self, codes: Codes, scale: float) -> NDArray[np.float32]:
+        """[frames, quantizers] -> float32 [samples, channels]."""
+        (audio,) = self.session.run(["audio"], {"rows": table_rows(codes, self.format)})
+        due = (len(codes) * self.format.frame_samples, self.format.channels)
+        scaled: NDArray[np.float32] = self._checked(audio, due, f"{len(codes)} frames") * np.float32(scale)
+        return scaled
 
 
 class SegmentDecoder:
     """Segments in, their sound out. Whoever overlaps them knows in which order they come."""
 
-    decodes_prefix = True
     next_frame = 0
 
     def __init__(self, runtime: SegmentRuntime) -> None:
         self.runtime = runtime
         self.format = runtime.format
+        self.decodes_prefix = runtime.decodes_prefix
         self.segment_stride = runtime.segment_stride
         self.first_chunk_frames = self.segment_frames = runtime.segment_frames
 
     def decode_segment(self, codes: Codes, scale: float) -> NDArray[np.float32]:
         """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
-        check_codes(codes, self.format, least_quantizers=1)
-        session = self.runtime.session
-        (audio,) = session.run(["audio"], {"rows": table_rows(codes, self.format)})
-        due = (len(codes) * self.format.frame_samples, self.format.channels)
-        if audio.shape != due:
-            raise DecodeError(
-                f"{session.graph.path}: {len(codes)} frames gave {list(audio.shape)}, {list(due)} was due"
-            )
-        scaled: NDArray[np.float32] = audio * np.float32(scale)
-        return scaled
+        check_codes(codes, self.format, least_quantizers=1 if self.decodes_prefix else None)
+        if len(codes) > self.segment_frames:
+            raise UsageError(f"a segment of {len(codes)} frames, allowed are up to {self.segment_frames}")
+        return self.runtime.decode(codes, scale)
 
     def step(self, codes: Codes) -> NoReturn:
         raise UsageError(
@@ -246,9 +263,6 @@ class SegmentEncoder(_SegmentGraph):
 
     graph_name = "encode_segment"
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        super().__init__(bundle, engine, bundle.graph(self.graph_name), "audio", "codes")
-
     def encode_segment(self, audio: NDArray[np.float32]) -> tuple[Codes, float]:
         """[samples, channels] -> [frames, quantizers], one frame for each that is begun, and the segment's scale."""
         check_audio_in(audio, self.format)
@@ -256,10 +270,77 @@ class SegmentEncoder(_SegmentGraph):
         scale = np.float32(np.sqrt(np.mean(np.square(mono), dtype=np.float32)) + np.float32(LEAST_SCALE))
         levelled = np.ascontiguousarray(audio / scale, np.float32)
         (codes,) = self.session.run(["codes"], {"audio": levelled})
-        due = (-(-len(audio) // self.format.frame_samples), self.format.quantizers)
-        if codes.shape != due:
-            raise DecodeError(
-                f"{self.session.graph.path}: {len(audio)} samples gave codes {list(codes.shape)}, {list(due)} was due"
-            )
+        self._checked(codes, (self._frames_of(len(audio)), self.format.quantizers), f"{len(audio)} samples")
         check_codes_out(self.session.graph.path, codes, self.format)
         return codes.astype(np.uint16), float(scale)
+
+
+# --- somebody else's graphs over segments of one length ----------------------------------------------------------
+
+FRAME_GRAPH = "frame graph"  # as `contract` in a graph's facts says
+
+
+def _is_frame_graph(graph: Graph) -> bool:
+    return Entry(dict(graph.facts), f"{graph.path}: facts").text_at("contract", default="") == FRAME_GRAPH
+
+
+class FrameGraphRuntime(SegmentRuntime):
+    """encodec-rs's graph that decodes: int64 codes [1, quantizers, frames] and a scale -> audio [1, channels, samples].
+
+    Its length is fixed. Codes 0 fill up a shorter segment, and as a norm sees all of it, that sounds a little otherwise
+    than what EnCodec's own tool makes of it.
+    """
+
+    decodes_prefix = False
+
+    def _contract(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        codes, scale = _names(self, self.session.inputs, 2)
+        (audio,) = _names(self, self.session.outputs, 1)
+        wide = TensorSpec((None, self.format.quantizers, self.segment_frames), INT64)
+        sound = TensorSpec((None, self.format.channels, self.segment_samples), FLOAT32)
+        return {codes: wide, scale: TensorSpec((None, 1), FLOAT32)}, {audio: sound}
+
+    def decode(self, codes: Codes, scale: float) -> NDArray[np.float32]:
+        """[frames, quantizers] -> float32 [samples, channels]."""
+        wide = np.zeros((1, self.format.quantizers, self.segment_frames), np.int64)
+        wide[0, :, : len(codes)] = codes.T
+        arrays: tuple[Array, ...] = (wide, np.full((1, 1), scale, np.float32))
+        feed = dict(zip(self.session.inputs, arrays, strict=True))
+        (audio,) = self.session.run([*self.session.outputs], feed)
+        due = (1, self.format.channels, self.segment_samples)
+        sound: NDArray[np.float32] = self._checked(audio, due, f"{self.segment_frames} frames")[0].T
+        return sound[: len(codes) * self.format.frame_samples]
+
+
+class FrameGraphEncoder(_SegmentGraph):
+    """encodec-rs's graph that encodes: audio [1, channels, samples] -> codes [1, quantizers, frames] and the scale.
+
+    Silence fills up a shorter segment, its scale included, so that its codes are not those of EnCodec's own tool.
+    """
+
+    graph_name = "encode_segment"
+
+    def _contract(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        (audio,) = _names(self, self.session.inputs, 1)
+        codes, scale = _names(self, self.session.outputs, 2)
+        sound = TensorSpec((None, self.format.channels, self.segment_samples), FLOAT32)
+        wide = TensorSpec((None, self.format.quantizers, self.segment_frames), INT64)
+        return {audio: sound}, {codes: wide, scale: TensorSpec((None, 1), FLOAT32)}
+
+    def encode_segment(self, audio: NDArray[np.float32]) -> tuple[Codes, float]:
+        """[samples, channels] -> [frames, quantizers], one frame for each that is begun, and the segment's scale."""
+        check_audio_in(audio, self.format)
+        whole = np.zeros((1, self.format.channels, self.segment_samples), np.float32)
+        whole[0, :, : len(audio)] = audio.T
+        codes, scale = self.session.run([*self.session.outputs], dict.fromkeys(self.session.inputs, whole))
+        self._checked(codes, (1, self.format.quantizers, self.segment_frames), f"{self.segment_samples} samples")
+        check_codes_out(self.session.graph.path, codes, self.format)
+        frames = codes[0].T[: self._frames_of(len(audio))]
+        return np.ascontiguousarray(frames, np.uint16), float(self._checked(scale, (1, 1), "a segment")[0, 0])
+
+
+def _names(graph: _SegmentGraph, found: Mapping[str, TensorSpec], count: int) -> tuple[str, ...]:
+    """They are told by their places, as their maker tells them."""
+    if len(found) != count:
+        raise BundleError(f"{graph.session.graph.path}: has {len(found)} inputs or outputs where {count} are needed")
+    return tuple(found)

@@ -91,11 +91,11 @@ class DecodingStream(Stream):
         self._ecdc_bytes += len(data)
         for segment in reader.push(data):
             if reader.maybe_header is not None:
-                reader.maybe_header.check_fits(connection.format)
+                reader.maybe_header.check_fits(connection.format, self.lane.codec.decodes_prefix)
             if not self.is_dropped:
                 self._pushed_frames += self.chunks.push_segment(segment)
         if reader.maybe_header is not None:  # what does not fit is refused before its body takes memory
-            reader.maybe_header.check_fits(connection.format)
+            reader.maybe_header.check_fits(connection.format, self.lane.codec.decodes_prefix)
         if reader.is_complete and not self.is_dropped:
             self.chunks.finish(reader.finish().original_samples)
         return reader.is_complete

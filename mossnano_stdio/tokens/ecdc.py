@@ -115,7 +115,7 @@ class EcdcHeader:
     def segment_bytes(self, frames: int) -> int:
         return self.model.scale_bytes + (frames * self.quantizers * BITS_PER_CODE + 7) // 8
 
-    def check_fits(self, weights: CodecFormat) -> None:
+    def check_fits(self, weights: CodecFormat, prefix_allowed: bool) -> None:
         """Raise ArtifactError unless these weights decode it: all numbers are those of its model, but for codebooks."""
         for name in ("sample_rate", "channels", "frame_samples"):
             found, needed = getattr(self.model, name), getattr(weights, name)
@@ -127,10 +127,10 @@ class EcdcHeader:
             raise ArtifactError(
                 f"the .ecdc's codebooks have {CODEBOOK_SIZE} entries, those of these weights {weights.codebook_size}"
             )
-        if self.quantizers > weights.quantizers:
+        if self.quantizers != weights.quantizers and not (prefix_allowed and self.quantizers < weights.quantizers):
+            allowed = f"1 to {weights.quantizers}" if prefix_allowed else f"{weights.quantizers} only"
             raise ArtifactError(
-                f"the .ecdc's codes in a frame (nc) are {self.quantizers}, "
-                f"these weights decode 1 to {weights.quantizers}"
+                f"the .ecdc's codes in a frame (nc) are {self.quantizers}, these weights decode {allowed}"
             )
 
     def check_size(self, max_bytes: int) -> None:
@@ -176,8 +176,8 @@ class Ecdc:
         return self.header.original_samples
 
     def check_fits(self, weights: CodecFormat, prefix_allowed: bool) -> None:
-        """As an artifact's. Weights that decode these models decode any prefix."""
-        self.header.check_fits(weights)
+        """As an artifact's."""
+        self.header.check_fits(weights, prefix_allowed)
 
     def as_artifact(self) -> Artifact:
         """The same recording without what an artifact cannot hold; of a model without segments nothing is lost."""

@@ -32,7 +32,7 @@ from mossnano_stdio.tools.facts import as_json
 from mossnano_stdio.weights import DEMO, Bundle, WeightFile, find_weights, load_bundle
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import FullDecoder, FullEncoder, SegmentEncoder
+    from mossnano_stdio.codecs import FrameGraphEncoder, FullDecoder, FullEncoder, SegmentEncoder
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
@@ -140,7 +140,7 @@ class _Graphs:
         self.maybe_full_decoder: FullDecoder | None = None
         self.maybe_encoder: EncoderRuntime | None = None
         self.maybe_full_encoder: FullEncoder | None = None
-        self.maybe_segment_encoder: SegmentEncoder | None = None
+        self.maybe_segment_encoder: SegmentEncoder | FrameGraphEncoder | None = None
 
     def check(self) -> Iterator[Row]:
         """Load every graph that is there."""

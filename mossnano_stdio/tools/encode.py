@@ -32,9 +32,9 @@ from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, build_ecdc
 from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import EncoderRuntime, FullEncoder, SegmentEncoder
+    from mossnano_stdio.codecs import EncoderRuntime, FrameGraphEncoder, FullEncoder, SegmentEncoder
 
-    AnyEncoder = EncoderRuntime | FullEncoder | SegmentEncoder
+    AnyEncoder = EncoderRuntime | FullEncoder | SegmentEncoder | FrameGraphEncoder
 
 ECDC_SUFFIX = ".ecdc"
 MONO = 1
@@ -106,10 +106,10 @@ def _builder(args: argparse.Namespace, encoder: AnyEncoder) -> Callable[[Artifac
 
 def _encode(encoder: AnyEncoder, blocks: Iterator[Audio], quantizers: int) -> Artifact | Ecdc:
     from mossnano_stdio.chunks import encode_segments
-    from mossnano_stdio.codecs import SegmentEncoder
+    from mossnano_stdio.codecs import FrameGraphEncoder, SegmentEncoder
     from mossnano_stdio.library import encode_blocks
 
-    if not isinstance(encoder, SegmentEncoder):
+    if not isinstance(encoder, SegmentEncoder | FrameGraphEncoder):
         return encode_blocks(encoder, blocks, quantizers).artifact
     segments, samples = [], 0
     for segment, added_samples in encode_segments(encoder, blocks):
