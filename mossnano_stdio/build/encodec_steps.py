@@ -130,11 +130,27 @@ class _MirroringGraph(StepGraph):
         outputs, inputs, kernel = conv.weight.shape
         matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
         together = self._after_mirror(x, conv.padding, inputs, f"{name}.past")
+        if conv.stride == 1 and outputs < inputs // kernel:
+            return self._narrowed(together, name, conv)
         if conv.stride == 1:
             return self.product(self.windows(together, kernel), name, matrix, conv.bias)
         completed = self._completed(x, together, conv.stride, inputs)
         blocks = self.op("Reshape", completed, self.constant([-1, conv.stride * inputs]))
         return self.product(self.windows(blocks, 2), name, matrix, conv.bias)
+
+    def _narrowed(self, together: str, name: str, conv: MirroredConv) -> str:
+        """The same where few channels come of many: the taps of each column first, then their sum along the columns.
+
+        There side by side are fewer values than columns of the input would be.
+        """
+        outputs, inputs, kernel = conv.weight.shape
+        taps = self.weight(f"{name}.weight", conv.weight.transpose(2, 0, 1).reshape(kernel * outputs, inputs))
+        apart = self.op("Gemm", together, taps, transB=1)
+        parts = []
+        for tap in range(kernel):
+            place = [tap, tap * outputs], [tap + 1 - kernel or ALL, (tap + 1) * outputs]
+            parts.append(self.op("Slice", apart, *map(self.constant, place), self.constant([0, 1])))
+        return self.op("Add", self.op("Sum", *parts), self.weight(f"{name}.bias", conv.bias))
 
     def _after_mirror(self, x: str, columns: int, channels: int, name: str) -> str:
         """x behind the `columns` columns before it: what the run before has left, or x itself, mirrored."""

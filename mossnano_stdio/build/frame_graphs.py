@@ -60,7 +60,7 @@ def frame_graph_format(document: Entry) -> CodecFormat:
 
 
 def copy_frame_graphs(source: Path, document: Entry, folder: Path) -> Iterator[tuple[str, GraphSpec]]:
-    """Copy the graphs into `folder`, and give what `mossnano.json` says of them. The one that encodes may be missing."""
+    """Copy the graphs into `folder`, and give what `mossnano.json` says of them. What encodes may be missing."""
     facts = {
         "contract": "frame graph",
         **{key: document.at(key).whole() for key in ("segment_samples", "segment_stride")},
