@@ -322,6 +322,26 @@ def _save_float_wav(path: Path, audio: Sound, sample_rate: int) -> None:
     soundfile.write(path, audio, sample_rate, subtype="FLOAT")
 
 
+def test_tools_that_know_frames_or_transformers_only(folder: Path, causal: Path, tmp_path: Path) -> None:
+    code, out, _ = call_tool("info", folder, "--json")
+    assert (code, json.loads(out)["caches"]) == (ExitStatus.DONE, 0)
+    code, _, said = call_tool("bench", "--weights", folder, "--steps")
+    assert (code, "segments of a second" in said) == (ExitStatus.NO_WEIGHTS, True)
+    np.save(tmp_path / "codes.npy", np.zeros((9, 8), np.uint16))
+    _save_float_wav(tmp_path / "other.wav", np.zeros((9 * 320, 1), np.float32), 24_000)
+    code, _, said = call_tool("diagnose", "--weights", causal, tmp_path / "codes.npy", tmp_path / "other.wav")
+    assert (code, "is known here of those with transformers" in said) == (ExitStatus.USAGE, True)
+
+
+def test_bytes_beyond_the_end_are_told_after_the_sound(decoder: codecs.SegmentDecoder) -> None:
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {})
+    message = Message(Kind.ARTIFACT, path_of("few").read_bytes() + b"x")
+    *audio, error, end = answers_to(connection, [message, Message(Kind.END)])
+    assert b"".join(answer.payload for answer in audio) == to_pcm16(sound_of(decoder, loaded(path_of("few"))))
+    assert "beyond" in parse_json(error)["message"]
+    assert parse_json(end)["samples"] == 700
+
+
 def test_other_codecs_write_no_ecdc(tmp_path: Path) -> None:
     _save_float_wav(tmp_path / "in.wav", np.zeros((480, 2), np.float32), 48_000)
     code, _, said = call_tool("encode", tmp_path / "in.wav", tmp_path / "out.ecdc", "--weights", "demo")

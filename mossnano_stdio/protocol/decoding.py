@@ -89,16 +89,20 @@ class DecodingStream(Stream):
     def push_ecdc(self, reader: EcdcReader, data: bytes, connection: Connection) -> bool:
         """Take the next bytes of an .ecdc: each segment goes to the codec as soon as it is there. Is it whole?"""
         self._ecdc_bytes += len(data)
-        for segment in reader.push(data):
-            if reader.maybe_header is not None:
-                reader.maybe_header.check_fits(connection.format, self.lane.codec.decodes_prefix)
-            if not self.is_dropped:
-                self._pushed_frames += self.chunks.push_segment(segment)
-        if reader.maybe_header is not None:  # what does not fit is refused before its body takes memory
-            reader.maybe_header.check_fits(connection.format, self.lane.codec.decodes_prefix)
+        try:
+            for segment in reader.push(data):
+                self._check_ecdc_fits(reader, connection)
+                if not self.is_dropped:
+                    self._pushed_frames += self.chunks.push_segment(segment)
+        finally:  # what does not fit is refused for that, whatever else is wrong, and before its body takes memory
+            self._check_ecdc_fits(reader, connection)
         if reader.is_complete and not self.is_dropped:
             self.chunks.finish(reader.finish().original_samples)
         return reader.is_complete
+
+    def _check_ecdc_fits(self, reader: EcdcReader, connection: Connection) -> None:
+        if reader.maybe_header is not None:
+            reader.maybe_header.check_fits(connection.format, self.lane.codec.decodes_prefix)
 
     def push_mark(self, text: bytes, frame: int | None = None) -> None:
         heappush(self._marks, (self._pushed_frames if frame is None else frame, self._marks_pushed, text))
@@ -292,6 +296,8 @@ def _grow_ecdc(
         is_whole = stream.push_ecdc(reader, message.payload, connection)
         _check_artifacts_fit(connection, lane)
     except PayloadError as error:
+        if reader.is_complete and not stream.is_dropped:  # there are bytes beyond its end, where its sound ends, too
+            stream.chunks.finish(reader.finish().original_samples)
         connection.fail_after_chunks(lane, error)
         return
     if is_whole:
