@@ -40,6 +40,8 @@ VERBS = {
     "decode": "artifact -> WAV or raw PCM",
     "encode": "WAV, FLAC, OGG, MP3, ... -> artifact",
     "roundtrip": "encode and decode in one go: what the codec makes of a sound",
+    "tokenize": "a data set of recordings -> shards of codes",
+    "detokenize": "shards of codes -> recordings",
     "play": "play an artifact or a stream of PCM, live",
     "check": "are these weights whole, and do they decode right?",
     "fetch": "get the official weights, verified",

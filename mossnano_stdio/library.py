@@ -27,6 +27,7 @@ from mossnano_stdio.chunks import EncodingChunks, Fixed, first_chunk_frames_of, 
 from mossnano_stdio.codecs import (
     EncoderRuntime,
     GraphName,
+    PrecisionName,
     Runtime,
     SeekingDecoder,
     load_encoder,
@@ -125,12 +126,17 @@ class Codec:
         provider: str = "cpu",
         threads: int | None = None,
         graph: GraphName | None = None,
+        precision: PrecisionName | None = None,
     ) -> Self:
-        """Load `weights`: a folder, "demo", or None for the folders that `mossnano fetch` writes to."""
+        """Load `weights`: a folder, "demo", or None for the folders that `mossnano fetch` writes to.
+
+        `precision`: "int8" takes the graph that `mossnano build --precision float32,int8` makes, None float32.
+        """
         bundle = load_bundle(find_weights(None if weights is None else os.fspath(weights)))
         refuse_segments(bundle)
         try:
-            return cls(bundle, load_runtime(bundle, provider=provider, threads=threads, graph=graph))
+            runtime = load_runtime(bundle, provider=provider, threads=threads, graph=graph, precision=precision)
+            return cls(bundle, runtime)
         except UsageError as error:
             raise ValueError(str(error)) from None
 

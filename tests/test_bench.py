@@ -55,7 +55,7 @@ def test_graphs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_bundle: Pa
     figures = json.loads(bench(capsys, *arguments, "--json", *plot))["threads"]["1"]
     assert set(figures["steps_ms"]) == {"1", "3"}
     assert set(figures["utterances_ms"]) == {"0.08", "1", "3", "10"}
-    for cells in (figures["steps_ms"]["3"], figures["starts"]["load_ms"], figures["real_time_streams_per_core"]["8"]):
+    for cells in (figures["steps_ms"]["3"], figures["starts"]["load_ms"], figures["real_time_streams"]["8"]):
         assert set(cells) == SIDES
         assert all(cell["lowest"] <= cell["median"] <= cell["highest"] for cell in cells.values())
         assert cells["official loop"]["times"] == 1
@@ -253,7 +253,7 @@ def test_many_streams_are_measured_of_our_own_sides(tiny_bundle: Path) -> None:
 
     class Answers(WorkerOfFewAnswers):
         def ask(self, what: str, **details: int) -> Any:
-            return 1.0
+            return [24.0, 12.5] if what == "streams" else 1.0
 
     @contextmanager
     def start(side: Side, threads: int) -> Iterator[WorkerOfFewAnswers]:
@@ -263,7 +263,9 @@ def test_many_streams_are_measured_of_our_own_sides(tiny_bundle: Path) -> None:
     found: dict[str, Any] = {}
     sides = [Side("peer", "moshi", tiny_bundle, is_peer=True), Side("ours", "official", tiny_bundle)]
     GraphBench(12.5, sides, 1, start, lambda line: None).streams(1, found)
-    assert set(started) == set(found["real_time_streams_per_core"]["8"]) == {"ours"}
+    assert set(started) == set(found["real_time_streams"]["8"]) == {"ours"}
+    assert found["real_time_streams"]["8"]["ours"]["median"] == 24 / 12.5
+    assert found["real_time_streams_per_core"]["8"]["ours"]["median"] == 1
 
 
 @pytest.mark.parametrize(

@@ -453,6 +453,18 @@ def test_our_own_graphs_are_built_beside_the_official_files(tiny_place: Place) -
     assert last_line(encoder_too) == "mossnano fetch: building our own graphs"
 
 
+def test_an_int8_graph_is_built_where_it_is_asked_for(tiny_place: Place) -> None:
+    result = tiny_place.run(tiny_place.command("--to", "there", "--precision", "float32,int8", "--int8-db", "40"))
+    assert (result.returncode, last_line(result)) == (0, "mossnano fetch: building our own graphs"), result.stderr
+    there = load_bundle(tiny_place.root / "there")
+    assert there.graph("fast_int8").facts["int8"]["bar_db"] == 40
+    tiny_place.run(tiny_place.command("--what", "encode", "--to", "there"))
+    assert load_bundle(there.folder).has_graph("encode_step")
+    assert load_bundle(there.folder).graph("fast_int8").facts == there.graphs["fast_int8"].facts, (
+        "it is of the same weights"
+    )
+
+
 def test_an_encoder_alone_is_fetched_without_graphs_of_our_own(tiny_place: Place) -> None:
     result = tiny_place.run(tiny_place.command("--what", "encode", "--to", "there"))
     assert (result.returncode, "building" in result.stderr) == (0, False)

@@ -61,13 +61,15 @@ ONLY_IN = {
     "matplotlib": {"tools"},
     "huggingface_hub": {"weights"},
     "tqdm": {"tools"},
+    "pyarrow": {"tools"},
+    "ray": {"tools"},
     "onnx": {"build", "demo"},
     "google": {"build"},  # protobuf, which comes with onnx
     "safetensors": {"build"},
     "signal": {"process", "client", "tools", "cli"},
     "select": {"process", "client"},
     "fcntl": {"process", "client", "tools", "build"},  # build locks the folder that it builds in
-    "msvcrt": {"process", "weights", "build"},
+    "msvcrt": {"process", "weights", "build", "tools"},
     "ctypes": {"process", "weights", "client", "tools"},  # of Windows: what only its own calls tell, or can do
     "subprocess": {"client", "tools", "build"},  # build tries its graphs in a process of its own
     # process and client start threads; playback waits for a device's own thread; codecs hashes weights while they
@@ -77,7 +79,18 @@ ONLY_IN = {
     "asyncio": {"client"},
     "multiprocessing": set(),
 }
-IMPORTED_LATE = {"onnxruntime", "sounddevice", "soundfile", "soxr", "matplotlib", "huggingface_hub", "tqdm"}
+IMPORTED_LATE = {
+    "onnxruntime",
+    "sounddevice",
+    "soundfile",
+    "soxr",
+    "matplotlib",
+    "huggingface_hub",
+    "tqdm",
+    "pyarrow",
+    "ray",
+}
+SHARED_BY_TOOLS = ("mossnano_stdio.tools.facts", "mossnano_stdio.tools.datasets")  # by tokenize and detokenize
 PROGRAMS = {"mossnano_stdio/tools/bench/worker.py"}  # run as a process of its own, never imported
 DESCRIPTOR_CALLS = {"dup", "dup2", "read", "write", "pipe", "set_blocking", "fdopen", "writev"}
 DESCRIPTOR_ROOMS = {"process", "client", "tools", "errors"}  # errors puts stdout aside as a program's last act
@@ -233,7 +246,7 @@ def test_tools_do_not_import_each_other() -> None:
         f"{source.name}:{imported.line} imports {imported.module}"
         for source, imported in all_imports()
         if imported.module.startswith("mossnano_stdio.tools.")
-        and not imported.module.startswith(("mossnano_stdio.tools.facts", f"mossnano_stdio.tools.{verb_of(source)}"))
+        and not imported.module.startswith((*SHARED_BY_TOOLS, f"mossnano_stdio.tools.{verb_of(source)}"))
     ]
     assert not wrong
 
@@ -373,7 +386,11 @@ def is_tool(source: Source) -> bool:
 
 def test_every_verb_has_its_tool_and_every_tool_its_verb() -> None:
     assert {verb_of(source) for source in sources() if is_tool(source)} == set(VERBS)
-    assert {verb_of(source) for source in sources() if source.room == "tools"} - set(VERBS) == {"__init__", "facts"}
+    assert {verb_of(source) for source in sources() if source.room == "tools"} - set(VERBS) == {
+        "__init__",
+        "facts",
+        "datasets",
+    }
 
 
 def test_every_tool_can_be_run() -> None:

@@ -146,6 +146,10 @@ class DataFile:
             self._tensors[name] = tensor
         return self._tensors[name]
 
+    def flush(self) -> None:
+        """For who reads what was written so far."""
+        self._file.flush()
+
 
 @contextlib.contextmanager
 def open_data(path: Path) -> Iterator[DataFile]:

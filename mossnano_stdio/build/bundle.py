@@ -50,9 +50,12 @@ from mossnano_stdio.build.mimi_random import MIMI_SIZES, save_mimi_standin
 from mossnano_stdio.build.mimi_steps import save_mimi_decode_step, save_mimi_encode_step
 from mossnano_stdio.build.mimi_whole import save_whole_decode, save_whole_encode
 from mossnano_stdio.build.model import CodecWeights
+from mossnano_stdio.build.precision import Int8Wish as Int8Wish
+from mossnano_stdio.build.precision import add_int8
 from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.build.trial import try_folders
-from mossnano_stdio.errors import BundleError, OutputError
+from mossnano_stdio.codecs import INT8
+from mossnano_stdio.errors import BundleError, OutputError, UsageError
 from mossnano_stdio.files import cannot_write, open_named, told_as
 from mossnano_stdio.weights import (
     CODEC_FOLDERS,
@@ -86,26 +89,40 @@ LOCK_NAME = ".locked"  # the file in it that is locked on Windows
 Graphs = Literal["fast", "official", "all"]  # ours, those of the official contract, or both
 
 
-def build_from_checkpoint(checkpoint: Path, folder: Path, sides: Sides = "all", graphs: Graphs = "all") -> None:
+def build_from_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    sides: Sides = "all",
+    graphs: Graphs = "all",
+    maybe_int8: Int8Wish | None = None,
+) -> None:
     """Build the graphs that a checkpoint gives into `folder`. It may lie inside a text-to-speech model's folder."""
     if (maybe_file := maybe_mimi_file(checkpoint)) is not None:
-        save_mimi_bundle(folder, load_mimi(maybe_file), name=_mimi_name(maybe_file), sides=sides, graphs=graphs)
+        mimi, name = load_mimi(maybe_file), _mimi_name(maybe_file)
+        save_mimi_bundle(folder, mimi, name=name, sides=sides, graphs=graphs, maybe_int8=maybe_int8)
         return
     if (maybe_file := maybe_encodec_file(checkpoint)) is not None:
+        _refuse_int8(maybe_int8)
         save_encodec_bundle(
             folder, load_encodec(maybe_file), name=_encodec_name(maybe_file), sides=sides, graphs=graphs
         )
         return
     if (maybe_document := maybe_frame_graphs(checkpoint)) is not None:
+        _refuse_int8(maybe_int8)
         save_frame_graphs(folder, checkpoint, maybe_document)
         return
     codec = maybe_codec_inside(checkpoint) or checkpoint
     weights = load_checkpoint(codec, sides)
     name = codec.resolve().name
-    save_bundle(folder, weights, name=name, checkpoint_name=name, graphs=graphs)
+    save_bundle(folder, weights, name=name, checkpoint_name=name, graphs=graphs, maybe_int8=maybe_int8)
 
 
-def build_from_bundle(source: Path, folder: Path) -> None:
+def _refuse_int8(maybe_int8: Int8Wish | None) -> None:
+    if maybe_int8 is not None:
+        raise UsageError("--precision int8 is for codecs with transformers, and EnCodec has none; leave it out")
+
+
+def build_from_bundle(source: Path, folder: Path, maybe_int8: Int8Wish | None = None) -> None:
     """Build our own graphs into `folder` from the weights in the official graphs of `source`, which may be `folder`."""
     bundle = load_bundle(source)
     if bundle.demo:
@@ -123,15 +140,18 @@ def build_from_bundle(source: Path, folder: Path) -> None:
             for path in {file.path for name in names for file in bundle.graph(name).files}:
                 _copy(path, stage)
         graphs = _save_own_graphs(stage, weights)
+        records = record_files(stage, _files_of(graphs))
+        fast_files = _files_of({name: graph for name, graph in graphs.items() if name == "fast"})
+        keeps_int8 = beside and all(bundle.sidecar.files.get(name) == records[name] for name in fast_files)
+        older = {name: graph for name, graph in bundle.sidecar.graphs.items() if keeps_int8 or graph.precision != INT8}
         sidecar = replace(
             bundle.sidecar,
             codebook_size=weights.format.codebook_size,
-            graphs={**bundle.sidecar.graphs, **graphs},
-            files={**bundle.sidecar.files, **record_files(stage, _files_of(graphs))},
+            graphs={**older, **graphs},  # an int8 graph of other weights is none of these
+            files={**bundle.sidecar.files, **records},
         )
-        save_sidecar(stage, sidecar)
         _copy(bundle.folder / METADATA_NAME, stage)
-        try_folders(bundle.folder, stage)
+        _finish(stage, sidecar, bundle.folder, maybe_int8)
         if beside:  # the metadata lay here for the trial only
             (stage / METADATA_NAME).unlink()
 
@@ -144,6 +164,7 @@ def save_bundle(
     checkpoint_name: str,
     graphs: Graphs = "all",
     trial: bool = True,
+    maybe_int8: Int8Wish | None = None,
 ) -> None:
     """Build graphs into `folder`: the official contract's, our own, metadata and `mossnano.json`.
 
@@ -163,9 +184,7 @@ def save_bundle(
             graphs=own,
             files=record_files(stage, [*names, METADATA_NAME, *_files_of(own)]),
         )
-        save_sidecar(stage, sidecar)
-        if trial:
-            try_folders(stage, stage)
+        _finish(stage, sidecar, stage if trial else None, maybe_int8)
 
 
 def maybe_codec_inside(folder: Path) -> Path | None:
@@ -184,6 +203,7 @@ def save_mimi_bundle(
     sides: Sides = "all",
     graphs: Graphs = "all",
     trial: bool = True,
+    maybe_int8: Int8Wish | None = None,
 ) -> None:
     """Build the graphs of a Mimi, and `mossnano.json`, into `folder`. Its "fast" ones are those that step."""
     saves = {
@@ -193,7 +213,9 @@ def save_mimi_bundle(
         ("encode", "official"): ("encode", save_whole_encode),
     }
     chosen = _chosen(saves, sides, graphs)
-    _save_own_codec(folder, OwnCodec(MIMI, weights.format), weights, chosen, name=name, trial=trial)
+    _save_own_codec(
+        folder, OwnCodec(MIMI, weights.format), weights, chosen, name=name, trial=trial, maybe_int8=maybe_int8
+    )
 
 
 def save_encodec_bundle(
@@ -226,8 +248,7 @@ def save_frame_graphs(folder: Path, source: Path, document: Entry) -> None:
     codec = OwnCodec(ENCODEC, frame_graph_format(document))
     with staged(folder) as stage:
         built = dict(copy_frame_graphs(source, document, stage))
-        _save_sidecar_of(stage, codec, built, f"{ENCODEC}, {source.resolve().name}")
-        try_folders(stage, stage)
+        _finish(stage, _sidecar_of(stage, codec, built, f"{ENCODEC}, {source.resolve().name}"), stage, None)
 
 
 Saves = Mapping[tuple[str, str], tuple[str, Callable[[Path, Any], GraphSpec]]]  # (side, kind) -> graph, what writes it
@@ -249,24 +270,33 @@ def _save_own_codec(
     *,
     name: str,
     trial: bool,
+    maybe_int8: Int8Wish | None = None,
 ) -> None:
     """Build the graphs of a codec that has no official metadata, and `mossnano.json`, into `folder`."""
     with staged(folder) as stage:
         built = {graph_name: save(stage, weights) for graph_name, save in saves.items()}
-        _save_sidecar_of(stage, codec, built, name)
-        if trial:
-            try_folders(stage, stage)
+        _finish(stage, _sidecar_of(stage, codec, built, name), stage if trial else None, maybe_int8)
 
 
-def _save_sidecar_of(stage: Path, codec: OwnCodec, built: dict[str, GraphSpec], name: str) -> None:
-    sidecar = Sidecar(
+def _finish(stage: Path, sidecar: Sidecar, maybe_judge: Path | None, maybe_int8: Int8Wish | None) -> None:
+    """Write what is said of the graphs, make the int8 one of those that are there, and try all beside `maybe_judge`."""
+    save_sidecar(stage, sidecar)
+    if maybe_int8 is not None:
+        built = add_int8(stage, load_bundle(stage), maybe_int8)
+        files = {**sidecar.files, **record_files(stage, _files_of(built))}
+        save_sidecar(stage, replace(sidecar, graphs={**sidecar.graphs, **built}, files=files))
+    if maybe_judge is not None:
+        try_folders(maybe_judge, stage, maybe_int8.recorded if maybe_int8 else ())
+
+
+def _sidecar_of(stage: Path, codec: OwnCodec, built: dict[str, GraphSpec], name: str) -> Sidecar:
+    return Sidecar(
         name=name,
         codebook_size=codec.format.codebook_size,
         maybe_codec=codec,
         graphs=built,
         files=record_files(stage, _files_of(built)),
     )
-    save_sidecar(stage, sidecar)
 
 
 def _mimi_name(path: Path) -> str:

@@ -1,11 +1,13 @@
 """Runs our own graphs beside the official ones, before they are kept.
 
-    python -m mossnano_stdio.build.trial SOURCE BUILT     two weights folders, which may be one
+    python -m mossnano_stdio.build.trial SOURCE BUILT [CODES ...]     two weights folders, which may be one
 
 Rules of this room:
 
 - Decoding: seeded random codes of 15 s, which is longer than every context of the published models, in chunks of mixed
   sizes. The audio must be that of the bundle's own decode_step within MAX_ERROR.
+- An int8 graph is held against the float32 graph that it was made of: the worst second must keep its bar, over the same
+  codes and over recorded ones (precision.py).
 - Where a codec has no official graphs but one of ours over whole files, that is the reference, over codes that go past
   the longest context.
 - Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
@@ -28,10 +30,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.build.precision import (
+    CHUNK_FRAMES,
+    SEED,
+    decoded,
+    load_recorded,
+    noises_of,
+    seeded_codes,
+    sounds_of,
+    worst_db,
+)
 from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import (
-    SeekingDecoder,
+    INT8,
+    PRECISIONS,
     SegmentDecoder,
+    int8_name,
     load_decoder,
     load_encoder_runtime,
     load_full_decoder,
@@ -47,21 +61,19 @@ from mossnano_stdio.errors import (
     MossnanoError,
     OutOfMemoryError,
 )
-from mossnano_stdio.tokens import CodecFormat, Codes
+from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights import Bundle, Graph, load_bundle
+from mossnano_stdio.weights.checked_json import Entry
 
-DECODED_SECONDS = 15
 FRAMES_PAST_CONTEXT = 12
 REMEMBERED_FRAMES = 40  # for layers without a context: what they remember shows long before
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
-CHUNK_FRAMES = (1, 2, 4, 8)  # in turn; the official graph takes the largest throughout, which is quickest
 # Two rows can be equally near within float rounding. A code chosen the other way changes the codes after it in its
 # frame, and nothing else.
 MIN_FRAMES_PER_TIE = 50
 LEVEL = 0.1  # RMS of what is encoded
 PITCHES = (0.002, 0.005, 0.011, 0.023, 0.047)  # of its tones, in cycles per sample
-SEED = 0
 LARGE_BYTES = 1 << 30  # of graphs. To start a process for smaller ones takes longer than their trial
 
 Audio = NDArray[np.float32]
@@ -71,21 +83,22 @@ ERRORS: dict[int, type[MossnanoError]] = {  # what a trial ended with -> what it
 }
 
 
-def try_folders(source: Path, built: Path) -> None:
-    """Try the graphs of our own in `built` beside those of `source`. Raises what was wrong with them."""
+def try_folders(source: Path, built: Path, recorded: Sequence[Path] = ()) -> None:
+    """Try the graphs of our own in `built` beside those of `source`. Raises what was wrong with them. `recorded`: files
+    of codes that an int8 graph was made with."""
     if sum(path.stat().st_size for path in built.iterdir()) >= LARGE_BYTES:
-        try_in_own_process(source, built)
+        try_in_own_process(source, built, recorded)
         return
     try:
-        try_graphs(load_bundle(source), load_bundle(built))
+        try_graphs(load_bundle(source), load_bundle(built), recorded)
     except BaseException as error:
         # What failed holds the graphs open, and Windows removes no file that is open.
         traceback.clear_frames(error.__traceback__)
         raise
 
 
-def try_in_own_process(source: Path, built: Path) -> None:
-    command = [sys.executable, "-m", __name__, str(source), str(built)]
+def try_in_own_process(source: Path, built: Path, recorded: Sequence[Path] = ()) -> None:
+    command = [sys.executable, "-m", __name__, str(source), str(built), *map(str, recorded)]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     if run.returncode < 0:
         raise OutOfMemoryError(
@@ -96,7 +109,7 @@ def try_in_own_process(source: Path, built: Path) -> None:
         raise ERRORS.get(run.returncode, BugError)(run.stdout.strip() or f"the trial ended with {run.returncode}")
 
 
-def try_graphs(source: Bundle, built: Bundle) -> None:
+def try_graphs(source: Bundle, built: Bundle, recorded: Sequence[Path] = ()) -> None:
     """Everything of our own that `built` has."""
     if built.has_graph("fast"):
         try_decoder(source, built)
@@ -104,6 +117,9 @@ def try_graphs(source: Bundle, built: Bundle) -> None:
         try_steps(source, built)
     elif built.has_graph("decode_segment"):
         try_segments(built)
+    for name in ("fast", "decode_step"):
+        if built.has_graph(int8_name(name)):
+            try_int8(built, name, recorded)
     if built.has_graph("encode_step"):
         try_encoder(source, built)
 
@@ -112,12 +128,12 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
     """Compare the fast graph of `built` with the decode_step of `source`, or else with itself."""
     judge, judged_by = ("official", "decode_step") if source.has_graph("decode_step") else ("fast", "fast")
     codec = source.format
-    shape = (round(DECODED_SECONDS * codec.frames_per_second), codec.quantizers)
-    codes = np.random.default_rng(SEED).integers(0, codec.codebook_size, shape, dtype=np.uint16)
-    expected = _decoded(load_decoder(source, graph=judge), codes, CHUNK_FRAMES[-1:])
+    codes = seeded_codes(codec)
+    # The official graph takes the largest chunks throughout, which is quickest.
+    expected = decoded(load_decoder(source, graph=judge), codes, CHUNK_FRAMES[-1:])
     if not expected.any():
         raise CheckFailedError(f"{source.graph(judged_by).path}: gives silence for random codes, so nothing is kept")
-    found = _decoded(load_decoder(built, graph="fast"), codes, CHUNK_FRAMES)
+    found = decoded(load_decoder(built, graph="fast"), codes)
     _compare(found, expected, len(codes), "the fast graph", source.graph(judged_by))
 
 
@@ -131,8 +147,22 @@ def try_steps(source: Bundle, built: Bundle) -> None:
         reference, expected = source.graph("decode_full"), load_full_decoder(source).decode(codes)
     else:
         reference = source.graph("decode_step")
-        expected = _decoded(runtime.new_decoder(), codes, CHUNK_FRAMES[-1:])
-    _compare(_decoded(runtime.new_decoder(), codes, CHUNK_FRAMES), expected, frames, "stepping", reference)
+        expected = decoded(runtime.new_decoder(), codes, CHUNK_FRAMES[-1:])
+    _compare(decoded(runtime.new_decoder(), codes), expected, frames, "stepping", reference)
+
+
+def try_int8(built: Bundle, name: str, recorded: Sequence[Path]) -> None:
+    """Compare an int8 graph with the float32 graph that it was made of."""
+    graph = built.graph(int8_name(name))
+    bar_db = Entry(dict(graph.facts), f"{graph.path}: facts").at(INT8).at("bar_db").number()
+    streams = [seeded_codes(built.format), *(load_recorded(path, built.format) for path in recorded)]
+    expected, found = (sounds_of(built, streams, precision) for precision in PRECISIONS)
+    reached_db = worst_db(noises_of(found, expected, built.format.sample_rate))
+    if not reached_db >= bar_db:  # NaN is too little as well
+        raise CheckFailedError(
+            f"{graph.path.name} is at {reached_db:.2f} dB of {built.graph(name).path.name} in its worst second; "
+            f"{bar_db:g} are the least, so it is not kept"
+        )
 
 
 def try_segments(built: Bundle) -> None:
@@ -193,22 +223,10 @@ def _recording(codec: CodecFormat) -> NDArray[np.float32]:
     return levelled
 
 
-def _decoded(decoder: SeekingDecoder, codes: Codes, chunk_frames: Sequence[int]) -> NDArray[np.float32]:
-    pieces: list[NDArray[np.float32]] = []
-    start = 0
-    while start < len(codes):
-        frames = chunk_frames[len(pieces) % len(chunk_frames)]
-        if not start:
-            frames = max(frames, first_chunk_frames_of(decoder))
-        pieces.append(decoder.step(codes[start : start + frames]))
-        start += frames
-    return np.concatenate(pieces)
-
-
 def _run() -> int:
     try:
-        source, built = map(Path, sys.argv[1:])
-        try_graphs(load_bundle(source), load_bundle(built))
+        source, built, *recorded = map(Path, sys.argv[1:])
+        try_graphs(load_bundle(source), load_bundle(built), recorded)
     except MossnanoError as error:
         sys.stdout.buffer.write(str(error).encode("utf-8", "backslashreplace"))
         return error.exit_status

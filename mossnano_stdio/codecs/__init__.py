@@ -28,7 +28,8 @@ from mossnano_stdio.codecs.encodec import (
 )
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
-from mossnano_stdio.errors import BundleError
+from mossnano_stdio.codecs.precisions import INT8, PRECISIONS, PrecisionName, int8_name
+from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
 from mossnano_stdio.tokens.arrays import warm_up_frames
 from mossnano_stdio.weights import Bundle
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
     from mossnano_stdio.codecs.whole import FullEncoder as FullEncoder
 
 __all__ = [
+    "INT8",
+    "PRECISIONS",
     "PROVIDERS",
     "EncoderRuntime",
     "Engine",
     "Family",
     "FrameGraphEncoder",
     "GraphName",
+    "PrecisionName",
     "Runtime",
     "SeekingDecoder",
     "SegmentDecoder",
@@ -52,6 +56,7 @@ __all__ = [
     "UnfitRuntimeError",
     "default_threads",
     "family_of",
+    "int8_name",
     "load_decoder",
     "load_encoder",
     "load_encoder_runtime",
@@ -80,7 +85,7 @@ class Family(Protocol):
 
     def recognises(self, bundle: Bundle) -> bool: ...
 
-    def load_runtime(self, bundle: Bundle, engine: Engine, graph: str | None) -> Runtime: ...
+    def load_runtime(self, bundle: Bundle, engine: Engine, graph: str | None, precision: str | None) -> Runtime: ...
 
     def load_encoder_runtime(self, bundle: Bundle, engine: Engine) -> EncoderRuntime: ...
 
@@ -168,10 +173,16 @@ def load_runtime(
     provider: str = "cpu",
     threads: int | None = None,
     graph: str | None = None,
+    precision: str | None = None,
     spin: bool = False,
 ) -> Runtime:
-    """Load what decodes: by default the quickest graph that the bundle has."""
-    return family_of(bundle).load_runtime(bundle, Engine.of(provider, threads, spin), graph)
+    """Load what decodes: by default the quickest graph that the bundle has, in float32."""
+    if precision not in (None, *PRECISIONS):
+        raise UsageError(f"precision {precision!r} is not known, allowed are {' and '.join(PRECISIONS)}")
+    runtime = family_of(bundle).load_runtime(bundle, Engine.of(provider, threads, spin), graph, precision)
+    if precision not in (None, runtime.precision):
+        raise BundleError(f"{bundle.folder}: decodes in {runtime.precision}, and {precision} was asked for")
+    return runtime
 
 
 def load_decoder(bundle: Bundle, **options: Any) -> SeekingDecoder:
@@ -239,8 +250,9 @@ def ramp_second_frames(runtime: Runtime | EncoderRuntime) -> int:
     A step reads all weights, however few frames it has. Where they are many that is what it costs, so it is measured
     here, by steps of 1, 2, 4 and 8 frames. Smaller models are quicker than their sound on any machine that plays it.
     """
-    graph_name = "decode_step" if runtime.graph_name == "official" else runtime.graph_name
-    if sum(file.path.stat().st_size for file in runtime.bundle.graph(graph_name).files) < LARGE_BYTES:
+    name = "decode_step" if runtime.graph_name == "official" else runtime.graph_name
+    graph = runtime.bundle.graph(int8_name(name) if runtime.precision == INT8 else name)
+    if sum(file.path.stat().st_size for file in graph.files) < LARGE_BYTES:
         return 2
     step = _step_of_nothing(runtime)
     step(1)  # the first one is the slowest of all

@@ -49,7 +49,10 @@ def recognises(bundle: Bundle) -> bool:
     return bundle.sidecar.maybe_codec is not None and bundle.sidecar.maybe_codec.family == NAME
 
 
-def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> EncodecRuntime | SegmentRuntime:
+def load_runtime(
+    bundle: Bundle, engine: Engine, graph: str | None, precision: str | None
+) -> EncodecRuntime | SegmentRuntime:
+    """There is one graph of each, so `precision` must be what it has."""
     if graph is not None:
         raise UsageError(f"graph {graph!r} is not known, {NAME} has one graph that decodes; leave the choice out")
     if (maybe_graph := bundle.graphs.get("decode_segment")) is not None:

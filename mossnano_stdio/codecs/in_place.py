@@ -72,7 +72,7 @@ class InPlaceGraph:
         RingSpec.
         """
         if engine.provider != "cpu":
-            other = f"; `--graph official` runs on {engine.provider!r}" if graph.name == "fast" else ""
+            other = f"; `--graph official` runs on {engine.provider!r}" if graph.name.startswith("fast") else ""
             raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
         self.specs = tuple(_ring_specs(graph, rounded_frames))
         support = attention_support() if self.specs else "in place"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from mossnano_stdio.codecs.engine import Engine
 from mossnano_stdio.codecs.moss import DecodeRowsRuntime, StreamEncoderRuntime
+from mossnano_stdio.codecs.precisions import INT8, check_has_int8
 from mossnano_stdio.errors import UsageError
 from mossnano_stdio.weights import Bundle
 from mossnano_stdio.weights.checked_json import Entry
@@ -26,9 +27,12 @@ def recognises(bundle: Bundle) -> bool:
     return bundle.sidecar.maybe_codec is not None and bundle.sidecar.maybe_codec.family == NAME
 
 
-def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> MimiRuntime:
+def load_runtime(bundle: Bundle, engine: Engine, graph: str | None, precision: str | None) -> MimiRuntime:
     if graph not in (None, MimiRuntime.graph_name):
         raise UsageError(f"graph {graph!r} is not known, {NAME} has one graph that decodes; leave the choice out")
+    if precision == INT8:
+        check_has_int8(bundle, MimiRuntime.graph_name)
+        return MimiRuntime(bundle, engine, INT8)
     return MimiRuntime(bundle, engine)
 
 

@@ -35,6 +35,7 @@ from mossnano_stdio.codecs.contract import (
 )
 from mossnano_stdio.codecs.engine import Engine, TensorSpec, UnfitRuntimeError, open_session
 from mossnano_stdio.codecs.in_place import InPlaceGraph, InPlaceState
+from mossnano_stdio.codecs.precisions import INT8, check_has_int8, int8_name
 from mossnano_stdio.codecs.stepping import GraphState, run_step
 from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
@@ -65,10 +66,17 @@ def recognises(bundle: Bundle) -> bool:
     )
 
 
-def load_runtime(bundle: Bundle, engine: Engine, graph: str | None) -> OfficialRuntime | FastRuntime:
+def load_runtime(
+    bundle: Bundle, engine: Engine, graph: str | None, precision: str | None
+) -> OfficialRuntime | FastRuntime:
     """By default the fast graph where the bundle has it, else the official one; both give the same sound."""
     if graph not in (None, *get_args(GraphName)):
         raise UsageError(f"graph {graph!r} is not known, allowed are {' and '.join(get_args(GraphName))}")
+    if precision == INT8:
+        if graph == "official":
+            raise UsageError("the official graph has no int8; leave the graph out, or int8")
+        check_has_int8(bundle, "fast")
+        return FastRuntime(bundle, engine, INT8)
     if graph == "fast":
         if not bundle.has_graph("fast"):
             raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
@@ -198,12 +206,17 @@ class InPlaceRuntime:
     rounded_frames = ROUNDED_FRAMES
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        precision: str = "float32",
     ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.format = bundle.format
-        graph = bundle.graph(self.graph_name)
+        graph = bundle.graph(int8_name(self.graph_name) if precision == INT8 else self.graph_name)
         self.path = graph.path
         self.precision = graph.precision
         self.in_place = InPlaceGraph(graph, engine, inputs, outputs, self.rounded_frames)
@@ -219,12 +232,13 @@ class DecodeRowsRuntime(InPlaceRuntime):
 
     decodes_prefix = True
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, precision: str = "float32") -> None:
         super().__init__(
             bundle,
             engine,
             inputs={"rows": TensorSpec((None, bundle.format.quantizers), INT32)},
             outputs={"audio": TensorSpec((None, bundle.format.channels), FLOAT32)},
+            precision=precision,
         )
 
     def new_decoder(self) -> FastDecoder:

@@ -4,12 +4,14 @@ Rules of this room:
 
 - A file is read block by block. Samples of 16 bits stay integers until floats are asked for.
 - NaN and infinity raise an error that names the place of the first.
+- What is there is read, whatever the header says; but `read_part` refuses a file that ends before its header says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
 import wave
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,11 +26,19 @@ from mossnano_stdio.errors import InputError, NonFiniteError, UsageError
 from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.pcm.form import import_soxr
 from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite, pcm16_samples
+from mossnano_stdio.pcm.wav import WavWriter
 from mossnano_stdio.tokens import SAMPLE_BYTES
 
 WIDEST_PCM_BYTES: Final = 4
 AUDIO_STARTS: Final = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff")
 AUDIO_SUFFIXES: Final = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".caf")
+
+WRITTEN_FORMS: Final = ("flac", "wav", "ogg")
+MISJUDGED_SECONDS: Final = 0.5
+MP3_FRAME_SAMPLES: Final = 1152
+LEAST_UNKNOWN_BYTES: Final = 0x7FFF0000  # what is written to a pipe says about this, or twice as much, of its length
+# RIFF's own size is not among them: many programs get it wrong, and nothing depends on it.
+_LENGTHS_IN_LOG: Final = re.compile(r"(?:data|SSND|riff|Riff size) *: *(\d+) \(should be (\d+)\)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +109,111 @@ def read_sound(file: BinaryIO, name: str) -> Sound:
     return _read_by(soundfile, file, name)
 
 
+def read_part(file: BinaryIO, name: str, start_seconds: float = 0.0, maybe_end_seconds: float | None = None) -> Sound:
+    """The sound between two places of a file that can seek; an InputError where the file is cut, or has no such part.
+
+    A part may end MISJUDGED_SECONDS behind the file's end: what others wrote down of its length is often rounded.
+    """
+    import soundfile
+
+    sound = _opened(soundfile, file, name)
+    _refuse_cut_file(sound, name)
+    rate = sound.samplerate
+    start = round(start_seconds * rate)
+    end = sound.frames if maybe_end_seconds is None else round(maybe_end_seconds * rate)
+    if not sound.frames:
+        raise InputError(f"{name} has no samples")
+    if start >= sound.frames or end > sound.frames + MISJUDGED_SECONDS * rate:
+        raise InputError(
+            f"{name} is {sound.frames / rate:.3f} s long, and has no part from {start_seconds:g} s to "
+            + ("its end" if maybe_end_seconds is None else f"{maybe_end_seconds:g} s")
+        )
+    samples = min(end, sound.frames) - start
+    if samples <= 0:
+        raise InputError(f"{name} has no samples from {start_seconds:g} s to {maybe_end_seconds:g} s")
+    dtype = np.int16 if sound.subtype == "PCM_16" else np.float32
+    stored = _blocks_of_part(soundfile, sound, name, start, samples, dtype)
+    return Sound(rate, sound.channels, samples, dtype, stored)
+
+
+def _blocks_of_part(
+    soundfile: ModuleType, sound: Any, name: str, start: int, samples: int, dtype: type[Any]
+) -> Iterator[NDArray[Any]]:
+    place = 0
+    with sound:
+        try:
+            if sound.format == "MP3":  # where libsndfile only comes near the place that it is told
+                while place < start and (passed := len(sound.read(min(BLOCK_SAMPLES, start - place)))):
+                    place += passed
+            elif start:
+                place = sound.seek(start)
+            while place < start + samples:
+                block = sound.read(min(BLOCK_SAMPLES, start + samples - place), dtype=dtype.__name__, always_2d=True)
+                check_finite(block, place)
+                if not len(block):
+                    break
+                yield block
+                place += len(block)
+        except soundfile.SoundFileError as error:
+            raise InputError(f"{name} cannot be read on from sample {place}: {error}") from None
+        except NonFiniteError as error:
+            raise InputError(f"{name}: {error}") from None
+    missing = start + samples - place
+    if missing > (MP3_FRAME_SAMPLES if sound.format == "MP3" else 0):  # its header's count may be that much too high
+        raise InputError(f"{name} is cut: it ends at sample {place}, its header says {sound.frames}")
+
+
+def _refuse_cut_file(sound: Any, name: str) -> None:
+    """libsndfile mends a header that says more than there is; what it said before stands in its log."""
+    for said, found in _LENGTHS_IN_LOG.findall(sound.extra_info):
+        if int(found) < int(said) < LEAST_UNKNOWN_BYTES:
+            raise InputError(f"{name} is cut: {found} bytes of its sound are there, its header says {said}")
+
+
+def write_sound(file: BinaryIO, form: str, sample_rate: int, channels: int, blocks: Iterable[bytes]) -> None:
+    """Write blocks of PCM16 as one of WRITTEN_FORMS to a file that can seek."""
+    if form == "wav":
+        writer = WavWriter(file, sample_rate, channels)
+        for pcm in blocks:
+            writer.write(pcm)
+        writer.finish()
+        return
+    import soundfile
+
+    subtype = "VORBIS" if form == "ogg" else "PCM_16"
+    target = _Told(file)
+    try:
+        with soundfile.SoundFile(target, "w", sample_rate, channels, subtype, format=form.upper()) as sound:
+            for pcm in blocks:
+                sound.write(pcm16_samples(pcm, channels))
+                target.check()
+    except soundfile.SoundFileError as error:
+        target.check()
+        raise InputError(f"{sample_rate} Hz of {channels} channels cannot be written as {form}: {error}") from None
+    target.check()
+
+
+class _Told:
+    """A file for libsndfile that keeps what went wrong in a write. There an exception would only be printed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._maybe_error: Exception | None = None
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except Exception as error:  # noqa: BLE001 - raised again by `check`
+            self._maybe_error = self._maybe_error or error
+            return 0
+
+    def check(self) -> None:
+        if self._maybe_error is not None:
+            raise self._maybe_error
+
+
 def resampled(
     blocks: Iterable[NDArray[np.float32]], channels: int, sample_rate: int, wanted_rate: int
 ) -> Iterator[NDArray[np.float32]]:
@@ -137,10 +252,7 @@ class _Patient:
 
 
 def _read_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Sound:
-    try:
-        sound = soundfile.SoundFile(_Patient(file))
-    except soundfile.SoundFileError as error:
-        raise InputError(f"{name} is no audio file that can be read: {error}") from None
+    sound = _opened(soundfile, file, name)
     dtype = np.int16 if sound.subtype == "PCM_16" else np.float32
 
     def blocks() -> Iterator[NDArray[Any]]:
@@ -160,6 +272,13 @@ def _read_by(soundfile: ModuleType, file: BinaryIO, name: str) -> Sound:
                 start += len(block)
 
     return Sound(sound.samplerate, sound.channels, sound.frames, dtype, blocks())
+
+
+def _opened(soundfile: ModuleType, file: BinaryIO, name: str) -> Any:
+    try:
+        return soundfile.SoundFile(_Patient(file))
+    except soundfile.SoundFileError as error:
+        raise InputError(f"{name} is no audio file that can be read: {error}") from None
 
 
 def _read_by_wave(file: BinaryIO, name: str) -> Sound:

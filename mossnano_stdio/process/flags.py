@@ -20,6 +20,7 @@ from mossnano_stdio.chunks import (
     Schedule,
     frames_for_seconds,
 )
+from mossnano_stdio.errors import UsageError
 from mossnano_stdio.pcm import (
     FORM_SETTINGS,
     LEAST_GAIN_DB,
@@ -33,6 +34,8 @@ from mossnano_stdio.playback.defaults import LATENCY_MS, MAX_VOLUME, PREBUFFER_M
 
 MAX_CHUNK_SECONDS: Final = 80.0
 LONGEST_WAIT_MS: Final = 60_000.0
+INT8_DB: Final = 45.0
+MOST_INT8_DB: Final = 200.0
 
 
 Arguments = argparse._ActionsContainer  # a parser, or a group of one
@@ -43,6 +46,11 @@ def add_decoder_arguments(parser: Arguments) -> None:
     parser.add_argument("--weights", metavar="DIR|demo", help="a weights folder, or the built-in demo")
     add_engine_arguments(parser)
     parser.add_argument("--graph", choices=("official", "fast"), help="which graph runs (fast where there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "int8"),
+        help="int8: the graph that `mossnano build --precision float32,int8` makes, smaller and quicker (float32)",
+    )
 
 
 def add_engine_arguments(parser: Arguments) -> None:
@@ -105,6 +113,35 @@ def chosen_schedule(
     if options.chunk_frames is not None:
         return Fixed(options.chunk_frames)
     return new_ramp()
+
+
+def add_build_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """In which precisions the graph that decodes is built."""
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float32,int8"),
+        default="float32",
+        help="float32,int8: beside the float32 graph one that does some layers in 8 bits (float32)",
+    )
+    parser.add_argument(
+        "--int8-db",
+        type=number_above_zero(MOST_INT8_DB),
+        default=INT8_DB,
+        metavar="DB",
+        help="how far the noise of int8 must lie below the sound in the worst second (%(default)g)",
+    )
+    parser.add_argument(
+        "--codes",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with int8: recorded codes (.mossnano, .npy, .json, .u16le) that it must hold over, too; may be repeated",
+    )
+
+
+def check_build_precision(options: argparse.Namespace) -> None:
+    if options.precision == "float32" and (options.codes or options.int8_db != INT8_DB):
+        raise UsageError("--codes and --int8-db are for --precision float32,int8, which is not given")
 
 
 def add_zero_frame_argument(parser: argparse.ArgumentParser) -> None:

@@ -148,7 +148,7 @@ def load_codec(options: argparse.Namespace) -> Loaded:
         runtime = encoding = load_encoder_runtime(bundle, **engine)
         loaded = ready_to_encode(encoding.new_encoder, _identity(bundle, encoding))
     else:
-        runtime = decoding = load_runtime(bundle, graph=options.graph, **engine)
+        runtime = decoding = load_runtime(bundle, graph=options.graph, precision=options.precision, **engine)
         loaded = ready_to_decode(decoding.new_decoder, _identity(bundle, decoding))
     # Measured once, when a ramp is first asked for: while loading, or by SETTINGS after a fixed size.
     return replace(loaded, ramp_second_frames=cache(lambda: ramp_second_frames(runtime)))
@@ -471,6 +471,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stop-on-zero-frame is for decoding; leave it out with --encode")
     if options.encode and (options.output not in ("framed", "none") or options.play or options.graph):
         parser.error("--encode writes tokens as messages: --output raw and wav, --play and --graph are for decoding")
+    if options.encode and options.precision:
+        parser.error("--precision is for decoding; leave it out with --encode: encoders are float32")
     for name in (*SOUND_OPTIONS, "window_samples"):
         if options.encode and getattr(options, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for decoding: --encode writes no sound")

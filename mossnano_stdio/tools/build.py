@@ -12,6 +12,11 @@ codec/). OUT_DIR may be DIR. Official files are never changed.
 Our graphs are kept only if they decode as the official ones do. --graphs fast builds ours alone; they are then compared
 with themselves in other chunks. Of the larger models that is what there is memory and disk for: the trial, a process of
 its own, loads whatever it compares.
+
+--precision float32,int8 builds a second graph that decodes, with the products of some layers in 8 bits: smaller, and
+quicker where that is allowed to cost something. Which layers is found by decoding: those that save most time for the
+noise that they add, as many as leave the worst second at --int8-db (45) against float32, over seeded codes and over
+recorded ones, --codes. float32 remains what runs; `--precision int8` chooses the other.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import argparse
 from pathlib import Path
 
 from mossnano_stdio.errors import ExitStatus, UsageError
+from mossnano_stdio.process.flags import add_build_precision_arguments, check_build_precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="of a checkpoint, ours or the official contract's (all)",
     )
+    add_build_precision_arguments(parser)
     parser.add_argument("--from-bundle", type=Path, metavar="DIR", help="take the weights out of these official files")
 
 
@@ -47,15 +54,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--from-bundle builds our own graphs of all that the files hold; leave --what and --graphs out"
         )
+    check_build_precision(args)
+    if "int8" in args.precision and (args.what == "encode" or args.graphs == "official"):
+        raise UsageError("--precision int8 is of our graph that decodes; leave --what encode and --graphs official out")
     try:
-        from mossnano_stdio.build.bundle import build_from_bundle, build_from_checkpoint
+        from mossnano_stdio.build.bundle import Int8Wish, build_from_bundle, build_from_checkpoint
     except ImportError as error:
         raise UsageError(
             f"building needs {error.name}, which is not installed: pip install 'mossnano-stdio[build]'"
         ) from None
+    maybe_int8 = Int8Wish(args.int8_db, tuple(map(Path, args.codes))) if "int8" in args.precision else None
     if args.from_bundle:
-        build_from_bundle(args.from_bundle, args.folder)
+        build_from_bundle(args.from_bundle, args.folder, maybe_int8)
     else:
-        build_from_checkpoint(args.checkpoint, args.folder, args.what, args.graphs)
+        build_from_checkpoint(args.checkpoint, args.folder, args.what, args.graphs, maybe_int8)
     print(args.folder)
     return ExitStatus.DONE

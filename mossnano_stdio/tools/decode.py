@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_flags(args: argparse.Namespace) -> None:
     if args.json and args.sound == STANDARD_STREAM:
         raise UsageError("--json and the sound both want stdout; give the sound a file")
-    if args.decoder == "full" and (args.chunk_frames or args.chunk_seconds or args.graph):
-        raise UsageError("--decoder full has no chunks and no other graph; leave those flags out")
+    if args.decoder == "full" and (args.chunk_frames or args.chunk_seconds or args.graph or args.precision):
+        raise UsageError("--decoder full has no chunks, no other graph and no int8; leave those flags out")
     if args.decoder == "full" and (args.start, args.duration, args.warm_up) != (None, None, None):
         raise UsageError("--decoder full decodes all of it; leave --start, --duration and --warm-up out")
     if args.warm_up is not None and args.start is None:
@@ -131,17 +131,25 @@ def _load(args: argparse.Namespace) -> _Loaded:
         _say("these are the built-in demo weights: a small synthesiser, not the codec")
     if args.decoder == "full":
         full = codecs.load_full_decoder(bundle, provider=args.provider, threads=args.threads)
-        return _Loaded(_AtOnce(full.format, full.decode), _identity(bundle, "decode_full", full.engine))
-    runtime = codecs.load_runtime(bundle, provider=args.provider, threads=args.threads, graph=args.graph)
+        return _Loaded(
+            _AtOnce(full.format, full.decode),
+            _identity(bundle, "decode_full", bundle.graph("decode_full").precision, full.engine),
+        )
+    runtime = codecs.load_runtime(
+        bundle, provider=args.provider, threads=args.threads, graph=args.graph, precision=args.precision
+    )
     decoder = runtime.new_decoder()
-    return _Loaded(decoder, _identity(bundle, runtime.graph_name, runtime.engine), (runtime, decoder))
+    return _Loaded(
+        decoder, _identity(bundle, runtime.graph_name, runtime.precision, runtime.engine), (runtime, decoder)
+    )
 
 
-def _identity(bundle: Bundle, graph: str, engine: Engine) -> dict[str, Any]:
+def _identity(bundle: Bundle, graph: str, precision: str, engine: Engine) -> dict[str, Any]:
     return {
         "weights": str(bundle.folder),
         "demo": bundle.demo,
         "graph": graph,
+        "precision": precision,
         "provider": engine.provider,
         "threads": engine.threads,
     }

@@ -19,6 +19,8 @@ says how to get them otherwise.
 Of the larger models (--model 24k, v2) no graphs that stream are published. There decode and encode get the files of the
 checkpoint that are needed (7.1 GB of 24k, up to 8.5 GB of v2), and graphs are built of them in the same folder, which
 takes as much again.
+
+--precision, --int8-db and --codes are those of `mossnano build`: --precision float32,int8 makes an int8 graph, too.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ import sys
 from pathlib import Path
 from typing import Final, Literal
 
-from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError
+from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
+from mossnano_stdio.process.flags import add_build_precision_arguments, check_build_precision
 from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, UNPINNED_MODELS, Bundle, load_bundle
 from mossnano_stdio.weights.hub import fetch, selections, tensor_files
 
 Side = Literal["decode", "encode"]
+Int8Choice = tuple[float, tuple[Path, ...]]  # decibels, recorded codes
 
 GRAPHS_OF: Final[dict[Side, set[str]]] = {"decode": {"fast", "decode_step"}, "encode": {"encode_step"}}  # of our own
 
@@ -47,12 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where they go (default: ./weights/... where ./weights exists, else the user's cache folder; "
         "mossnano-stdio finds both)",
     )
+    add_build_precision_arguments(parser)
     parser.add_argument("--no-build", action="store_true", help="the official files only, no graphs of our own")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.model in UNPINNED_MODELS:
         raise _unpinned(args.model)
+    check_build_precision(args)
+    if "int8" in args.precision and (args.no_build or args.what != "decode"):
+        raise UsageError("--precision int8 is of our graph that decodes; leave --no-build out, and --what but decode")
+    maybe_int8 = (args.int8_db, tuple(map(Path, args.codes))) if "int8" in args.precision else None
     selection = selections(args.model)[args.what]
     folder = args.to or selection.default_folder
     placed = fetch(selection, folder, _say)
@@ -61,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     if args.what != "checkpoint" and not args.no_build:
         try:
             if MODELS[args.model].maybe_bundle:
-                _build_own_graphs(folder, are_files_new=bool(placed))
+                _build_own_graphs(folder, maybe_int8, are_files_new=bool(placed))
             else:
-                _build_of_checkpoint(folder, args.model, args.what, are_files_new=bool(placed))
+                _build_of_checkpoint(folder, args.model, args.what, maybe_int8, are_files_new=bool(placed))
         except MossnanoError as error:  # what was asked for is there, and decodes without
             _say(f"our own graphs are left out: {error}")
     print(folder)
@@ -79,12 +88,13 @@ def _unpinned(model: str) -> BundleError:
     )
 
 
-def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:
+def _build_own_graphs(folder: Path, maybe_int8: Int8Choice | None, *, are_files_new: bool) -> None:
     bundle = load_bundle(folder)
-    if not bundle.has_graph("decode_step") or (bundle.has_graph("fast") and not are_files_new):
+    is_built = bundle.has_graph("fast") and maybe_int8 is None
+    if not bundle.has_graph("decode_step") or (is_built and not are_files_new):
         return
     try:
-        from mossnano_stdio.build.bundle import build_from_bundle
+        from mossnano_stdio.build.bundle import Int8Wish, build_from_bundle
     except ModuleNotFoundError as error:
         _say(
             f"our own graphs are left out, as {error.name} is not installed: pip install 'mossnano-stdio[build]', "
@@ -92,18 +102,21 @@ def _build_own_graphs(folder: Path, *, are_files_new: bool) -> None:
         )
         return
     _say("building our own graphs")
-    build_from_bundle(folder, folder)
+    build_from_bundle(folder, folder, Int8Wish(*maybe_int8) if maybe_int8 else None)
 
 
-def _build_of_checkpoint(folder: Path, model: str, what: Side, *, are_files_new: bool) -> None:
+def _build_of_checkpoint(
+    folder: Path, model: str, what: Side, maybe_int8: Int8Choice | None, *, are_files_new: bool
+) -> None:
     """Graphs of all sides whose tensors are there, which are those of `what`, and what was fetched before."""
     sides = [side for side in GRAPHS_OF if side == what or _is_fetched(model, side, folder)]
     has_metadata = any((folder / name).exists() for name in (METADATA_NAME, SIDECAR_NAME))
-    if has_metadata and not are_files_new and all(_has_graph(load_bundle(folder), side) for side in sides):
+    is_wanted_anew = are_files_new or maybe_int8 is not None
+    if has_metadata and not is_wanted_anew and all(_has_graph(load_bundle(folder), side) for side in sides):
         return
     graphs = MODELS[model].built_graphs
     try:
-        from mossnano_stdio.build.bundle import build_from_checkpoint
+        from mossnano_stdio.build.bundle import Int8Wish, build_from_checkpoint
     except ModuleNotFoundError as error:
         _say(
             f"no graphs are built, as {error.name} is not installed: pip install 'mossnano-stdio[build]', "
@@ -111,7 +124,8 @@ def _build_of_checkpoint(folder: Path, model: str, what: Side, *, are_files_new:
         )
         return
     _say("building graphs")
-    build_from_checkpoint(folder, folder, "all" if len(sides) == len(GRAPHS_OF) else what, graphs)
+    built_sides: Side | Literal["all"] = "all" if len(sides) == len(GRAPHS_OF) else what
+    build_from_checkpoint(folder, folder, built_sides, graphs, Int8Wish(*maybe_int8) if maybe_int8 else None)
 
 
 def _has_graph(bundle: Bundle, side: Side) -> bool:

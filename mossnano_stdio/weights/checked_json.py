@@ -97,6 +97,11 @@ class Entry:
             raise self.wrong(f"a whole number from {least} to {most}")
         return self.value
 
+    def number(self) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.wrong("a number")
+        return float(self.value)
+
     def shape(self) -> tuple[int, ...]:
         return tuple(item.whole(least=1) for item in self.items())
 

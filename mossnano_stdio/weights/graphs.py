@@ -92,6 +92,10 @@ class WeightFile:
                 f"it is cut short or another file: get it again"
             )
 
+    def sha256(self) -> str:
+        """What is recorded of it, or else what it is."""
+        return sha256_of(self.path) if self.record is None else self.record.sha256
+
     def check_content(self, *, afresh: bool = False) -> None:
         """Is its SHA-256 what it must be? Takes its time with a file not seen before, or `afresh` (see digest.py)."""
         if self.record is None:

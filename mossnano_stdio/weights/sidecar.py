@@ -19,7 +19,10 @@ Every key but the first is optional:
       "outputs": ["audio"],
       "states": [{"input": "keys", "output": "keys_out", "shape": [1, 4], "dtype": "float32", "initial": 0}],
       "facts": {}                     whatever the code that runs this graph has to know
-    }
+    },
+    "fast_int8": {                    the same with some products in 8 bits, "precision": "int8"; its facts have, too:
+      ...                             "int8": {"parts": [...], "bar_db": 45, "snr_db": 46.1, "codes_sha256": "..."}
+    }                                 what is in 8 bits, the bar, what was reached, over which codes
   },
   "files": {"fast.onnx": {"bytes": 123, "sha256": "..."}}    what was built, to the byte
 }

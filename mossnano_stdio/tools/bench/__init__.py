@@ -16,6 +16,10 @@ official loop, where the folder has official graphs. Where it has one graph of o
 with --against beside others. On a machine that does other things as well, believe the ratios and not the milliseconds,
 or measure steps in --cpu-time.
 
+What to compare: for one voice, steps and starts ("start to first audio" is a process from its very beginning, imports
+included), with as many threads as it will have; for many voices, real-time streams with one thread each. Those are all
+that the machine decodes at once; "per core" divides by the CPU time that they took, whatever ran how many threads.
+
 How long it is going to take, and how far it is, goes to stderr. Ctrl-C and SIGTERM end it early: what was measured by
 then is printed, and the exit status is 130 or 143.
 """
@@ -53,6 +57,12 @@ START_TITLES = {
     "load_ms": "of that, loading, ms",
     "first_step_ms": "of that, the first step, ms",
     "resident_mb": "memory, caches full, MB",
+}
+
+
+STREAM_TITLES = {
+    "real_time_streams": "real-time streams",
+    "real_time_streams_per_core": "real-time streams per core that was busy",
 }
 
 
@@ -218,7 +228,7 @@ def _measure_graphs(
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
     from mossnano_stdio.codecs import stepping_graphs
     from mossnano_stdio.tools.bench.peers import peer_sides
-    from mossnano_stdio.tools.bench.sides import Side, decoding_sides
+    from mossnano_stdio.tools.bench.sides import Side, float32_side
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
@@ -226,7 +236,7 @@ def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[st
         raise UsageError("--quantizers is for decoding: encoding gives all codes of a frame")
     sides = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=True)
     if not sides and any(map(bundle.has_graph, stepping_graphs(bundle))):
-        sides.append(replace(decoding_sides(bundle)[-1], name="decoding"))
+        sides.append(replace(float32_side(bundle), name="decoding"))
     sides.append(Side("encoding", "encode", bundle.folder))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
@@ -340,8 +350,9 @@ def _tables(figures: Mapping[str, Any]) -> list[str]:
             lines += _rows(f"{seconds} s from a reset, steps of 1, ms", sides)
         for part, sides in found.get("starts", {}).items():
             lines += _rows(START_TITLES[part], sides)
-        for count, sides in found.get("real_time_streams_per_core", {}).items():
-            lines += _rows(f"{count} streams at once: real-time streams per core", sides)
+        for figure, words in STREAM_TITLES.items():
+            for count, sides in found.get(figure, {}).items():
+                lines += _rows(f"{count} streams at once: {words}", sides)
         if "resident_mb_of_four_streams" in found:
             lines += _rows("resident_mb of four streams", found["resident_mb_of_four_streams"])
         if found.get("limit_ms_per_frame"):
@@ -361,13 +372,13 @@ def _rows(title: str, sides: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _limit_rows(found: Mapping[str, Any]) -> list[str]:
     limit_ms, reading_ms = found["limit_ms_per_frame"], found["reading_ms_per_step"]
     rows = [
-        f"  a bare matrix product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least",
+        f"  a bare float32 product reaches {found['gemm_gflops']} GFLOP/s: {limit_ms} ms a frame at the least",
         f"  memory is read at {found['stream_gb_per_second']} GB/s: {reading_ms} ms a step at the least",
     ]
     for frames, sides in found["steps_ms"].items():
         for name, side in sides.items():
             distance = side["median"] / int(frames) / limit_ms
-            rows.append(f"    step of {frames}: {name} takes {distance:.2f} times what the products alone would")
+            rows.append(f"    step of {frames}: {name} takes {distance:.2f} times what those products alone would")
     return rows
 
 

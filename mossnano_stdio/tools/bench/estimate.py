@@ -98,6 +98,7 @@ class _ReckoningWorker:
             case "streams":
                 self._fill(details["count"])
                 self._step(1, details["count"] * details["frames"])
+                return [1.0, 1.0]
             case _:  # memory
                 self._fill(details.get("streams", 1))
         return 1.0

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tools.bench.measured import Measured, measured
 from mossnano_stdio.weights import Bundle
 
+INT8_SUFFIX: Final = "-int8"
 WORKER: Final = Path(__file__).with_name("worker.py")
 UTTERANCE_SECONDS: Final = (0.08, 1, 3, 10)  # the first is one frame of nano: the first audio of a stream
 STREAM_COUNTS: Final = (1, 2, 4, 8)
@@ -36,6 +37,7 @@ LEAST_STEPS_PER_TURN: Final = 3
 SETTLING_SECONDS: Final = 0.1  # the threads were seen to spin for 40 ms
 FRAMES_PER_STREAM: Final = 6
 
+STREAM_FIGURES: Final = ("real_time_streams", "real_time_streams_per_core")
 START_PARTS: Final = ("start_to_first_audio_ms", "import_ms", "load_ms", "first_step_ms", "resident_mb")
 
 Report = Callable[[str], None]
@@ -56,7 +58,7 @@ def decoding_sides(bundle: Bundle) -> list[Side]:
     """The ways to run one weights folder, the quickest last. With official graphs their loop is first, as the others
     are measured against it.
     """
-    from mossnano_stdio.codecs import stepping_graphs
+    from mossnano_stdio.codecs import int8_name, stepping_graphs
 
     sides = []
     for graph_name, maybe_choice in stepping_graphs(bundle).items():
@@ -69,6 +71,8 @@ def decoding_sides(bundle: Bundle) -> list[Side]:
             sides.append(Side("our runtime, official graph", "official", bundle.folder))
         else:
             sides.append(Side(f"{maybe_choice} graph", maybe_choice, bundle.folder))
+        if bundle.has_graph(int8_name(graph_name)):
+            sides.append(replace(sides[-1], name=f"{sides[-1].name}, int8", kind=f"{sides[-1].kind}{INT8_SUFFIX}"))
     if not sides:
         raise BundleError(
             f"{bundle.folder}: has no decoder to measure, `mossnano build` makes one; --encode measures an encoder"
@@ -76,11 +80,16 @@ def decoding_sides(bundle: Bundle) -> list[Side]:
     return sides
 
 
+def float32_side(bundle: Bundle) -> Side:
+    """The quickest that decodes in float32."""
+    return [side for side in decoding_sides(bundle) if not side.kind.endswith(INT8_SUFFIX)][-1]
+
+
 def sides_of(bundle: Bundle, against: Sequence[Bundle] = (), peers: Sequence[Side] = ()) -> list[Side]:
     """All sides; the others are measured against the first."""
     sides = [*peers, *decoding_sides(bundle)]
     for other in against:
-        kind = decoding_sides(other)[-1].kind
+        kind = float32_side(other).kind
         taken = {side.name for side in sides}
         suffix = "" if kind == "only" else f", {kind}"
         names = [name for folder in (other.folder.name, other.folder) if (name := f"{folder}{suffix}") not in taken]
@@ -167,19 +176,25 @@ class GraphBench:
             }
 
     def streams(self, threads: int, found: dict[str, Any]) -> None:
-        """How many real-time streams one core decodes, and how much memory MANY_STREAMS take; of our sides only, as the
-        state of a peer's stream lies in its model.
+        """How many real-time streams the machine decodes, and a core of it; how much memory MANY_STREAMS take. Of our
+        sides only, as the state of a peer's stream lies in its model.
         """
+        per_core: list[float] = []  # beside what is measured on the wall, turn after turn
 
         def of_count(count: int, worker: SideProcess) -> float:
-            return float(worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)) / self._fps / threads
+            on_the_wall, on_one_core = worker.ask("streams", count=count, frames=FRAMES_PER_STREAM)
+            per_core.append(on_one_core / self._fps)
+            return float(on_the_wall / self._fps)
 
-        cells = found.setdefault("real_time_streams_per_core", {})
+        cells, core_cells = (found.setdefault(name, {}) for name in STREAM_FIGURES)
         with self._workers(threads, with_peers=False) as workers:
             for count in STREAM_COUNTS:
                 self._report(f"{threads} threads, {count} streams at once")
+                per_core.clear()
                 for summary in self._in_turn(workers, partial(of_count, count), more_is_better=True):
-                    cells[str(count)] = summary
+                    turns = per_core[len(workers) :]  # the first of each warmed up
+                    by_name = {name: turns[index :: len(workers)] for index, name in enumerate(workers)}
+                    cells[str(count)], core_cells[str(count)] = summary, _summary(by_name, more_is_better=True)
         with self._workers(threads, with_peers=False) as workers:
             self._report(f"{threads} threads, memory of {MANY_STREAMS} streams")
             for summary in self._in_turn(workers, lambda worker: worker.ask("memory", streams=MANY_STREAMS) / 1e6):

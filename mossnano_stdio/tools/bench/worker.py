@@ -8,7 +8,8 @@ line on stdin with one on stdout:
     {"do": "steps", "chunk_frames": T, "steps": N}       milliseconds of each step, caches full; with "cpu_time": 1
                                                          those that all threads together computed
     {"do": "utterance", "frames": F, "chunk_frames": T}  milliseconds from a reset to the last sample
-    {"do": "streams", "count": N, "frames": F}           frames per second of N streams at once, a thread each
+    {"do": "streams", "count": N, "frames": F}           N streams at once, a thread each: frames per second on the
+                                                         wall, and per second of CPU time that all threads used
     {"do": "memory"}                                     resident bytes now
     {"do": "memory", "streams": N}                       the same with N streams, caches full
 
@@ -16,7 +17,8 @@ Rules of this room:
 
 - SIDE `loop` is the official way and uses nothing of ours: a session with its defaults, `session.run` with a dict of
   numpy state. This file is run, not imported from the package, so that `loop` pays for its own imports only.
-- SIDE `official`, `fast` and `only` are our runtime on a graph that decodes, `encode` is our streaming encoder.
+- SIDE `official`, `fast` and `only` are our runtime on a graph that decodes, `fast-int8` and `only-int8` the same in
+  int8, `encode` is our streaming encoder.
 - SIDE `moshi`, `rustymimi`, `moshi-encode` and `rustymimi-encode` are other programs that run Mimi, by the Python of an
   environment that has them, as their users call them: numpy in, numpy out. WEIGHTS is the checkpoint then.
 - QUANTIZERS 0 means as many as the weights have; a peer has to be told.
@@ -109,7 +111,10 @@ class OurSide:
         if graph == "encode":
             self.new: Callable[[], Any] = load_encoder_runtime(bundle, threads=threads).new_encoder
         else:
-            self.new = load_runtime(bundle, threads=threads, graph=None if graph == "only" else graph).new_decoder
+            name, _, precision = graph.partition("-")
+            maybe_graph = None if name == "only" else name
+            runtime = load_runtime(bundle, threads=threads, graph=maybe_graph, precision=precision or None)
+            self.new = runtime.new_decoder
 
     def open(self, number: int) -> Any:
         return self.new()
@@ -278,7 +283,7 @@ class Worker:
         first, rest = self.chunk(self.first_frames), range((frames - self.first_frames) // chunk_frames)
         return timed_ms(lambda: [self.streams[0].step(first), *(self.streams[0].step(codes) for _ in rest)])
 
-    def streams_at_once(self, count: int, frames: int) -> float:
+    def streams_at_once(self, count: int, frames: int) -> list[float]:
         self.have(count)
         for number in range(count):
             self.fill(number)
@@ -295,7 +300,10 @@ class Worker:
             for thread in threads:
                 thread.join()
 
-        return 1000 * count * frames / timed_ms(run_all)
+        cpu_began = time.process_time()
+        wall_ms = timed_ms(run_all)
+        cpu_ms = 1000 * (time.process_time() - cpu_began)
+        return [1000 * count * frames / took_ms for took_ms in (wall_ms, cpu_ms)]
 
     def memory(self, streams: int = 1) -> int:
         self.have(streams)

@@ -33,6 +33,8 @@ VERBS_LEFT_OUT = {
     "bench": "starts Python",
     "diagnose": "needs onnx",
     "freeze": "needs what it freezes",
+    "tokenize": "starts Python",
+    "detokenize": "starts Python",
     "web": "a frozen folder serves no pages",
 }
 

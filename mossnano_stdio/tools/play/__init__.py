@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             channels = model.channels if args.channels is None else args.channels
             source = open_raw(file, name, sample_rate, channels)
         else:
-            decoding = Decoding(args.weights, args.threads, args.provider, args.graph)
+            decoding = Decoding(args.weights, args.threads, args.provider, args.graph, args.precision)
             source = open_source(file, name, decoding, args.stream)
         return _play(source, args)
 

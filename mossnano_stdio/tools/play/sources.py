@@ -82,6 +82,7 @@ class Decoding:
     threads: int | None = None
     provider: str = "cpu"
     graph: Literal["official", "fast"] | None = None
+    precision: Literal["float32", "int8"] | None = None
 
 
 def open_source(file: BinaryIO, name: str, decoding: Decoding, maybe_number: int | None = None) -> Source:
@@ -171,7 +172,13 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
     bundle = load_bundle(find_weights(decoding.weights))
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
-    runtime = load_runtime(bundle, provider=decoding.provider, threads=decoding.threads, graph=decoding.graph)
+    runtime = load_runtime(
+        bundle,
+        provider=decoding.provider,
+        threads=decoding.threads,
+        graph=decoding.graph,
+        precision=decoding.precision,
+    )
     recording.check_fits(runtime.format, runtime.decodes_prefix)
     chunks = new_decoding_chunks(runtime.new_decoder(), Ramp(second_frames=ramp_second_frames(runtime)))
     push_recording(chunks, recording)

@@ -1,0 +1,185 @@
+"""What a worker does with one item, whichever engine gives it: encode a recording, or decode a row to a file.
+
+`work_of(settings)` loads the weights once; `do` answers one item. Settings and items are JSON, as they cross processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mossnano_stdio.chunks import DecodingChunks, Fixed
+from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
+from mossnano_stdio.errors import InputError, NonFiniteError, PayloadError
+from mossnano_stdio.files import cannot_write, open_output, told_as
+from mossnano_stdio.library import STEP_FRAMES, encode_blocks
+from mossnano_stdio.pcm.recordings import Sound, read_part, resampled, write_sound
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
+from mossnano_stdio.tools.datasets.references import ParquetRows, Reference, opened
+from mossnano_stdio.tools.datasets.shards import CodesReader
+from mossnano_stdio.weights import load_bundle
+
+MOST_CHANNELS: Final = 8  # that are mixed; who records with more has channels that are no one sound
+BLOCKS_AHEAD: Final = 4  # read, and waiting to be encoded
+
+Audio = NDArray[np.float32]  # [samples, channels]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of one item."""
+
+    maybe_fault: str | None = None  # why it goes into quarantine
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    maybe_codes: Codes | None = None  # [quantizers, frames]
+
+
+class Work(Protocol):
+    def do(self, item: str) -> Outcome: ...
+
+
+def work_of(settings: Mapping[str, Any]) -> Work:
+    return Tokenizing(settings) if settings["verb"] == "tokenize" else Detokenizing(settings)
+
+
+# --- recordings to codes ------------------------------------------------------------------------------------------
+
+
+class Tokenizing:
+    """Encodes what a Reference refers to."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._encoder = load_encoder_runtime(load_bundle(Path(settings["weights"])), threads=1)
+        self._quantizers: int = settings["quantizers"]
+        self._parquet_rows = ParquetRows()
+
+    def do(self, item: str) -> Outcome:
+        reference = Reference.from_json(item)
+        if reference.maybe_fault:
+            return Outcome(reference.maybe_fault)
+        reference.check_unchanged()
+        try:
+            with opened(reference, self._parquet_rows) as file:
+                sound = read_part(file, reference.name, reference.start_seconds, reference.maybe_end_seconds)
+                encoded = encode_blocks(self._encoder, self._heard(sound, reference), self._quantizers)
+        except InputError as error:
+            return Outcome(str(error))
+        except OSError as error:
+            return Outcome(f"{reference.name}: cannot be read: {error.strerror or error}")
+        return Outcome(None, {"original_samples": encoded.original_samples}, encoded.codes)
+
+    def _heard(self, sound: Sound, reference: Reference) -> Iterator[Audio]:
+        """Its blocks at the codec's rate, on the codec's channels."""
+        codec = self._encoder.format
+        name, rate = reference.name, sound.sample_rate
+        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+            raise InputError(f"{name} has {rate} Hz, allowed are {LOWEST_RATE} to {HIGHEST_RATE}")
+        chosen = reference.maybe_channels
+        if chosen is not None and not all(0 <= channel < sound.channels for channel in chosen):
+            raise InputError(f"{name} has {sound.channels} channels, and the manifest asks for those at {list(chosen)}")
+        channels = sound.channels if chosen is None else len(chosen)
+        if channels > MOST_CHANNELS:
+            raise InputError(f"{name} has {channels} channels, allowed are 1 to {MOST_CHANNELS}; mix it down first")
+        blocks = sound.blocks if chosen is None else (block[:, list(chosen)] for block in sound.blocks)
+        # Fewer channels are resampled where they are mixed first, and more where one goes to all.
+        mixed_channels = channels if channels == codec.channels else 1
+        mixed = (block if mixed_channels == channels else block.mean(axis=1, keepdims=True) for block in blocks)
+        for block in read_ahead(resampled(mixed, mixed_channels, rate, codec.sample_rate)):
+            yield np.broadcast_to(block, (len(block), codec.channels))
+
+
+def read_ahead(blocks: Iterable[Audio]) -> Iterator[Audio]:
+    """The same blocks, read, decoded and resampled on a thread of their own while those before are encoded."""
+    waiting: queue.Queue[Audio | BaseException | None] = queue.Queue(BLOCKS_AHEAD)
+    is_over = threading.Event()
+
+    def read() -> None:
+        maybe_error: BaseException | None = None
+        try:
+            for block in blocks:
+                waiting.put(block)
+                if is_over.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again where the blocks are used
+            maybe_error = error
+        waiting.put(maybe_error)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (block := waiting.get()) is not None:
+            if isinstance(block, BaseException):
+                raise block
+            yield block
+    finally:
+        is_over.set()
+        while thread.is_alive():  # it may wait for a place
+            try:
+                waiting.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+
+# --- codes to recordings ------------------------------------------------------------------------------------------
+
+
+class Detokenizing:
+    """Decodes a stored row into a file of its own, which appears once it is complete."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._decoder = load_runtime(load_bundle(Path(settings["weights"])), threads=1).new_decoder()
+        self._form: str = settings["form"]
+        self._reader = CodesReader()
+
+    def do(self, item: str) -> Outcome:
+        order = json.loads(item)
+        target = Path(order["target"])
+        codec = self._decoder.format
+        try:
+            codes = self._checked(order, self._reader.read(order["place"]))
+        except (InputError, ValueError) as error:
+            return Outcome(f"{order['id']}: {error}")
+        chunks = DecodingChunks(self._decoder, Fixed(STEP_FRAMES))
+        chunks.reset()
+        chunks.push(codes.T)
+        chunks.finish(order["original_samples"])
+        with told_as(cannot_write(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open_output(target) as file:
+                write_sound(file, self._form, codec.sample_rate, codec.channels, _pcm_of(chunks))
+                file.flush()
+                os.fsync(file.fileno())  # so that a file that is there is whole, whatever happens to the machine
+        except (PayloadError, NonFiniteError) as error:
+            return Outcome(f"{order['id']}: {error}")
+        return Outcome(None, {"original_samples": order["original_samples"]})
+
+    def _checked(self, order: Mapping[str, Any], codes: Codes) -> Codes:
+        codec = self._decoder.format
+        if order["sample_rate"] != codec.sample_rate:
+            raise InputError(f"is of {order['sample_rate']} Hz, these weights decode {codec.sample_rate} only")
+        least = 1 if self._decoder.decodes_prefix else codec.quantizers
+        if codes.ndim != 2 or not least <= len(codes) <= codec.quantizers:
+            raise InputError(f"its codes are {list(codes.shape)}, allowed are {least} to {codec.quantizers} quantizers")
+        if codes.size and codes.max() >= codec.codebook_size:
+            raise InputError(f"holds the code {codes.max()}, allowed are 0 to {codec.codebook_size - 1}")
+        if order["original_samples"] > codes.shape[1] * codec.frame_samples:
+            raise InputError(f"is {order['original_samples']} samples long, its {codes.shape[1]} frames hold fewer")
+        return codes
+
+
+def _pcm_of(chunks: DecodingChunks) -> Iterator[bytes]:
+    while chunk := chunks.step():
+        if chunk.error:
+            raise chunk.error
+        yield chunk.pcm
