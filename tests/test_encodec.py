@@ -20,10 +20,11 @@ from mossnano_stdio.build.encodec_checkpoint import load_encodec, maybe_encodec_
 from mossnano_stdio.build.step_graph import StepGraph
 from mossnano_stdio.chunks import DecodingChunks, EncodingChunks, Fixed, Ramp, Schedule, plan
 from mossnano_stdio.codecs import encodec
-from mossnano_stdio.errors import BundleError, UsageError
+from mossnano_stdio.errors import BundleError, SettingsError, UsageError
 from mossnano_stdio.protocol import Kind, Message, parse_json
 from mossnano_stdio.protocol.connection import Connection
 from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.messages import NUMBERED, in_stream
 from mossnano_stdio.tokens import Codes, pack_frames
 from mossnano_stdio.weights import load_bundle
 from tests.conftest import skip_if_nothing_can_be_built
@@ -276,6 +277,19 @@ def test_the_handshake_says_how_many_frames_come_first(runtime: encodec.EncodecR
     pcm += b"".join(answer.payload for answer in answers[:-1])
     sound = np.frombuffer(pcm, "<i2").astype(np.float32)[:, np.newaxis] * np.float32(PCM16_STEP)
     assert furthest(sound[: len(AUDIO)], AUDIO.clip(-1, 1)) < PCM16_STEP  # as loud as it can be, here and there
+
+
+def test_credit_never_cuts_the_first_chunk(runtime: encodec.EncodecRuntime) -> None:
+    """Nor is the window smaller than it; later chunks are cut as usual."""
+    connection = Connection(DECODE, runtime.new_decoder, Ramp(), {}, settings={"window_samples": 2_300}, max_streams=1)
+    tokens = Message(Kind.TOKENS, pack_frames(CODES[:20], 1024))
+    sent = []
+    for message in (tokens, Message(Kind.CREDIT, (2_240 + 320).to_bytes(8, "little")), Message(Kind.END)):
+        answers = [*answers_to(connection, in_stream(1, message))]
+        sent.append([(len(answer.payload) - 4) // 640 for answer in answers if answer.kind == Kind.AUDIO | NUMBERED])
+    assert sent == [[7], [1], []]
+    with pytest.raises(SettingsError, match="2240 samples may have to be sent at once"):
+        Connection(DECODE, runtime.new_decoder, Ramp(), {}, settings={"window_samples": 2_239}, max_streams=1)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

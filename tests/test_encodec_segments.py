@@ -22,12 +22,14 @@ from mossnano_stdio.chunks import (
     new_decoding_chunks,
     push_recording,
 )
-from mossnano_stdio.errors import ArtifactError, BundleError, ExitStatus, UsageError
+from mossnano_stdio.errors import ArtifactError, BundleError, ExitStatus, SettingsError, UsageError
 from mossnano_stdio.pcm import to_pcm16
 from mossnano_stdio.protocol import Kind, Message, MessageReader, json_message, parse_json
 from mossnano_stdio.protocol.connection import Connection
 from mossnano_stdio.protocol.decoding import DECODE, DECODE_SEGMENTS
+from mossnano_stdio.protocol.messages import NUMBERED, in_stream
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, build_ecdc, load_recording
+from mossnano_stdio.tools.play.sources import Decoding, Pcm, open_source
 from mossnano_stdio.weights import load_bundle
 from tests.child import PROCESS, run
 from tests.conftest import skip_if_nothing_can_be_built
@@ -272,6 +274,35 @@ def test_a_causal_file_is_one_segment(causal: Path) -> None:
     push_recording(chunks, loaded(REFERENCE / "v60.raw.24k.ecdc"))
     assert pcm == b"".join(chunk.pcm for chunk in iter(chunks.step, None))
     assert parse_json(end)["samples"] == 60_000 == len(pcm) // 2
+
+
+def test_a_numbered_stream_sends_no_segment_that_its_credit_does_not_hold(decoder: codecs.SegmentDecoder) -> None:
+    def new_connection(window_samples: int) -> Connection:
+        settings = {"window_samples": window_samples}
+        return Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {}, settings=settings, max_streams=1)
+
+    with pytest.raises(SettingsError, match="48000 samples may have to be sent at once"):
+        new_connection(LENGTH - 1)
+    connection = new_connection(LENGTH)
+    pcm = b""
+    samples = []
+    granted = [Message(Kind.CREDIT, samples.to_bytes(8, "little")) for samples in (STRIDE + LENGTH, 1 << 40)]
+    for message in [*pieces_of(path_of("long").read_bytes(), 700), *granted]:
+        for answer in answers_to(connection, [in_stream(1, message)]):
+            if answer.kind == Kind.AUDIO | NUMBERED:
+                pcm += answer.payload[4:]
+        samples.append(len(pcm) // 4)
+    assert samples == [0, STRIDE, STRIDE, 2 * STRIDE, 101_567]
+    assert pcm == to_pcm16(sound_of(decoder, loaded(path_of("long"))))
+    assert not connection.numbered
+
+
+def test_play_reads_it(folder: Path, decoder: codecs.SegmentDecoder) -> None:
+    with path_of("long").open("rb") as file:
+        source = open_source(file, "long", Decoding(weights=str(folder), threads=1))
+        pcm = b"".join(event.pcm for event in source.events if isinstance(event, Pcm))
+    assert (source.sample_rate, source.channels) == (48_000, 2)
+    assert pcm == to_pcm16(sound_of(decoder, loaded(path_of("long"))))
 
 
 def test_not_a_number_is_silence_for_one_segment(folder: Path, decoder: codecs.SegmentDecoder) -> None:
