@@ -40,6 +40,7 @@ def run_without(module: str, folder: Path, *arguments: str) -> subprocess.Comple
         ("onnx", ["diagnose", f"{CHECKPOINT}/codes.npy", f"{CHECKPOINT}/audio.npy", "--weights", BUNDLE], "build", 2),
         ("pyarrow", ["tokenize", CHECKPOINT, "--to", "out", "--weights", BUNDLE], "datasets", 2),
         ("soxr", ["tokenize", CHECKPOINT, "--to", "out", "--weights", BUNDLE, "--form", "npy"], "datasets", 2),
+        ("matplotlib", ["tokenize", CHECKPOINT, "--to", "out", "--form", "npy", "--plot", "x.png"], "plot", 2),
         ("ray", ["detokenize", MELODY, "--to", "out", "--weights", "demo", "--engine", "ray"], "ray", 2),
         ("sounddevice", ["play", "--weights", "demo", MELODY], "play", 69),
         ("matplotlib", ["bench", "--weights", "demo", "--plot", "out.png"], "plot", 2),

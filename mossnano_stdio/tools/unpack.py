@@ -25,8 +25,8 @@ import numpy as np
 
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.tokens import Codes, load_artifact
-from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, load_ecdc
+from mossnano_stdio.tokens import Codes
+from mossnano_stdio.tokens.ecdc import load_recording
 from mossnano_stdio.tokens.packed_ecdc import LostChunk, PackedEcdc, load_ecdc_bundle, load_packed_ecdc, starts_packed
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
@@ -44,16 +44,10 @@ def run(args: argparse.Namespace) -> int:
     if args.salvage and not args.bundle:
         raise UsageError("--salvage is for chunks that have checksums: give --bundle, or leave it out")
     with open_input(args.artifact) as file:
-        codes = _load_packed(args, file) if args.bundle else _load(args, file)
+        codes = _load_packed(args, file) if args.bundle else load_recording(file, args.artifact).codes
     with open_output(args.codes) as file:
         file.write(save_codes(codes, form))
     return ExitStatus.DONE
-
-
-def _load(args: argparse.Namespace, file: BinaryIO) -> Codes:
-    start = file.read(len(ECDC_MAGIC))
-    load = load_ecdc if start == ECDC_MAGIC else load_artifact
-    return load(file, args.artifact, start).codes
 
 
 def _load_packed(args: argparse.Namespace, file: BinaryIO) -> Codes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_output
+from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.process.flags import whole_number
 from mossnano_stdio.tools.facts import as_json, check_plot_name
 
@@ -63,6 +65,8 @@ def reported(args: argparse.Namespace, job: Callable[[], Report]) -> int:
     maybe_plot = getattr(args, "plot", None)
     if maybe_plot is not None:
         check_plot_name(maybe_plot)
+        if find_spec("matplotlib") is None:  # before hours of work, not after them
+            raise UsageError(f"--plot needs matplotlib: {how_to_get('plot')}")
     report = job()
     if args.stats is not None:
         with open_output(args.stats) as file:
