@@ -16,19 +16,23 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.errors import NonFiniteError, UsageError
+from mossnano_stdio.errors import ArtifactError, NonFiniteError, UsageError
 from mossnano_stdio.pcm import BLOCK_SAMPLES, check_finite, to_pcm16
-from mossnano_stdio.tokens import CodecFormat, Codes, frames_before_zeros
+from mossnano_stdio.tokens import Artifact, CodecFormat, Codes, frames_before_zeros
+from mossnano_stdio.tokens.ecdc import Ecdc, EcdcSegment
 
 MAX_CHUNK_FRAMES = 1000  # what anybody may ask for: 80 s of nano
 MAX_PIECES = 1000  # that wait apart
+SCALES_NEEDED = (
+    "this codec decodes segments of a second, each with a scale, which codes alone do not hold; send it an .ecdc"
+)
 RAMP_MAX_FRAMES = 8  # larger chunks cost more per frame, and nobody hears that they came at once
 
 Audio = NDArray[np.float32]  # [samples, channels]
@@ -119,14 +123,20 @@ def _checked_chunk_frames(frames: int) -> int:
     return frames
 
 
-def plan(frames: int, schedule: Schedule) -> list[tuple[int, int]]:
-    """The chunks, (start_frame, frames), of a stream that is there as a whole. `schedule` stays where it is."""
+def plan(frames: int, schedule: Schedule, first_chunk_frames: int = 1) -> list[tuple[int, int]]:
+    """The chunks, (start_frame, frames), of a stream that is there as a whole. `schedule` stays where it is.
+
+    >>> plan(20, Fixed(4), first_chunk_frames=7)
+    [(0, 7), (7, 4), (11, 4), (15, 4), (19, 1)]
+    """
     schedule = copy.copy(schedule)
     schedule.reset()
     chunks = []
     start_frame = 0
     while start_frame < frames:
         chunk_frames = schedule.next_frames(frames - start_frame, final=True)
+        if not start_frame:
+            chunk_frames = max(chunk_frames, min(first_chunk_frames, frames))
         chunks.append((start_frame, chunk_frames))
         start_frame += chunk_frames
         schedule.advance()
@@ -224,10 +234,19 @@ class Encoder(Protocol):
     def format(self) -> CodecFormat: ...
 
     def step(self, audio: Audio) -> Codes:
-        """[frames * frame_samples, channels] -> [frames, quantizers]. The state moves on only when this returns."""
+        """[frames * frame_samples, channels] -> [frames, quantizers]. The state moves on only when this returns.
+
+        An encoder that says `completes_frames` takes a stream's last samples as they are.
+        """
 
     def reset(self) -> None:
         """Forget everything: the next step is the first of a stream."""
+
+
+def first_chunk_frames_of(codec: object) -> int:
+    """How many frames the first chunk of a stream must have, unless they are all. Few codecs need more than one."""
+    frames: int = getattr(codec, "first_chunk_frames", 1)
+    return frames
 
 
 class Steps(Protocol[Rows]):
@@ -257,20 +276,35 @@ class Chunks(Generic[Row]):
         self._on_step = on_step
         self._waiting: Backlog[Row] = Backlog()
         self._finished = False
+        self.first_chunk_frames = first_chunk_frames_of(codec)
+        # Some encoders take a stream's end as it is, inside a frame; for the others it is filled up with silence.
+        self._completes_frames: bool = getattr(codec, "completes_frames", False)
+        self._codec_begins = True  # the next step is the first since the codec was reset
 
     @property
     def _waiting_frames(self) -> int:
+        if self._finished and self._completes_frames:
+            return -(-len(self._waiting) // self._rows_per_frame)
         return len(self._waiting) // self._rows_per_frame
+
+    @property
+    def least_frames(self) -> int:
+        """Of the next chunk, unless it is the stream's last. It is never cut to fewer."""
+        return self.first_chunk_frames if self._codec_begins else 1
 
     @property
     def due_frames(self) -> int:
         """How many frames the next chunk would have; 0 while there is nothing to compute."""
-        return self.schedule.next_frames(self._waiting_frames, self._finished)
+        waiting_frames, least_frames = self._waiting_frames, self.least_frames
+        if waiting_frames < least_frames and not self._finished:
+            return 0
+        scheduled_frames = self.schedule.next_frames(waiting_frames, self._finished)
+        return scheduled_frames and max(scheduled_frames, min(waiting_frames, least_frames))
 
     @property
     def is_sated(self) -> bool:
         """Would more frames leave the next chunk as it is?"""
-        return self._waiting_frames >= self.schedule.wanted_frames
+        return self._waiting_frames >= max(self.schedule.wanted_frames, self.least_frames)
 
     def push(self, rows: NDArray[Row]) -> int:
         """Take [rows, ...] of the stream that is open. Returns how many were taken."""
@@ -286,15 +320,20 @@ class Chunks(Generic[Row]):
         self._waiting.clear()
         self._finished = False
         self.schedule.reset()
+        self._restart_codec()
+
+    def _restart_codec(self) -> None:
         self._codec.reset()
+        self._codec_begins = True
 
     def _step(self, most_frames: int) -> NDArray[Any] | None:
         """What the codec makes of the chunk that is due. Where the codec refuses it, its frames are gone."""
         frames = min(self.due_frames, most_frames)
         if not frames:
             return None
-        rows = self._waiting.take(frames * self._rows_per_frame)
+        rows = self._waiting.take(min(frames * self._rows_per_frame, len(self._waiting)))
         self.schedule.advance()
+        self._codec_begins = False
         started = time.perf_counter()
         made = self._codec.step(rows)
         self._on_step(frames, time.perf_counter() - started)
@@ -347,6 +386,10 @@ class DecodingChunks(Chunks[np.uint16]):
             codes = codes[:end_frame]
         return super().push(codes)
 
+    def push_segment(self, segment: EcdcSegment) -> int:
+        """Take the codes of an .ecdc whose one segment has no scale. Returns how many frames were taken."""
+        return self.push(segment.codes)
+
     def finish(self, original_samples: int | None = None) -> None:
         """No more frames will come: what is left is due, trimmed to `original_samples` where they are known."""
         super().finish()
@@ -363,10 +406,10 @@ class DecodingChunks(Chunks[np.uint16]):
         Where the graph answers NaN or infinity, there is silence of its exact length, the error beside it, and a
         decoder that begins anew.
         """
+        frames = min(self.due_frames, most_frames)
         audio = self._step(most_frames)
         if audio is None:
             return None
-        frames = len(audio) // self.decoder.format.frame_samples
         error = None
         try:
             for start in range(0, len(audio), BLOCK_SAMPLES):
@@ -374,7 +417,7 @@ class DecodingChunks(Chunks[np.uint16]):
         except NonFiniteError as not_finite:
             error = not_finite
             audio = np.zeros_like(audio)
-            self.decoder.reset()
+            self._restart_codec()
         if self._samples_left is not None:
             audio = audio[: self._samples_left]
             self._samples_left -= len(audio)
@@ -386,6 +429,136 @@ class DecodingChunks(Chunks[np.uint16]):
         if self._samples_left is not None or not self._finished:
             return self._samples_left
         return self._waiting_frames * self.decoder.format.frame_samples
+
+
+@runtime_checkable
+class SegmentingDecoder(Protocol):
+    """Whatever turns segments with their scales into sound, each by itself."""
+
+    segment_stride: int  # samples from the start of one to the start of the next
+
+    @property
+    def format(self) -> CodecFormat: ...
+
+    def decode_segment(self, codes: Codes, scale: float) -> Audio:
+        """[frames, quantizers] -> [samples, channels]."""
+
+
+class SegmentChunks(DecodingChunks):
+    """Segments of codes in, PCM16 out: one segment is one chunk, whatever the schedule.
+
+    What two segments have in common fades from the one to the other, as EnCodec's own tool does it. A segment's sound
+    from the start of the next one on waits for that.
+    """
+
+    def __init__(
+        self, decoder: Any, schedule: Schedule, on_step: Callable[[int, float], object] = lambda frames, seconds: None
+    ) -> None:
+        super().__init__(decoder, schedule, on_step)
+        self._segmenting: SegmentingDecoder = decoder
+        self._segments: deque[EcdcSegment] = deque()
+        self._fade = _Fade(decoder.segment_stride)
+        self._given_samples = 0
+
+    @property
+    def due_frames(self) -> int:
+        return len(self._segments[0].codes) if self._segments else 0
+
+    @property
+    def is_sated(self) -> bool:
+        return bool(self._segments)
+
+    @property
+    def least_frames(self) -> int:
+        return self.due_frames
+
+    def push(self, codes: Codes) -> int:
+        raise ArtifactError(SCALES_NEEDED)
+
+    def push_segment(self, segment: EcdcSegment) -> int:
+        self._segments.append(segment)
+        return len(segment.codes)
+
+    def finish(self, original_samples: int | None = None) -> None:
+        """No more segments will come. The first of them may have been heard before."""
+        super().finish(None if original_samples is None else original_samples - self._given_samples)
+
+    def reset(self) -> None:
+        super().reset()
+        self._segments.clear()
+        self._given_samples = 0
+        self._fade = _Fade(self._segmenting.segment_stride)  # the next stream's first segment makes its weights
+
+    def _restart_codec(self) -> None:
+        super()._restart_codec()
+        self._fade.forget()
+
+    def _step(self, most_frames: int) -> Audio | None:
+        if not self._segments:
+            return None
+        segment = self._segments.popleft()
+        started = time.perf_counter()
+        scale = 1.0 if segment.maybe_scale is None else segment.maybe_scale
+        audio = self._segmenting.decode_segment(segment.codes, scale)
+        self._on_step(len(segment.codes), time.perf_counter() - started)
+        ready = self._fade.add(audio, is_last=self._finished and not self._segments)
+        self._given_samples += len(ready)
+        return ready
+
+
+class _Fade:
+    """Overlapping segments, added by weights that rise from a segment's start to its middle and fall to its end.
+
+    >>> fade = _Fade(stride=3)
+    >>> fade.add(np.float32([[1], [1], [1], [1]]), is_last=False).ravel().tolist()
+    [1.0, 1.0, 1.0]
+    >>> fade.add(np.float32([[4], [4]]), is_last=True).ravel().tolist()
+    [2.5, 4.0]
+    """
+
+    def __init__(self, stride: int) -> None:
+        self._stride = stride
+        self._weights = np.zeros(0, np.float32)
+        self._sound: Audio | None = None  # what was added up behind the start of the next segment, and by what weights
+        self._weight = np.zeros((0, 1), np.float32)
+
+    def forget(self) -> None:
+        """What was added up is no sound: the next segment begins without it."""
+        if self._sound is not None:
+            self._sound, self._weight = self._sound[:0], self._weight[:0]
+
+    def add(self, audio: Audio, *, is_last: bool) -> Audio:
+        """The sound that nothing more will be added to."""
+        if self._sound is None:
+            # The first segment's length makes the weights of all. None is longer.
+            places = np.linspace(0, 1, len(audio) + 2, dtype=np.float32)[1:-1]
+            self._weights = (np.float32(0.5) - np.abs(places - np.float32(0.5)))[:, np.newaxis]
+            self._sound = audio[:0]
+        weights = self._weights[: len(audio)]
+        samples = max(len(audio), len(self._sound))
+        sound, weight = np.zeros((samples, audio.shape[1]), np.float32), np.zeros((samples, 1), np.float32)
+        sound[: len(self._sound)], weight[: len(self._weight)] = self._sound, self._weight
+        sound[: len(audio)] += weights * audio
+        weight[: len(audio)] += weights
+        ready = samples if is_last else self._stride
+        self._sound, self._weight = sound[ready:], weight[ready:]
+        return sound[:ready] / weight[:ready]
+
+
+def push_recording(chunks: DecodingChunks, recording: Artifact | Ecdc) -> None:
+    """All of it, to its true length."""
+    match recording:
+        case Artifact():
+            chunks.push(recording.codes)
+        case Ecdc():
+            for segment in recording.segments:
+                chunks.push_segment(segment)
+    chunks.finish(recording.original_samples)
+
+
+def new_decoding_chunks(decoder: Any, schedule: Schedule) -> DecodingChunks:
+    """What the decoder takes: frames, or segments."""
+    return (SegmentChunks if isinstance(decoder, SegmentingDecoder) else DecodingChunks)(decoder, schedule)
 
 
 class EncodingChunks(Chunks[np.float32]):
@@ -407,8 +580,12 @@ class EncodingChunks(Chunks[np.float32]):
         return super().push(audio)
 
     def finish(self) -> None:
-        """No more samples will come: what is left is due, the last frame filled up with silence."""
+        """No more samples will come: what is left is due, the last frame filled up with silence unless the encoder
+        completes it.
+        """
         super().finish()
+        if self._completes_frames:
+            return
         missing_samples = -len(self._waiting) % self._rows_per_frame
         self._waiting.push(np.zeros((missing_samples, self.encoder.format.channels), np.float32))
 
@@ -419,3 +596,36 @@ class EncodingChunks(Chunks[np.float32]):
     def step(self, most_frames: int = MAX_CHUNK_FRAMES) -> Codes | None:
         """Encode the chunk that is due."""
         return self._step(most_frames)
+
+
+class SegmentingEncoder(Protocol):
+    """Whatever turns segments of sound into codes and a scale, each by itself."""
+
+    segment_samples: int
+    segment_stride: int
+
+    def encode_segment(self, audio: Audio) -> tuple[Codes, float]:
+        """[samples, channels] -> [frames, quantizers] and the scale."""
+
+
+def encode_segments(encoder: SegmentingEncoder, blocks: Iterable[Audio]) -> Iterator[tuple[EcdcSegment, int]]:
+    """Encode a recording that comes block by block: each segment, and how many samples it adds to those before it."""
+    waiting: list[Audio] = []
+    waiting_samples = 0
+
+    def encoded(audio: Audio) -> tuple[EcdcSegment, int]:
+        codes, scale = encoder.encode_segment(audio[: encoder.segment_samples])
+        return EcdcSegment(codes, scale), min(len(audio), encoder.segment_stride)
+
+    for block in blocks:
+        waiting.append(block)
+        waiting_samples += len(block)
+        while waiting_samples >= encoder.segment_samples:
+            audio = np.concatenate(waiting)
+            yield encoded(audio)
+            waiting = [audio[encoder.segment_stride :]]
+            waiting_samples -= encoder.segment_stride
+    rest = np.concatenate(waiting) if waiting else np.zeros((0, 1), np.float32)
+    while len(rest):  # its end may lie wholly inside of what the segment before it has in common with it
+        yield encoded(rest)
+        rest = rest[encoder.segment_stride :]

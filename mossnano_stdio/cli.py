@@ -39,6 +39,7 @@ VERBS = {
     "diagnose": "what is wrong with another decoder's sound?",
     "decode": "artifact -> WAV or raw PCM",
     "encode": "WAV, FLAC, OGG, MP3, ... -> artifact",
+    "roundtrip": "encode and decode in one go: what the codec makes of a sound",
     "tokenize": "a data set of recordings -> shards of codes",
     "detokenize": "shards of codes -> recordings",
     "play": "play an artifact or a stream of PCM, live",

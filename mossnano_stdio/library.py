@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.chunks import EncodingChunks, Fixed
+from mossnano_stdio.chunks import EncodingChunks, Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import (
     EncoderRuntime,
     GraphName,
@@ -33,6 +33,7 @@ from mossnano_stdio.codecs import (
     load_encoder,
     load_runtime,
     maybe_warm_up_frames,
+    refuse_segments,
     seek,
 )
 from mossnano_stdio.errors import BundleError, UsageError
@@ -132,6 +133,7 @@ class Codec:
         `precision`: "int8" takes the graph that `mossnano build --precision float32,int8` makes, None float32.
         """
         bundle = load_bundle(find_weights(None if weights is None else os.fspath(weights)))
+        refuse_segments(bundle)
         try:
             runtime = load_runtime(bundle, provider=provider, threads=threads, graph=graph, precision=precision)
             return cls(bundle, runtime)
@@ -178,14 +180,18 @@ class Codec:
 
     @property
     def context_seconds(self) -> float:
-        """How far back the layer with the longest context looks. `chunk_duration` may be as long."""
-        return self._seconds(max(self._runtime.layer_context_frames))
+        """How far back the layer with the longest context looks. `chunk_duration` may be as long.
+
+        Infinity where a layer remembers all of a stream, as EnCodec's LSTM does.
+        """
+        contexts = self._runtime.layer_context_frames
+        return self._seconds(max(contexts)) if contexts else math.inf
 
     @property
     def warm_up_seconds(self) -> float:
         """How far back all layers together look. Decoding from the middle decodes so much before it.
 
-        Infinity for the demo, whose tones depend on all frames since the start.
+        Infinity where all frames since the start count: for the demo's tones, and for EnCodec.
         """
         maybe_frames = maybe_warm_up_frames(self._runtime)
         return math.inf if maybe_frames is None else self._seconds(maybe_frames)
@@ -227,7 +233,8 @@ class Codec:
         return [self.decode(entry, num_quantizers) for entry in entries]
 
     def streaming_decode(self, codes: Any, chunk_frames: int = 1, num_quantizers: int | None = None) -> Iterator[Audio]:
-        """Decode chunk by chunk: yield float32 [channels, samples] of `chunk_frames` frames, or fewer at the end.
+        """Decode chunk by chunk: yield float32 [channels, samples] of `chunk_frames` frames, or fewer at the end. Of
+        EnCodec the first chunk has 7 frames or more.
 
         `codes`: whatever `decode` takes, or any other iterable of frames of codes, of any length. The last frame of an
         EncodedAudio is not cut to the recording's length. Lists and tuples are read as arrays; for one of frames,
@@ -272,7 +279,9 @@ class Codec:
         first_frame = samples.start // self.frame_samples
         end_frame = math.ceil(samples.stop / self.frame_samples)
         decoder = self._runtime.new_decoder()
-        seek(decoder, frames, first_frame, maybe_warm_up_frames(self._runtime, warm_up))
+        first_frame = seek(decoder, frames, first_frame, maybe_warm_up_frames(self._runtime, warm_up))
+        if first_frame < end_frame:  # how a stream begins, its first frames say together
+            end_frame = max(end_frame, first_frame + first_chunk_frames_of(decoder))
         audio = self._decoded(decoder, frames[first_frame:end_frame], STEP_FRAMES)
         skipped = samples.start - first_frame * self.frame_samples
         return audio[:, skipped : skipped + len(samples)]
@@ -372,21 +381,23 @@ class Codec:
 
     def _stream(self, decoder: SeekingDecoder, frames: Iterable[Codes], chunk_frames: int) -> Iterator[Audio]:
         chunk: list[Codes] = []
+        needed_frames = max(chunk_frames, first_chunk_frames_of(decoder))
         for frame in frames:
             chunk.append(frame)
-            if len(chunk) == chunk_frames:
+            if len(chunk) == needed_frames:
                 yield np.ascontiguousarray(decoder.step(np.stack(chunk)).T)
                 chunk.clear()
+                needed_frames = chunk_frames
         if chunk:
             yield np.ascontiguousarray(decoder.step(np.stack(chunk)).T)
 
     def _decoded(self, decoder: SeekingDecoder, frames: Codes, step_frames: int) -> Audio:
         """Decode [frames, quantizers] step by step into one array, [channels, samples]."""
         audio = np.empty((self.channels, len(frames) * self.frame_samples), dtype=np.float32)
-        for first in range(0, len(frames), step_frames):
-            step = frames[first : first + step_frames]
+        for first, count in plan(len(frames), Fixed(step_frames), first_chunk_frames_of(decoder)):
             start = first * self.frame_samples
-            audio[:, start : start + len(step) * self.frame_samples] = decoder.step(step).T
+            step = decoder.step(frames[first : first + count])
+            audio[:, start : start + len(step)] = step.T
         return audio
 
     def _chunk_frames(self, chunk_duration: float | None) -> int:

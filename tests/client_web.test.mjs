@@ -214,6 +214,11 @@ test("weights that cannot be read are refused with the reason", () => {
     [sidecar, { ...metadata, format_version: 3 }, "format_version is 3, 2 is what this program reads"],
     [{ mossnano: 1, graphs: {} }, null, "there is no decoder among the graphs, but none that streams"],
     [null, { ...metadata, codec_config: {} }, "sample_rate is undefined"],
+    [
+      { mossnano: 1, codec: {}, graphs: { decode_step: { file: "e.onnx", facts: { first_chunk_frames: 7 } } } },
+      null,
+      "e.onnx is not decoded in a browser: its streams begin with 7 frames together",
+    ],
   ];
   for (const [one, other, words] of cases) assert.throws(() => planOf(one, other), says("weights", words));
 });

@@ -24,6 +24,7 @@ from mossnano_stdio.tokens import CodecFormat, Codes
 SMALL = CodecFormat(sample_rate=48000, channels=2, frame_samples=4, quantizers=4, codebook_size=1000)
 NANO = CodecFormat(sample_rate=48000, channels=2, frame_samples=3840, quantizers=16, codebook_size=1024)
 MODULUS = 30011  # a prime below 32,767: every remainder is a sample
+MOST_STEPS_KEPT = 10_000  # of a double
 
 
 def count_on(memory: int, frame: Sequence[int]) -> int:
@@ -62,13 +63,16 @@ class CountingDecoder:
         self._not_finite_steps = not_finite_steps
         self._failing_steps = failing_steps
         self._on_step = on_step
-        self.steps: list[int] = []  # frames of each step so far
+        self.steps: list[int] = []  # frames of each of the first steps
+        self._step_count = 0
         self.resets = 0
         self._memory = 7
 
     def step(self, codes: Codes) -> NDArray[np.float32]:
-        step = len(self.steps)
-        self.steps.append(len(codes))
+        step = self._step_count
+        self._step_count += 1
+        if step < MOST_STEPS_KEPT:  # what watches our memory takes a hundred thousand
+            self.steps.append(len(codes))
         self._on_step(step)
         if self._step_seconds:
             time.sleep(self._step_seconds)

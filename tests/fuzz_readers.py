@@ -5,6 +5,7 @@ behind them.
     python -m tests.fuzz_readers protocol --executions 10000000
     python -m tests.fuzz_readers session --executions 1000000
     python -m tests.fuzz_readers ecdc --executions 10000000
+    python -m tests.fuzz_readers segments --executions 1000000
     python -m tests.fuzz_readers artifact --engine atheris --executions 10000000
 
 `mutate` needs nothing but this file: it changes what it has by bits, bytes, numbers and lengths, and keeps what gives
@@ -31,12 +32,15 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mossnano_stdio.chunks import Ramp
 from mossnano_stdio.errors import ArtifactError, ProtocolError
 from mossnano_stdio.protocol.connection import Connection
-from mossnano_stdio.protocol.decoding import DECODE
+from mossnano_stdio.protocol.decoding import DECODE, DECODE_SEGMENTS
 from mossnano_stdio.protocol.messages import Kind, Message, MessageReader, encode_message
-from mossnano_stdio.tokens import SAMPLE_BYTES, ArtifactReader, build_artifact
+from mossnano_stdio.tokens import SAMPLE_BYTES, ArtifactReader, CodecFormat, Codes, build_artifact
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcReader, EcdcSegment, build_ecdc
 from tests.doubles import SMALL, CountingDecoder, advance, close, handle
 
@@ -173,6 +177,54 @@ def _answers_to(messages: list[Message], *, at_once: bool) -> list[Message]:
     return answers
 
 
+class SegmentDouble:
+    """Sound that says which codes made it, as quickly as may be."""
+
+    format = CodecFormat(48_000, 2, 320, 16, 1024)
+    decodes_prefix = True
+    segment_stride = 47_520
+    first_chunk_frames = segment_frames = 150
+
+    def decode_segment(self, codes: Codes, scale: float) -> NDArray[np.float32]:
+        audio = np.zeros((len(codes), 320, 2), np.float32)
+        audio[:, 0, 0] = codes.sum(axis=1) / 40_000
+        return audio.reshape(-1, 2) * np.float32(min(abs(scale), 1))
+
+    def reset(self) -> None:
+        """It remembers nothing."""
+
+
+def read_segments(data: bytes) -> str:
+    """An `.ecdc` in ARTIFACT messages, split in two ways, then a whole one: the same sound, and each has its END."""
+    if not data.startswith(b"E"):
+        return "no .ecdc"
+    whole = _sound_of_segments(data, len(data))
+    assert _sound_of_segments(data, 1 + data[-1] % 200) == whole, "another split, another answer"
+    return f"{len(whole[0])} bytes, {whole[1]}"
+
+
+def _sound_of_segments(data: bytes, piece_bytes: int) -> tuple[bytes, list[Any]]:
+    session = Connection(DECODE_SEGMENTS, SegmentDouble, Ramp(), {"protocol": 1})
+    pieces = [data[start : start + piece_bytes] for start in range(0, len(data), piece_bytes)]
+    messages = [*(Message(Kind.ARTIFACT, piece) for piece in pieces), Message(Kind.END)]
+    answers: list[Message] = []
+    for message in messages:
+        answers += handle(session, message)
+        while session.due_lanes():
+            answers += advance(session)
+    answers += close(session)
+    said_samples = sum(end["samples"] for end in _ends(answers))
+    sounds = [answer for answer in answers if answer.kind == Kind.AUDIO]
+    assert sum(len(answer.payload) for answer in sounds) == said_samples * SegmentDouble.format.sample_bytes
+    errors = [json.loads(answer.payload)["message"] for answer in answers if answer.kind == Kind.ERROR]
+    assert not any("\n" in error for error in errors)
+    # Bytes behind a whole file are beyond its end, or in a message of their own begin another.
+    first_end = next((at for at, answer in enumerate(answers) if answer.kind == Kind.END), len(answers))
+    sound = b"".join(answer.payload for answer in answers[:first_end] if answer.kind == Kind.AUDIO)
+    before_end = [json.loads(answer.payload)["message"] for answer in answers[:first_end] if answer.kind == Kind.ERROR]
+    return sound, [error for error in before_end if "beyond" not in error][:1]
+
+
 def _ends(answers: list[Message]) -> list[dict[str, Any]]:
     return [json.loads(answer.payload) for answer in answers if answer.kind == Kind.END]
 
@@ -194,6 +246,7 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
     "ecdc": read_ecdc,
     "protocol": read_protocol,
     "session": read_session,
+    "segments": read_segments,
 }
 
 

@@ -287,7 +287,7 @@ class OtherPeer:
                 return
             raise
         ours = self.handshake()
-        keys = ("sample_rate", "channels", "quantizers", "codebook_size")
+        keys = ("sample_rate", "channels", "frame_samples", "quantizers", "codebook_size")
         if self.broken == "a HANDSHAKE has no keys of its own" and set(theirs) - set(keys):
             raise BadPayloadError("bad_payload", "which keys are these?")
         differences = [key for key in keys if key in theirs and theirs[key] != ours[key]]

@@ -371,4 +371,4 @@ def test_facts_of_another_graph_are_refused(bundle: Bundle, key: str, value: Any
 def test_it_takes_only_codes_in_the_codebook(decoder: FastDecoder, codes: Codes) -> None:
     with pytest.raises(TokenError):
         decoder.step(np.full((1, 16), 1024, dtype=np.uint16))
-    assert moss._rows(codes[:1, :2], decoder.format)[0, 2:].tolist() == [16 * 1024] * 14
+    assert moss.table_rows(codes[:1, :2], decoder.format)[0, 2:].tolist() == [16 * 1024] * 14

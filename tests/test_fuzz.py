@@ -9,7 +9,7 @@ import pytest
 from tests import fuzz_readers
 from tests.fuzz_readers import TARGETS, corpus_of, fuzz, mutated
 
-EXECUTIONS = {"artifact": 10_000, "ecdc": 10_000, "protocol": 10_000, "session": 500}
+EXECUTIONS = {"artifact": 10_000, "ecdc": 10_000, "protocol": 10_000, "session": 500, "segments": 200}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -36,7 +36,7 @@ AUDIO_FORMS = (
     ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "PCM_U8"),
     ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("AIFF", "PCM_16"),
 )  # fmt: skip
-ARTIFACTS = corpus_of("artifact")
+ARTIFACTS = [*corpus_of("artifact"), *corpus_of("ecdc")]
 STREAMS = [*corpus_of("protocol"), *corpus_of("session"), ANSWERS]
 SOUNDS = [audio_file(*form) for form in AUDIO_FORMS]
 CODE_FILES = {form: [save_codes(CODES, form), save_codes(CODES[:0], form)] for form in FORMS}

@@ -4,6 +4,9 @@
     tracing -> extract*             somebody's ONNX files      /  -> model -> official (of blocks)
                                                                     model -> decode_step, encode_step (of transformers)
     mimi_random -> checkpoint  Kyutai's or Hugging Face's  ->  mimi_checkpoint -> mimi_model -> mimi_steps, mimi_whole
+    encodec_random -> checkpoint  in two layouts  ->  encodec_checkpoint -> encodec_model -> encodec_steps,
+                                                                                             encodec_whole
+    frame_graphs    encodec-rs's graphs, taken as they are
     bundle          puts the graphs into a weights folder, after trial has run them
     attention       the graph that a runtime is tried with
     arithmetic      counts what a frame costs

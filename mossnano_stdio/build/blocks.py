@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mossnano_stdio.build.builder import GraphBuilder
+from mossnano_stdio.build.encodec_model import LstmLayer
 from mossnano_stdio.build.model import (
     NORM_EPSILON,
     ROW_EPSILON,
@@ -61,6 +62,21 @@ def patch_down(graph: GraphBuilder, x: str, step: PatchStep, features: int) -> s
     apart = graph.op("Reshape", x, graph.constant([1, -1, step.patch, features]))
     turned = graph.op("Transpose", apart, perm=[0, 1, 3, 2])
     return graph.op("Reshape", turned, graph.constant([1, -1, features * step.patch]))
+
+
+def lstm_weights(graph: GraphBuilder, name: str, layer: LstmLayer) -> tuple[str, str, str]:
+    """Of one layer, as the operator takes them: its gates are input, output, forget, cell, in this order."""
+
+    def in_order(tensor: Array) -> Array:
+        taken, forgotten, cell, given = np.split(tensor, 4)
+        return np.concatenate([taken, given, forgotten, cell])
+
+    biases = np.concatenate([in_order(layer.input_bias), in_order(layer.hidden_bias)])
+    return (
+        graph.weight(f"{name}.input_weight", in_order(layer.input_weight)[np.newaxis]),
+        graph.weight(f"{name}.hidden_weight", in_order(layer.hidden_weight)[np.newaxis]),
+        graph.weight(f"{name}.biases", biases[np.newaxis]),
+    )
 
 
 def count_along(graph: GraphBuilder, x: str, axis: int) -> str:

@@ -21,18 +21,29 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mossnano_stdio.build import official
 from mossnano_stdio.build.builder import OPSET, open_data
 from mossnano_stdio.build.checkpoint import Sides, is_checkpoint, load_checkpoint
 from mossnano_stdio.build.decode_step import save_fast_graph
 from mossnano_stdio.build.encode_step import save_encode_step
+from mossnano_stdio.build.encodec_checkpoint import load_encodec, maybe_encodec_file
+from mossnano_stdio.build.encodec_model import EncodecWeights
+from mossnano_stdio.build.encodec_random import ENCODEC_SIZES, save_encodec_standin
+from mossnano_stdio.build.encodec_steps import save_encodec_decode_step, save_encodec_encode_step
+from mossnano_stdio.build.encodec_whole import (
+    save_encodec_segment_decode,
+    save_encodec_segment_encode,
+    save_encodec_whole_decode,
+    save_encodec_whole_encode,
+)
 from mossnano_stdio.build.extract import extract_weights
+from mossnano_stdio.build.frame_graphs import copy_frame_graphs, frame_graph_format, maybe_frame_graphs
 from mossnano_stdio.build.mimi_checkpoint import load_mimi, maybe_mimi_file
 from mossnano_stdio.build.mimi_model import MimiWeights
 from mossnano_stdio.build.mimi_random import MIMI_SIZES, save_mimi_standin
@@ -44,7 +55,7 @@ from mossnano_stdio.build.precision import add_int8
 from mossnano_stdio.build.random_weights import SIZES, save_standin
 from mossnano_stdio.build.trial import try_folders
 from mossnano_stdio.codecs import INT8
-from mossnano_stdio.errors import BundleError, OutputError
+from mossnano_stdio.errors import BundleError, OutputError, UsageError
 from mossnano_stdio.files import cannot_write, open_named, told_as
 from mossnano_stdio.weights import (
     CODEC_FOLDERS,
@@ -66,7 +77,9 @@ from mossnano_stdio.weights import (
     record_files,
     save_sidecar,
 )
+from mossnano_stdio.weights.checked_json import Entry
 
+ENCODEC = "encodec"  # the family, as codecs/encodec.py calls it
 MIMI = "mimi"  # the family, as codecs/mimi.py calls it, and what the published weights are called
 STAGE_PREFIX = ".building-"
 ABANDONED_NAME = re.compile(re.escape(STAGE_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile names them
@@ -88,10 +101,25 @@ def build_from_checkpoint(
         mimi, name = load_mimi(maybe_file), _mimi_name(maybe_file)
         save_mimi_bundle(folder, mimi, name=name, sides=sides, graphs=graphs, maybe_int8=maybe_int8)
         return
+    if (maybe_file := maybe_encodec_file(checkpoint)) is not None:
+        _refuse_int8(maybe_int8)
+        save_encodec_bundle(
+            folder, load_encodec(maybe_file), name=_encodec_name(maybe_file), sides=sides, graphs=graphs
+        )
+        return
+    if (maybe_document := maybe_frame_graphs(checkpoint)) is not None:
+        _refuse_int8(maybe_int8)
+        save_frame_graphs(folder, checkpoint, maybe_document)
+        return
     codec = maybe_codec_inside(checkpoint) or checkpoint
     weights = load_checkpoint(codec, sides)
     name = codec.resolve().name
     save_bundle(folder, weights, name=name, checkpoint_name=name, graphs=graphs, maybe_int8=maybe_int8)
+
+
+def _refuse_int8(maybe_int8: Int8Wish | None) -> None:
+    if maybe_int8 is not None:
+        raise UsageError("--precision int8 is for codecs with transformers, and EnCodec has none; leave it out")
 
 
 def build_from_bundle(source: Path, folder: Path, maybe_int8: Int8Wish | None = None) -> None:
@@ -184,20 +212,70 @@ def save_mimi_bundle(
         ("decode", "official"): ("decode_full", save_whole_decode),
         ("encode", "official"): ("encode", save_whole_encode),
     }
-    with staged(folder) as stage:
-        built = {
-            graph_name: save(stage, weights)
-            for (side, kind), (graph_name, save) in saves.items()
-            if sides in ("all", side) and graphs in ("all", kind)
+    chosen = _chosen(saves, sides, graphs)
+    _save_own_codec(
+        folder, OwnCodec(MIMI, weights.format), weights, chosen, name=name, trial=trial, maybe_int8=maybe_int8
+    )
+
+
+def save_encodec_bundle(
+    folder: Path,
+    weights: EncodecWeights,
+    *,
+    name: str,
+    sides: Sides = "all",
+    graphs: Graphs = "all",
+    trial: bool = True,
+) -> None:
+    """The same of an EnCodec."""
+    saves: Saves = {
+        ("decode", "fast"): ("decode_step", save_encodec_decode_step),
+        ("encode", "fast"): ("encode_step", save_encodec_encode_step),
+        ("decode", "official"): ("decode_full", save_encodec_whole_decode),
+        ("encode", "official"): ("encode", save_encodec_whole_encode),
+    }
+    if weights.maybe_segments is not None:  # of which there is one kind
+        saves = {
+            ("decode", graphs): ("decode_segment", save_encodec_segment_decode),
+            ("encode", graphs): ("encode_segment", save_encodec_segment_encode),
         }
-        sidecar = Sidecar(
-            name=name,
-            codebook_size=weights.format.codebook_size,
-            maybe_codec=OwnCodec(MIMI, weights.format),
-            graphs=built,
-            files=record_files(stage, _files_of(built)),
-        )
-        _finish(stage, sidecar, stage if trial else None, maybe_int8)
+    chosen = _chosen(saves, sides, graphs)
+    _save_own_codec(folder, OwnCodec(ENCODEC, weights.format), weights, chosen, name=name, trial=trial)
+
+
+def save_frame_graphs(folder: Path, source: Path, document: Entry) -> None:
+    """encodec-rs's graphs of an EnCodec, as they are, and `mossnano.json`."""
+    codec = OwnCodec(ENCODEC, frame_graph_format(document))
+    with staged(folder) as stage:
+        built = dict(copy_frame_graphs(source, document, stage))
+        _finish(stage, _sidecar_of(stage, codec, built, f"{ENCODEC}, {source.resolve().name}"), stage, None)
+
+
+Saves = Mapping[tuple[str, str], tuple[str, Callable[[Path, Any], GraphSpec]]]  # (side, kind) -> graph, what writes it
+
+
+def _chosen(saves: Saves, sides: Sides, graphs: Graphs) -> dict[str, Callable[[Path, Any], GraphSpec]]:
+    return {
+        graph_name: save
+        for (side, kind), (graph_name, save) in saves.items()
+        if sides in ("all", side) and graphs in ("all", kind)
+    }
+
+
+def _save_own_codec(
+    folder: Path,
+    codec: OwnCodec,
+    weights: Any,
+    saves: Mapping[str, Callable[[Path, Any], GraphSpec]],
+    *,
+    name: str,
+    trial: bool,
+    maybe_int8: Int8Wish | None = None,
+) -> None:
+    """Build the graphs of a codec that has no official metadata, and `mossnano.json`, into `folder`."""
+    with staged(folder) as stage:
+        built = {graph_name: save(stage, weights) for graph_name, save in saves.items()}
+        _finish(stage, _sidecar_of(stage, codec, built, name), stage if trial else None, maybe_int8)
 
 
 def _finish(stage: Path, sidecar: Sidecar, maybe_judge: Path | None, maybe_int8: Int8Wish | None) -> None:
@@ -211,11 +289,33 @@ def _finish(stage: Path, sidecar: Sidecar, maybe_judge: Path | None, maybe_int8:
         try_folders(maybe_judge, stage, maybe_int8.recorded if maybe_int8 else ())
 
 
+def _sidecar_of(stage: Path, codec: OwnCodec, built: dict[str, GraphSpec], name: str) -> Sidecar:
+    return Sidecar(
+        name=name,
+        codebook_size=codec.format.codebook_size,
+        maybe_codec=codec,
+        graphs=built,
+        files=record_files(stage, _files_of(built)),
+    )
+
+
 def _mimi_name(path: Path) -> str:
     """Which training it is, where that is known."""
     (found,) = record_files(path.parent, [path.name]).values()
     names = [name for name, record in MIMI_FILES.items() if record == found]
     return names[0] if names else f"{MIMI}, {path.stem}"
+
+
+def _encodec_name(path: Path) -> str:
+    """What the checkpoint's folder is called; no hashes of published files are known that would say more."""
+    return f"{ENCODEC}, {path.resolve().parent.name}"
+
+
+def build_encodec_standin(folder: Path, model: str, size: str, seed: int, *, trial: bool = True) -> None:
+    """The same of an EnCodec: its checkpoint lies in `folder`/checkpoint."""
+    with staged(folder / "checkpoint") as stage:
+        path = save_encodec_standin(stage, ENCODEC_SIZES[model][size], seed)
+        save_encodec_bundle(folder, load_encodec(path), name=f"{model} {size} stand-in, seed {seed}", trial=trial)
 
 
 def build_mimi_standin(folder: Path, size: str, seed: int, *, trial: bool = True) -> None:
@@ -230,6 +330,9 @@ def build_standin(folder: Path, size: str, seed: int, *, model: str = "nano", tr
     """Write a checkpoint of random weights into `folder`/checkpoint, and build the bundle from it into `folder`."""
     if model == MIMI:
         build_mimi_standin(folder, size, seed, trial=trial)
+        return
+    if model in ENCODEC_SIZES:
+        build_encodec_standin(folder, model, size, seed, trial=trial)
         return
     with staged(folder / "checkpoint") as stage:  # it comes to stay when the bundle has: both, or neither
         save_standin(stage, SIZES[model][size], seed)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from mossnano_stdio.build.blocks import INT32
-from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
+from mossnano_stdio.build.builder import open_data
 from mossnano_stdio.build.mimi_model import (
     RESAMPLED_BY,
     CodebookChain,
@@ -40,21 +40,20 @@ from mossnano_stdio.build.mimi_model import (
     TransposedConv,
 )
 from mossnano_stdio.build.model import Array, TransformerWeights
+from mossnano_stdio.build.step_graph import ALL, StepGraph
 from mossnano_stdio.build.transformers import Stack, linear, stack_facts
-from mossnano_stdio.weights import GraphSpec, StateSpec
+from mossnano_stdio.weights import GraphSpec
 
 DECODE_STEP_FILE = "mimi_decode_step.onnx"
 DECODE_STEP_DATA = "mimi_decode_step.data"
 ENCODE_STEP_FILE = "mimi_encode_step.onnx"
 ENCODE_STEP_DATA = "mimi_encode_step.data"
 
-ALL = np.iinfo(np.int64).max  # the end of a Slice that has none
-
 
 def save_mimi_decode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
     with open_data(folder / DECODE_STEP_DATA) as data:
-        graph = _StepGraph("mimi_decode_step", data)
+        graph = StepGraph("mimi_decode_step", data)
         rows = graph.input("rows", np.int32, ["frames", weights.format.quantizers])
         x = _look_up(graph, rows, weights.semantic, weights.acoustic)
         x = _upsampled(graph, x, weights.upsample)
@@ -70,7 +69,7 @@ def save_mimi_decode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
 def save_mimi_encode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
     """Write the graph and its weights, and return what `mossnano.json` says about them."""
     with open_data(folder / ENCODE_STEP_DATA) as data:
-        graph = _StepGraph("mimi_encode_step", data)
+        graph = StepGraph("mimi_encode_step", data)
         x = graph.input("audio", np.float32, ["samples", weights.format.channels])
         x = _convolved(graph, x, "encoder", weights.encoder)
         x = _transformed(graph, x, "encoder_transformer", weights.encoder_transformer)
@@ -83,52 +82,10 @@ def save_mimi_encode_step(folder: Path, weights: MimiWeights) -> GraphSpec:
     return GraphSpec(file=ENCODE_STEP_FILE, data=(ENCODE_STEP_DATA,), states=tuple(graph.states), facts=facts)
 
 
-class _StepGraph(GraphBuilder):
-    """A graph with states, each of which begins as zeros."""
-
-    def __init__(self, name: str, data: DataFile) -> None:
-        super().__init__(name, data)
-        self.states: list[StateSpec] = []
-
-    def state(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
-        """The names of what the run before has left, and of what this one leaves."""
-        spec = StateSpec(name, f"{name}_out", shape, np.dtype(np.float32), initial=0)
-        self.states.append(spec)
-        self.input(spec.input_name, np.float32, list(shape))
-        return spec.input_name, spec.output_name
-
-    def leave(self, output_name: str) -> None:
-        (spec,) = (spec for spec in self.states if spec.output_name == output_name)
-        self.output(output_name, np.float32, list(spec.shape))
-
-    def after_past(self, x: str, columns: int, channels: int, name: str) -> str:
-        """x behind the `columns` columns before it, which the state keeps."""
-        past, past_out = self.state(name, (columns, channels))
-        together = self.op("Concat", past, x, axis=0)
-        self.columns(together, -columns, ALL, result=past_out)
-        self.leave(past_out)
-        return together
-
-    def columns(self, x: str, start: int, end: int, result: str | None = None) -> str:
-        return self.op("Slice", x, self.constant([start]), self.constant([end]), self.constant([0]), result=result)
-
-    def windows(self, x: str, width: int) -> str:
-        """Each column with the width - 1 behind it, side by side: [columns - width + 1, width * channels]."""
-        if width == 1:
-            return x
-        pieces = [self.columns(x, shift, shift + 1 - width or ALL) for shift in range(width)]
-        return self.op("Concat", *pieces, axis=1)
-
-    def product(self, x: str, name: str, matrix: Array, bias: Array) -> str:
-        """W x + b of every column, W lying as [out, in]."""
-        weight = self.weight(f"{name}.weight", matrix.astype(np.float32))
-        return self.op("Gemm", x, weight, self.weight(f"{name}.bias", bias.astype(np.float32)), transB=1)
-
-
 # --- codes and latents -------------------------------------------------------------------------------------------
 
 
-def _look_up(graph: _StepGraph, rows: str, semantic: CodebookChain, acoustic: CodebookChain) -> str:
+def _look_up(graph: StepGraph, rows: str, semantic: CodebookChain, acoustic: CodebookChain) -> str:
     """The sum of each half's rows, through its own projection: [frames, features]."""
     width = semantic.codebooks.shape[2]
     halves = [len(semantic.codebooks), len(acoustic.codebooks)]
@@ -141,7 +98,7 @@ def _look_up(graph: _StepGraph, rows: str, semantic: CodebookChain, acoustic: Co
     return linear(graph, side_by_side, "output_proj", np.concatenate([semantic.output_proj, acoustic.output_proj], 1))
 
 
-def _searched(graph: _StepGraph, x: str, name: str, chain: CodebookChain) -> Iterator[str]:
+def _searched(graph: StepGraph, x: str, name: str, chain: CodebookChain) -> Iterator[str]:
     """One column of codes for each codebook. The nearest row has the largest r . row - |row|^2 / 2."""
     rest = linear(graph, x, f"{name}.input_proj", chain.input_proj)
     for index, rows in enumerate(chain.codebooks):
@@ -153,7 +110,7 @@ def _searched(graph: _StepGraph, x: str, name: str, chain: CodebookChain) -> Ite
         yield graph.op("Unsqueeze", codes, graph.constant([1]))
 
 
-def _upsampled(graph: _StepGraph, x: str, weight: Array) -> str:
+def _upsampled(graph: StepGraph, x: str, weight: Array) -> str:
     """A transposed convolution of each feature by itself: [frames, features] -> [tokens, features]."""
     features = len(weight)
     together = graph.after_past(x, 1, features, "upsample.past")
@@ -165,7 +122,7 @@ def _upsampled(graph: _StepGraph, x: str, weight: Array) -> str:
     return graph.op("Reshape", graph.op("Add", *parts), graph.constant([-1, features]))
 
 
-def _downsampled(graph: _StepGraph, x: str, weight: Array) -> str:
+def _downsampled(graph: StepGraph, x: str, weight: Array) -> str:
     """[tokens, features] -> [frames, features]. A stream's first token stands for those before it."""
     features, _, _ = weight.shape
     joined = graph.op("Reshape", x, graph.constant([-1, RESAMPLED_BY * features]))
@@ -182,7 +139,7 @@ def _downsampled(graph: _StepGraph, x: str, weight: Array) -> str:
     return linear(graph, graph.windows(together, 2), "downsample", matrix)
 
 
-def _transformed(graph: _StepGraph, x: str, name: str, module: TransformerWeights) -> str:
+def _transformed(graph: StepGraph, x: str, name: str, module: TransformerWeights) -> str:
     batch = graph.op("Unsqueeze", x, graph.constant([0]))
     with graph.scope(name):
         return graph.op("Squeeze", Stack(graph).run(batch, name, module), graph.constant([0]))
@@ -191,7 +148,7 @@ def _transformed(graph: _StepGraph, x: str, name: str, module: TransformerWeight
 # --- convolutions ------------------------------------------------------------------------------------------------
 
 
-def _convolved(graph: _StepGraph, x: str, stack: str, modules: tuple[ConvModule, ...]) -> str:
+def _convolved(graph: StepGraph, x: str, stack: str, modules: tuple[ConvModule, ...]) -> str:
     for index, module in enumerate(modules):
         name = f"{stack}.{index}"
         with graph.scope(name):
@@ -206,7 +163,7 @@ def _convolved(graph: _StepGraph, x: str, stack: str, modules: tuple[ConvModule,
     return x
 
 
-def _conv(graph: _StepGraph, x: str, name: str, conv: Conv) -> str:
+def _conv(graph: StepGraph, x: str, name: str, conv: Conv) -> str:
     outputs, inputs, kernel = conv.weight.shape
     matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
     if conv.stride > 1:
@@ -218,7 +175,7 @@ def _conv(graph: _StepGraph, x: str, name: str, conv: Conv) -> str:
     return graph.product(x, name, matrix, conv.bias)
 
 
-def _transposed(graph: _StepGraph, x: str, name: str, conv: TransposedConv) -> str:
+def _transposed(graph: StepGraph, x: str, name: str, conv: TransposedConv) -> str:
     inputs, outputs, _ = conv.weight.shape
     windows = graph.windows(graph.after_past(x, 1, inputs, f"{name}.past"), 2)
     now, before = np.split(conv.weight, 2, axis=2)  # what a column adds to its own place, and to the one after it

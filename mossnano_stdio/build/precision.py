@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.build.builder import DataFile, open_data
 from mossnano_stdio.build.int8 import FloatGraph, Part
+from mossnano_stdio.chunks import first_chunk_frames_of
 from mossnano_stdio.codecs import INT8, SeekingDecoder, int8_name, load_decoder
 from mossnano_stdio.errors import CheckFailedError, InputError
 from mossnano_stdio.files import open_input
@@ -102,6 +103,8 @@ def decoded(decoder: SeekingDecoder, codes: Codes, chunk_frames: Sequence[int] =
     start = 0
     while start < len(codes):
         frames = chunk_frames[len(pieces) % len(chunk_frames)]
+        if not start:
+            frames = max(frames, first_chunk_frames_of(decoder))
         pieces.append(decoder.step(codes[start : start + frames]))
         start += frames
     return np.concatenate(pieces)

@@ -12,6 +12,7 @@ Rules of this room:
   the longest context.
 - Encoding: 5 s of seeded noise and tones. The codes must be those of the bundle's own encode, except in one frame of
   MIN_FRAMES_PER_TIE.
+- A graph over segments has nothing beside it to be compared with: it must give sound.
 - Where a bundle has no official graphs, ours are run once more, in chunks of one size only: both must be the same, and
   neither silence. That shows that a state is lost, not that a weight is wrong.
 - The error for a departure says at which frame it begins and how large it is.
@@ -39,9 +40,11 @@ from mossnano_stdio.build.precision import (
     sounds_of,
     worst_db,
 )
+from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import (
     INT8,
     PRECISIONS,
+    SegmentDecoder,
     int8_name,
     load_decoder,
     load_encoder_runtime,
@@ -63,6 +66,7 @@ from mossnano_stdio.weights import Bundle, Graph, load_bundle
 from mossnano_stdio.weights.checked_json import Entry
 
 FRAMES_PAST_CONTEXT = 12
+REMEMBERED_FRAMES = 40  # for layers without a context: what they remember shows long before
 ENCODED_SECONDS = 5  # the whole-file graph needs memory with the square of the length
 MAX_ERROR = 1e-4  # three 16-bit steps: a wrong weight is louder by far, rounding far softer
 # Two rows can be equally near within float rounding. A code chosen the other way changes the codes after it in its
@@ -111,6 +115,8 @@ def try_graphs(source: Bundle, built: Bundle, recorded: Sequence[Path] = ()) -> 
         try_decoder(source, built)
     elif built.has_graph("decode_step"):
         try_steps(source, built)
+    elif built.has_graph("decode_segment"):
+        try_segments(built)
     for name in ("fast", "decode_step"):
         if built.has_graph(int8_name(name)):
             try_int8(built, name, recorded)
@@ -134,7 +140,7 @@ def try_decoder(source: Bundle, built: Bundle) -> None:
 def try_steps(source: Bundle, built: Bundle) -> None:
     """Compare the steps of `built` with the whole-file graph of `source`, or else with larger steps."""
     runtime = load_runtime(built)
-    frames = max(runtime.layer_context_frames) + FRAMES_PAST_CONTEXT
+    frames = max(runtime.layer_context_frames, default=REMEMBERED_FRAMES) + FRAMES_PAST_CONTEXT
     shape = (frames, built.format.quantizers)
     codes = np.random.default_rng(SEED).integers(0, built.format.codebook_size, shape, dtype=np.uint16)
     if source.has_graph("decode_full"):
@@ -159,6 +165,19 @@ def try_int8(built: Bundle, name: str, recorded: Sequence[Path]) -> None:
         )
 
 
+def try_segments(built: Bundle) -> None:
+    """Decode seeded codes in two lengths. There is no other graph to compare them with, but silence is wrong."""
+    decoder = load_runtime(built).new_decoder()
+    assert isinstance(decoder, SegmentDecoder)
+    for frames in (1, FRAMES_PAST_CONTEXT):
+        shape = (frames, built.format.quantizers)
+        codes = np.random.default_rng(SEED).integers(0, built.format.codebook_size, shape, dtype=np.uint16)
+        audio = decoder.decode_segment(codes, 1.0)
+        if not np.isfinite(audio).all() or not audio.any():
+            path = built.graph("decode_segment").path
+            raise CheckFailedError(f"{path}: gives silence, or no numbers, for random codes, so nothing is kept")
+
+
 def _compare(found: Audio, expected: Audio, frames: int, what: str, reference: Graph) -> None:
     errors = np.abs(found - expected).reshape(frames, -1).max(axis=1)
     worse = np.flatnonzero(~(errors <= MAX_ERROR))  # NaN is worse too
@@ -181,8 +200,9 @@ def try_encoder(source: Bundle, built: Bundle) -> None:
     else:
         judged_by = "encode_step"
         stream = runtime.new_encoder()
-        frames = np.split(audio, len(audio) // source.format.frame_samples)
-        expected = np.concatenate([stream.step(np.ascontiguousarray(frame)) for frame in frames])
+        samples = source.format.frame_samples
+        pieces = plan(len(audio) // samples, Fixed(1), first_chunk_frames_of(stream))
+        expected = np.concatenate([stream.step(audio[start * samples : (start + n) * samples]) for start, n in pieces])
     other = np.flatnonzero((found != expected).any(axis=1))
     if other.size * MIN_FRAMES_PER_TIE > len(expected):
         raise CheckFailedError(

@@ -17,8 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder
-from mossnano_stdio.codecs import mimi, moss
+from mossnano_stdio.chunks import RAMP_MAX_FRAMES, Decoder, Encoder, first_chunk_frames_of
+from mossnano_stdio.codecs import encodec, mimi, moss
+from mossnano_stdio.codecs.encodec import (
+    FrameGraphEncoder,
+    SegmentDecoder,
+    SegmentEncoder,
+    SegmentRuntime,
+    refuse_segments,
+)
 from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.codecs.precisions import INT8, PRECISIONS, PrecisionName, int8_name
@@ -38,10 +45,14 @@ __all__ = [
     "EncoderRuntime",
     "Engine",
     "Family",
+    "FrameGraphEncoder",
     "GraphName",
     "PrecisionName",
     "Runtime",
     "SeekingDecoder",
+    "SegmentDecoder",
+    "SegmentEncoder",
+    "SegmentRuntime",
     "UnfitRuntimeError",
     "default_threads",
     "family_of",
@@ -52,8 +63,10 @@ __all__ = [
     "load_full_decoder",
     "load_full_encoder",
     "load_runtime",
+    "load_segment_encoder",
     "maybe_warm_up_frames",
     "ramp_second_frames",
+    "refuse_segments",
     "seek",
     "stepping_graphs",
 ]
@@ -139,7 +152,7 @@ class EncoderRuntime(Protocol):
         """A stream of its own, at its start."""
 
 
-FAMILIES = cast(tuple[Family, ...], (moss, mimi))
+FAMILIES = cast(tuple[Family, ...], (moss, mimi, encodec))
 
 
 def family_of(bundle: Bundle) -> Family:
@@ -191,12 +204,20 @@ def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None =
             return load_encoder_runtime(bundle, provider=provider, threads=threads)
         except UnfitRuntimeError as error:
             log.warning("%s; recordings are encoded as a whole instead", error)
+    refuse_segments(bundle)
     if not bundle.has_graph("encode"):
         raise BundleError(
             f"{bundle.folder}: has no encoder; `mossnano fetch --what encode` gets the official one, "
             "`mossnano build` makes a streaming one"
         )
     return load_full_encoder(bundle, provider=provider, threads=threads)
+
+
+def load_segment_encoder(
+    bundle: Bundle, *, provider: str = "cpu", threads: int | None = None
+) -> SegmentEncoder | FrameGraphEncoder:
+    """Segments with their scales, of a codec that knows nothing else."""
+    return encodec.load_segment_encoder(bundle, Engine.of(provider, threads))
 
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:
@@ -255,12 +276,16 @@ def _step_of_nothing(runtime: Runtime | EncoderRuntime) -> Callable[[int], objec
     return lambda frames: decoder.step(np.zeros((frames, codec.quantizers), np.uint16))
 
 
-def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> None:
+def seek(decoder: SeekingDecoder, codes: Codes, start_frame: int, maybe_warm_up: int | None) -> int:
     """Bring a decoder to `start_frame` of a stream by decoding the `maybe_warm_up` frames before it, or all (None).
 
-    What lies further back is missing from the caches.
+    What lies further back is missing from the caches. Returns where the decoder stands: before `start_frame` only where
+    a stream's first chunk would have fewer frames than the codec needs in it.
     """
     begin = 0 if maybe_warm_up is None else max(0, start_frame - maybe_warm_up)
     decoder.reset(begin)
+    if start_frame - begin < first_chunk_frames_of(decoder):
+        return begin
     for frame in range(begin, start_frame, WARM_UP_STEP_FRAMES):
         decoder.step(codes[frame : min(frame + WARM_UP_STEP_FRAMES, start_frame)])
+    return start_frame

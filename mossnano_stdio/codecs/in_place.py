@@ -74,13 +74,13 @@ class InPlaceGraph:
         if engine.provider != "cpu":
             other = f"; `--graph official` runs on {engine.provider!r}" if graph.name.startswith("fast") else ""
             raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
-        support = attention_support()
+        self.specs = tuple(_ring_specs(graph, rounded_frames))
+        support = attention_support() if self.specs else "in place"
         if support == "none":
             raise UnfitRuntimeError(f"{graph.path}: {_unfit_runtime()}")
         if support == "by copies":
             log.warning("this onnxruntime does not write in place: keys and values are copied in every run")
         self.in_place = support == "in place"
-        self.specs = tuple(_ring_specs(graph, rounded_frames))
         self.session: Session = open_session(graph, engine, optimise=False)
         ring_inputs, ring_outputs = _contract(self.specs)
         check_contract(self.session, {**inputs, **ring_inputs}, {**outputs, **ring_outputs}, graph.states)
@@ -109,9 +109,14 @@ class InPlaceStream:
         self._first_frame = 0
         self.next_frame = 0
 
+    @property
+    def seen_frames(self) -> int:
+        """How many frames this stream had since it began."""
+        return self.next_frame - self._first_frame
+
     def step(self, frames: int, inputs_of: BindRun, outputs_of: BindRun) -> None:
         """Run over the next `frames` frames. Each run takes its inputs from arrays, and writes into arrays, as told."""
-        before, seen_frames = self.next_frame, self.next_frame - self._first_frame
+        before, seen_frames = self.next_frame, self.seen_frames
         is_one_run = frames <= MAX_RUN_FRAMES
         passing = [] if is_one_run else [rings.passing(seen_frames, frames) for rings in self._rings]
         states = () if is_one_run else self._states.copied()
@@ -135,8 +140,7 @@ class InPlaceStream:
         self._states.reset()
 
     def snapshot(self) -> InPlaceState:
-        seen_frames = self.next_frame - self._first_frame
-        windows = tuple(rings.window(seen_frames) for rings in self._rings)
+        windows = tuple(rings.window(self.seen_frames) for rings in self._rings)
         return InPlaceState(self._first_frame, self.next_frame, windows, self._states.copied())
 
     def restore(self, state: InPlaceState) -> None:
@@ -148,7 +152,7 @@ class InPlaceStream:
     def _run(self, frames: int, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         """At most MAX_RUN_FRAMES at once."""
         for rings in self._rings:
-            rings.prepare(self.next_frame - self._first_frame, frames, self.next_frame)
+            rings.prepare(self.seen_frames, frames, self.next_frame)
         with translated_errors(self._session.graph):
             for name, array in inputs.items():
                 self._binding.bind_ortvalue_input(name, native_value(array))

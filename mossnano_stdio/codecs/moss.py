@@ -302,7 +302,7 @@ class FastDecoder(InPlaceSteps):
         """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
         check_codes(codes, self.format, least_quantizers=1)
         frames, frame_samples = len(codes), self.format.frame_samples
-        rows = _rows(codes, self.format)
+        rows = table_rows(codes, self.format)
         audio = np.empty((frames * frame_samples, self.format.channels), dtype=np.float32)
         self._stream.step(
             frames,
@@ -312,7 +312,7 @@ class FastDecoder(InPlaceSteps):
         return audio
 
 
-def _rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
+def table_rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
     """Which row of the one table of all codebooks each code means; the last row for quantizers that are left out."""
     rows = np.full((len(codes), codec.quantizers), codec.quantizers * codec.codebook_size, dtype=np.int32)
     present = codes.shape[1]
@@ -330,6 +330,10 @@ class StreamEncoder(InPlaceSteps):
         frames, rest = divmod(len(audio), frame_samples)
         if rest:
             raise UsageError(f"{len(audio)} samples, allowed are whole frames of {frame_samples}")
+        return self._encoded(audio, frames)
+
+    def _encoded(self, audio: NDArray[np.float32], frames: int) -> Codes:
+        frame_samples = self.format.frame_samples
         audio = np.ascontiguousarray(audio, dtype=np.float32)
         codes = np.empty((frames, self.format.quantizers), dtype=np.int32)
         self._stream.step(

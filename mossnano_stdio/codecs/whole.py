@@ -5,8 +5,8 @@ Rules of this room:
 - They need memory with the square of the length, and the kernel kills without a word. So a run that would not fit is
   refused before it starts, by an estimate that errs on the large side. Where the machine does not say how much is free,
   nothing is refused.
-- A recording may end inside a frame, which is filled up with silence, so that nothing is lost; how long it was is the
-  caller's to remember.
+- A recording may end inside a frame, which is filled up with silence, so that nothing is lost, unless the graph
+  completes it in a way of its own; how long it was is the caller's to remember.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class FullEncoder:
         self.engine = engine
         self.format = bundle.format
         self.session = open_session(bundle.graph("encode"), engine)
+        # Some graphs complete the last frame themselves, with other columns than those of silence.
+        facts = Entry(dict(self.session.graph.facts), f"{self.session.graph.path}: facts")
+        maybe_completes = facts.maybe_at("completes_frames")
+        self._completes_frames = maybe_completes.boolean() if maybe_completes else False
         self._wave_name, self._wave_lengths_name = self.session.graph.input_names
         codes_name, code_lengths_name = self.session.graph.output_names
         check_contract(
@@ -101,8 +105,8 @@ class FullEncoder:
     def encode(self, audio: NDArray[np.float32]) -> Codes:
         """[samples, channels] -> [frames, quantizers], one frame for each that was begun."""
         check_audio_in(audio, self.format)
-        whole = filled_up(audio, self.format)
-        frames = len(whole) // self.format.frame_samples
+        whole = audio if self._completes_frames else filled_up(audio, self.format)
+        frames = -(-len(whole) // self.format.frame_samples)
         if not frames:
             return np.zeros((0, self.format.quantizers), dtype=np.uint16)
         if frames > ALWAYS_FITTING_FRAMES:
@@ -156,8 +160,8 @@ def _layers(bundle: Bundle, engine: Engine) -> list[tuple[int, int]]:
         entries = Entry(dict(graph.facts), f"{graph.path}: facts").items_at("transformers")
         if layers := [(entry.at("heads").whole(1), entry.at("tokens_per_frame").whole(1)) for entry in entries]:
             return layers
-    if "decode_step" not in bundle.graphs:
-        return []  # an official encoder alone says nothing about it
+    if "decode_step" not in bundle.graphs or bundle.sidecar.maybe_codec is not None:
+        return []  # an official encoder alone says nothing about it, and a codec of our own says all
     tokens_per_frame = OfficialRuntime(bundle, engine).tokens_per_frame
     return [(cache.heads, tokens_per_frame[cache.offset_input_name]) for cache in bundle.caches]
 

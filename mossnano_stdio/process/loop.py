@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mossnano_stdio import __version__
-from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp
+from mossnano_stdio.chunks import MAX_CHUNK_FRAMES, RAMP_MAX_FRAMES, Decoder, Encoder, Ramp, SegmentingDecoder
 from mossnano_stdio.errors import (
     BugError,
     ExitStatus,
@@ -66,7 +66,7 @@ from mossnano_stdio.protocol import (
     parse_json,
 )
 from mossnano_stdio.protocol.connection import Connection, Direction, error_message
-from mossnano_stdio.protocol.decoding import DECODE, DECODE_TO_ZEROS
+from mossnano_stdio.protocol.decoding import DECODE, DECODE_SEGMENTS, DECODE_TO_ZEROS
 from mossnano_stdio.protocol.encoding import ENCODE
 from mossnano_stdio.tokens import CodecFormat
 
@@ -94,7 +94,11 @@ Loader = Callable[[argparse.Namespace], Loaded]
 
 def ready_to_decode(new_decoder: Callable[[], Decoder], identity: Mapping[str, Any]) -> Loaded:
     decoder = new_decoder()
-    decoder.step(np.zeros((1, decoder.format.quantizers), np.uint16))
+    codes = np.zeros((1, decoder.format.quantizers), np.uint16)
+    if isinstance(decoder, SegmentingDecoder):
+        decoder.decode_segment(codes, 1.0)
+        return Loaded(DECODE_SEGMENTS, _first_then(decoder, new_decoder), decoder.format, identity)
+    decoder.step(codes)
     decoder.reset()
     return Loaded(DECODE, _first_then(decoder, new_decoder), decoder.format, identity)
 
@@ -309,6 +313,8 @@ class _Process:
         options = self._options
         frames_per_second = loaded.format.frames_per_second
         times = self._maybe_times = StepTimes(frames_per_second)
+        if options.stop_on_zero_frame and loaded.direction is DECODE_SEGMENTS:
+            raise UsageError("--stop-on-zero-frame is for frames of codes, these weights decode segments; leave it out")
         # A session's threads are fixed. Where a step has one of several, streams share the CPUs; else each step does.
         if options.threads == 1:
             from mossnano_stdio.codecs import default_threads

@@ -3,7 +3,7 @@
 Rules of this room:
 
 - The stream whose listener has the least left to hear goes first; one that has sent nothing yet goes before all others,
-  with one frame. Urgency decides only among those that hold less than URGENT_SECONDS.
+  with the fewest frames that it can begin with. Urgency decides only among those that hold less than URGENT_SECONDS.
 - A chunk is cut so that no other due stream runs dry while it is computed; but not to a size at which all that are due
   could not go on in real time: more streams make chunks grow, as a frame of a larger one costs less.
 - A chunk that its credit cuts short waits for more of it, as a whole one costs less a frame, but no longer than until
@@ -62,9 +62,9 @@ class Turns:
         if not others_hold or stream.chunks.schedule.maybe_chunk_frames is not None:
             return frames
         if stream.heard_until_seconds is None:
-            return 1
+            return min(frames, stream.chunks.least_frames)
         all_due = (self._at_once + len(others_hold)) / self._at_once
-        for fewer in smaller_chunks(frames):
+        for fewer in smaller_chunks(frames, stream.chunks.least_frames):
             if all_due * self.cost_seconds(fewer) > fewer * self._frame_seconds:
                 break
             if self.cost_seconds(frames) <= min(others_hold):

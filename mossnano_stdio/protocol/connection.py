@@ -51,6 +51,7 @@ from mossnano_stdio.protocol.settings import Rules, Settings
 from mossnano_stdio.protocol.stream import Answers, Lane, Received, State, Stream
 from mossnano_stdio.tokens import CodecFormat, frame_bytes
 
+CODEC_KINDS: Final = ("mimi", "encodec")  # as names of weights begin; all others are of one more kind
 MAX_SENT_BYTES: Final = MAX_MESSAGE_BYTES - 1  # of any payload of ours: a reader like ours takes it
 ERROR_CHARACTERS: Final = 2000  # of what is said of an error: a peer's text in it could be as long as a message
 REPEATED_CHARACTERS: Final = 1000  # of a peer's text that goes back to it
@@ -118,7 +119,11 @@ class Connection:
         self._rules = Rules(
             self.format, new_ramp, partial(direction.check_quantizers, codec), encodes=direction.encodes
         )
-        asked_for = self._rules.changed(Settings.of_codec(self.format, schedule), settings or {})
+        # What few codecs say of themselves: how a stream of theirs begins, and whether it comes in segments.
+        facts = {name: getattr(codec, name, 1) for name in ("first_chunk_frames", "segment_frames")}
+        self._codec_facts = {name: frames for name, frames in facts.items() if frames > 1}
+        nothing_set = Settings.of_codec(self.format, schedule, facts["first_chunk_frames"])
+        asked_for = self._rules.changed(nothing_set, settings or {})
         self._rules = replace(self._rules, maybe_fixed_form=maybe_fixed_form)
         self.plain = Lane(None, asked_for, codec)
         self.numbered: dict[int, Lane] = {}
@@ -198,6 +203,7 @@ class Connection:
                 "max_audio_bytes": max_audio_bytes(lane, codec),
                 "chunk_frames": schedule.maybe_chunk_frames,
                 "max_chunk_frames": schedule.max_frames,
+                **self._codec_facts,
                 "codec_sample_rate": codec.sample_rate,
                 "codec_channels": codec.channels,
                 "max_streams": self.max_streams,
@@ -422,6 +428,7 @@ class Connection:
         ours = {
             "sample_rate": self.format.sample_rate,
             "channels": self.format.channels,
+            "frame_samples": self.format.frame_samples,
             "quantizers": lane.settings.quantizers,
             "codebook_size": self.format.codebook_size,
         }
@@ -435,6 +442,10 @@ class Connection:
             for name, value in ours.items()
             if name in theirs and theirs[name] != value
         ]
+        # Codes of two codecs can have all these numbers in common and mean other sounds.
+        their_codec, our_codec = theirs.get("codec"), self._identity.get("codec")
+        if isinstance(their_codec, str) and isinstance(our_codec, str) and _kind(their_codec) != _kind(our_codec):
+            differences.append(f"codec is {their_codec[:REPEATED_CHARACTERS]!r} there and {our_codec!r} here")
         lane.maybe_misfit = None
         if differences:
             lane.maybe_misfit = "the peer's HANDSHAKE does not fit these weights: " + ", ".join(differences)
@@ -660,6 +671,15 @@ AT_ANY_TIME: Final[Mapping[Kind, Action]] = {
 def _most_bytes(lane: Lane) -> int:
     """What a payload of ours may hold, beside the number."""
     return MAX_SENT_BYTES - (NUMBER_BYTES if lane.maybe_number is not None else 0)
+
+
+def _kind(codec: str) -> str:
+    """Which kind of codec a name of weights begins with.
+
+    >>> _kind("mimi of Hibiki"), _kind("nano stand-in, seed 0")
+    ('mimi', '')
+    """
+    return next((kind for kind in CODEC_KINDS if codec.startswith(kind)), "")
 
 
 def max_audio_bytes(lane: Lane, codec: CodecFormat) -> int:

@@ -14,7 +14,7 @@ from functools import partial
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from mossnano_stdio.chunks import Chunks, DecodedChunk, Decoder, DecodingChunks
+from mossnano_stdio.chunks import SCALES_NEEDED, Chunks, DecodedChunk, Decoder, DecodingChunks, SegmentChunks
 from mossnano_stdio.errors import ArtifactError, BacklogError, MossnanoError, PayloadError, SettingsError, TokenError
 from mossnano_stdio.pcm import ShapedSound, Shaper
 from mossnano_stdio.protocol.connection import (
@@ -29,6 +29,7 @@ from mossnano_stdio.protocol.messages import MAX_MARK_BYTES, MESSAGE_COST_BYTES,
 from mossnano_stdio.protocol.settings import Settings
 from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
 from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat, frame_bytes, unpack_frames
+from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, EcdcReader
 
 
 class DecodingStream(Stream):
@@ -39,7 +40,8 @@ class DecodingStream(Stream):
     def __init__(self, number: int, lane: Lane, chunks: Chunks[Any], codec: CodecFormat) -> None:
         self._codec = codec
         super().__init__(number, lane, chunks)
-        self.artifact = ArtifactReader()
+        self.artifact: ArtifactReader | EcdcReader = ArtifactReader()  # until its first byte says what it is
+        self._ecdc_bytes = 0
         self._pushed_frames = 0
         self._marks: list[tuple[int, int, bytes]] = []  # a heap: before which frame, the how-manieth, and its text
         self._marks_pushed = 0
@@ -62,6 +64,8 @@ class DecodingStream(Stream):
 
     @property
     def artifact_bytes(self) -> int:
+        if isinstance(self.artifact, EcdcReader):
+            return self._ecdc_bytes
         header = self.artifact.maybe_header
         return header.file_bytes - self.artifact.missing_bytes if header else 0
 
@@ -81,6 +85,24 @@ class DecodingStream(Stream):
 
     def push(self, codes: Any) -> None:
         self._pushed_frames += self.chunks.push(codes)
+
+    def push_ecdc(self, reader: EcdcReader, data: bytes, connection: Connection) -> bool:
+        """Take the next bytes of an .ecdc: each segment goes to the codec as soon as it is there. Is it whole?"""
+        self._ecdc_bytes += len(data)
+        try:
+            for segment in reader.push(data):
+                self._check_ecdc_fits(reader, connection)
+                if not self.is_dropped:
+                    self._pushed_frames += self.chunks.push_segment(segment)
+        finally:  # what does not fit is refused for that, whatever else is wrong, and before its body takes memory
+            self._check_ecdc_fits(reader, connection)
+        if reader.is_complete and not self.is_dropped:
+            self.chunks.finish(reader.finish().original_samples)
+        return reader.is_complete
+
+    def _check_ecdc_fits(self, reader: EcdcReader, connection: Connection) -> None:
+        if reader.maybe_header is not None:
+            reader.maybe_header.check_fits(connection.format, self.lane.codec.decodes_prefix)
 
     def push_mark(self, text: bytes, frame: int | None = None) -> None:
         heappush(self._marks, (self._pushed_frames if frame is None else frame, self._marks_pushed, text))
@@ -148,14 +170,19 @@ class DecodingStream(Stream):
 
     def forget_input(self) -> None:
         self.artifact = ArtifactReader()
+        self._ecdc_bytes = 0
         self._marks.clear()
         self.marks_bytes = 0
         self._pushed_frames = self.frames
 
     def maybe_cut(self) -> MossnanoError | None:
-        return self.artifact_cut() if self.state is State.ARTIFACT and self.artifact.missing_bytes else None
+        artifact = self.artifact
+        is_whole = artifact.is_complete if isinstance(artifact, EcdcReader) else not artifact.missing_bytes
+        return self.artifact_cut() if self.state is State.ARTIFACT and not is_whole else None
 
     def artifact_cut(self) -> ArtifactError:
+        if isinstance(self.artifact, EcdcReader):
+            return ArtifactError(f"{self.artifact.maybe_cut()}: send all of it, then no END")
         return ArtifactError(
             f"the artifact ended {self.artifact.missing_bytes} bytes before its end: send all of it, then no END"
         )
@@ -197,6 +224,16 @@ def push_tokens(connection: Connection, lane: Lane, message: Message) -> Answers
     yield from ()
 
 
+def refuse_tokens(connection: Connection, lane: Lane, message: Message) -> Answers:
+    """Frames of codes, for a codec that decodes segments with their scales."""
+    connection.open_stream(lane)
+    yield from refuse_first_tokens(connection, lane, message)
+
+
+def refuse_first_tokens(connection: Connection, lane: Lane, message: Message) -> Answers:
+    yield from connection.fail(lane, TokenError(SCALES_NEEDED))
+
+
 def open_mark(connection: Connection, lane: Lane, message: Message) -> Answers:
     connection.open_stream(lane)
     yield from mark(connection, lane, message)
@@ -228,25 +265,51 @@ def begin_artifact(connection: Connection, lane: Lane, message: Message) -> Answ
 
 def grow_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
     stream = _decoding(lane)
+    reader = stream.artifact
+    if isinstance(reader, ArtifactReader) and reader.is_empty and message.payload[:1] == ECDC_MAGIC[:1]:
+        reader = stream.artifact = EcdcReader()
+    if isinstance(reader, EcdcReader):
+        yield from _grow_ecdc(connection, lane, stream, reader, message)
+        return
     try:
-        missing_bytes = stream.artifact.push(message.payload)
-        if stream.artifact.maybe_header is not None:  # what does not fit is refused before its body takes memory
-            stream.artifact.maybe_header.check_fits(connection.format, lane.codec.decodes_prefix)
-        if lane.maybe_number is not None and connection.artifacts_bytes() > MAX_ARTIFACTS_BYTES:
-            raise BacklogError(
-                f"artifacts of more than {MAX_ARTIFACTS_BYTES} bytes in all wait in numbered streams: "
-                "send this one when others are over"
-            )
+        missing_bytes = reader.push(message.payload)
+        if reader.maybe_header is not None:  # what does not fit is refused before its body takes memory
+            reader.maybe_header.check_fits(connection.format, lane.codec.decodes_prefix)
+        _check_artifacts_fit(connection, lane)
         if missing_bytes:
             return
-        artifact = stream.artifact.artifact()
+        artifact = reader.artifact()
+        if not stream.is_dropped:
+            stream.push(artifact.codes)
     except PayloadError as error:
         yield from connection.fail(lane, error)
         return
     if not stream.is_dropped:
-        stream.push(artifact.codes)
         stream.chunks.finish(artifact.original_samples)
     yield from connection.finish(lane, Message(Kind.END))
+
+
+def _grow_ecdc(
+    connection: Connection, lane: Lane, stream: DecodingStream, reader: EcdcReader, message: Message
+) -> Answers:
+    try:
+        is_whole = stream.push_ecdc(reader, message.payload, connection)
+        _check_artifacts_fit(connection, lane)
+    except PayloadError as error:
+        if reader.is_complete and not stream.is_dropped:  # there are bytes beyond its end, where its sound ends, too
+            stream.chunks.finish(reader.finish().original_samples)
+        connection.fail_after_chunks(lane, error)
+        return
+    if is_whole:
+        yield from connection.finish(lane, Message(Kind.END))
+
+
+def _check_artifacts_fit(connection: Connection, lane: Lane) -> None:
+    if lane.maybe_number is not None and connection.artifacts_bytes() > MAX_ARTIFACTS_BYTES:
+        raise BacklogError(
+            f"artifacts of more than {MAX_ARTIFACTS_BYTES} bytes in all wait in numbered streams: "
+            "send this one when others are over"
+        )
 
 
 def cut_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
@@ -255,7 +318,7 @@ def cut_artifact(connection: Connection, lane: Lane, message: Message) -> Answer
 
 def skip_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
     """The rest of a bad stream, unless it begins like a new artifact. A numbered stream is one artifact at most."""
-    if lane.maybe_number is None and message.payload.startswith(MAGIC):
+    if lane.maybe_number is None and message.payload.startswith((MAGIC, ECDC_MAGIC)):
         yield from connection.finish(lane, Message(Kind.END))
         connection.put_back(lane, message)
 
@@ -332,5 +395,15 @@ DECODE: Final = Direction(
     DecodingStream,
     DecodingChunks,
     check_quantizers,
+)
+DECODE_SEGMENTS: Final = DECODE._replace(
+    opened_by="ARTIFACT",
+    transitions={
+        **DECODING,
+        (State.IDLE, Kind.TOKENS): refuse_tokens,
+        (State.OPEN, Kind.TOKENS): refuse_first_tokens,
+    },
+    adding=DECODE.adding | {Kind.ARTIFACT},
+    new_chunks=SegmentChunks,
 )
 DECODE_TO_ZEROS: Final = DECODE._replace(new_chunks=partial(DecodingChunks, stops_on_zero_frame=True))

@@ -28,18 +28,20 @@ class Settings:
     quantizers: int
     schedule: Schedule  # a stream gets a copy
     form: SoundForm
+    first_chunk_frames: int = 1  # which the codec needs, whatever is set
     urgency: int = USUAL_URGENCY
     window_samples: int | None = None  # the first grant of a numbered stream; None: everything is granted
 
     @classmethod
-    def of_codec(cls, codec: CodecFormat, schedule: Schedule) -> Settings:
+    def of_codec(cls, codec: CodecFormat, schedule: Schedule, first_chunk_frames: int = 1) -> Settings:
         """Those that ask for nothing."""
-        return cls(codec.quantizers, schedule, SoundForm.of_codec(codec))
+        return cls(codec.quantizers, schedule, SoundForm.of_codec(codec), first_chunk_frames)
 
     def least_window_samples(self, codec: CodecFormat) -> int:
         """With less granted, a stream would stop for good: before its smallest chunk, or before what the resampler has
         kept until the end."""
-        return self.form.most_samples((self.schedule.maybe_chunk_frames or 1) * codec.frame_samples, codec)
+        chunk_frames = max(self.schedule.maybe_chunk_frames or 1, self.first_chunk_frames)
+        return self.form.most_samples(chunk_frames * codec.frame_samples, codec)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class Stream(ABC):
             return frames
         if self.chunks.schedule.maybe_chunk_frames is not None:
             return 0  # a fixed size is never cut
-        return next((fewer for fewer in smaller_chunks(frames) if self.fits(fewer)), 0)
+        return next((fewer for fewer in smaller_chunks(frames, self.chunks.least_frames) if self.fits(fewer)), 0)
 
     def grant(self, samples: int) -> None:
         """So many samples may have been sent in all. The first grant is the window."""
@@ -261,11 +261,13 @@ class Stream(ABC):
         return {}
 
 
-def smaller_chunks(frames: int) -> Iterator[int]:
+def smaller_chunks(frames: int, least_frames: int) -> Iterator[int]:
     """
-    >>> list(smaller_chunks(8)), list(smaller_chunks(7)), list(smaller_chunks(1))
-    ([4, 2, 1], [4, 2, 1], [])
+    >>> list(smaller_chunks(8, 1)), list(smaller_chunks(7, 1)), list(smaller_chunks(1, 1)), list(smaller_chunks(20, 7))
+    ([4, 2, 1], [4, 2, 1], [], [16, 8, 7])
     """
     fewer = 1 << max(0, frames - 1).bit_length()
-    while (fewer := fewer // 2) >= 1:
+    while (fewer := fewer // 2) > least_frames:
         yield fewer
+    if least_frames < frames:
+        yield least_frames

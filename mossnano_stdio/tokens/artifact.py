@@ -172,6 +172,11 @@ class ArtifactReader:
         self.maybe_header: ArtifactHeader | None = None  # None until its 32 bytes have come and were checked
 
     @property
+    def is_empty(self) -> bool:
+        """Has nothing of it come yet?"""
+        return not self._received
+
+    @property
     def missing_bytes(self) -> int:
         """How many bytes are still to come; before the header is complete, how many of the header."""
         expected_bytes = HEADER_BYTES if self.maybe_header is None else self.maybe_header.file_bytes

@@ -29,8 +29,8 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import numpy as np
 
 from mossnano_stdio.errors import ArtifactError, TokenError
-from mossnano_stdio.tokens.artifact import MAX_ARTIFACT_BYTES, PIECE_BYTES
-from mossnano_stdio.tokens.format import Codes
+from mossnano_stdio.tokens.artifact import MAX_ARTIFACT_BYTES, PIECE_BYTES, Artifact, load_artifact
+from mossnano_stdio.tokens.format import CodecFormat, Codes
 from mossnano_stdio.tokens.packing import first_outside, pack_codes, unpack_codes
 
 ECDC_MAGIC: Final = b"ECDC"
@@ -115,6 +115,24 @@ class EcdcHeader:
     def segment_bytes(self, frames: int) -> int:
         return self.model.scale_bytes + (frames * self.quantizers * BITS_PER_CODE + 7) // 8
 
+    def check_fits(self, weights: CodecFormat, prefix_allowed: bool) -> None:
+        """Raise ArtifactError unless these weights decode it: all numbers are those of its model, but for codebooks."""
+        for name in ("sample_rate", "channels", "frame_samples"):
+            found, needed = getattr(self.model, name), getattr(weights, name)
+            if found != needed:
+                raise ArtifactError(
+                    f"the .ecdc is of {self.model_name}, whose {name} is {found}; these weights decode {needed} only"
+                )
+        if weights.codebook_size != CODEBOOK_SIZE:
+            raise ArtifactError(
+                f"the .ecdc's codebooks have {CODEBOOK_SIZE} entries, those of these weights {weights.codebook_size}"
+            )
+        if self.quantizers != weights.quantizers and not (prefix_allowed and self.quantizers < weights.quantizers):
+            allowed = f"1 to {weights.quantizers}" if prefix_allowed else f"{weights.quantizers} only"
+            raise ArtifactError(
+                f"the .ecdc's codes in a frame (nc) are {self.quantizers}, these weights decode {allowed}"
+            )
+
     def check_size(self, max_bytes: int) -> None:
         # The least that so many samples take comes first: it needs no list of segments, which al alone makes long.
         least_bytes = self.original_samples * self.quantizers * BITS_PER_CODE // (8 * self.model.frame_samples)
@@ -144,6 +162,28 @@ class Ecdc:
     def codes(self) -> Codes:
         """[frames, quantizers] of all segments, one after the other."""
         return np.concatenate([segment.codes for segment in self.segments])
+
+    @property
+    def sample_rate(self) -> int:
+        return self.header.model.sample_rate
+
+    @property
+    def channels(self) -> int:
+        return self.header.model.channels
+
+    @property
+    def original_samples(self) -> int:
+        return self.header.original_samples
+
+    def check_fits(self, weights: CodecFormat, prefix_allowed: bool) -> None:
+        """As an artifact's."""
+        self.header.check_fits(weights, prefix_allowed)
+
+    def as_artifact(self) -> Artifact:
+        """The same recording without what an artifact cannot hold; of a model without segments nothing is lost."""
+        header, codes = self.header, self.codes
+        numbers = (self.sample_rate, self.channels, header.original_samples, header.quantizers)
+        return Artifact(*numbers, frames=len(codes), codebook_size=CODEBOOK_SIZE, codes=codes)
 
 
 def build_ecdc(ecdc: Ecdc) -> bytes:
@@ -177,6 +217,23 @@ def load_ecdc(file: BinaryIO, name: str, start: bytes = b"") -> Ecdc:
         return Ecdc(reader.finish(), segments)
     except ArtifactError as error:
         raise ArtifactError(f"{name}: {error}") from None
+
+
+def load_recording(file: BinaryIO, name: str) -> Artifact | Ecdc:
+    """Read an open file of either kind, told by its first bytes. `name` is for the errors."""
+    start = file.read(len(ECDC_MAGIC))
+    return load_ecdc(file, name, start) if start == ECDC_MAGIC else load_artifact(file, name, start)
+
+
+def ecdc_model_of(codec: CodecFormat) -> str:
+    """What an .ecdc calls the model of these numbers; raise ArtifactError where it has no name for it."""
+    for name, model in ECDC_MODELS.items():
+        if (*model[:3], CODEBOOK_SIZE) == (codec.sample_rate, codec.channels, codec.frame_samples, codec.codebook_size):
+            return name
+    raise ArtifactError(
+        f"an .ecdc holds codes of {' and '.join(ECDC_MODELS)} only, these weights are of another codec: "
+        "write a .mossnano instead"
+    )
 
 
 class EcdcReader:
@@ -223,12 +280,24 @@ class EcdcReader:
 
     def finish(self) -> EcdcHeader:
         """The header of the file that has come as a whole; raise ArtifactError while bytes of it are missing."""
+        if (maybe_cut := self.maybe_cut()) is not None:
+            _check_ecdc_magic(self._received if self._maybe_metadata_bytes is None else ECDC_MAGIC)
+            raise ArtifactError(maybe_cut)
+        assert self.maybe_header is not None
+        return self.maybe_header
+
+    def maybe_cut(self) -> str | None:
+        """What is missing of the file, if it ends here."""
         maybe_missing_bytes = self._maybe_missing_bytes()
-        if self.maybe_header is not None and maybe_missing_bytes is None:
-            return self.maybe_header
-        _check_ecdc_magic(self._received if self._maybe_metadata_bytes is None else ECDC_MAGIC)
+        if maybe_missing_bytes is None:
+            return None
         where = "its header" if self.maybe_header is None else f"segment {self._segment_number}"
-        raise ArtifactError(f"the .ecdc is cut inside {where}: {maybe_missing_bytes} bytes are missing")
+        return f"the .ecdc is cut inside {where}: {maybe_missing_bytes} bytes are missing"
+
+    @property
+    def is_complete(self) -> bool:
+        """Has the last segment come?"""
+        return self._maybe_missing_bytes() is None
 
     def _maybe_missing_bytes(self) -> int | None:
         """Of the part that is on its way; None behind the last segment."""

@@ -3,6 +3,9 @@
   mossnano build CHECKPOINT_DIR OUT_DIR       from config.json and safetensors: all graphs
   mossnano build --from-bundle DIR OUT_DIR    from the official ONNX files: our own graphs, beside them or beside copies
 
+CHECKPOINT_DIR may also be the folder of facebook/encodec_24khz or encodec_48khz, a file with their tensors, or a folder
+of encodec-rs with its bundle.json, whose graphs are taken as they are.
+
 CHECKPOINT_DIR is a codec's, or a text-to-speech model's with the codec inside (audio_tokenizer/, moss_audio_tokenizer/,
 codec/). OUT_DIR may be DIR. Official files are never changed.
 

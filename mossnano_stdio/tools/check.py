@@ -16,13 +16,21 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio import codecs
-from mossnano_stdio.codecs import EncoderRuntime, GraphName, PrecisionName, Runtime, UnfitRuntimeError
+from mossnano_stdio.chunks import Fixed, SegmentingDecoder, first_chunk_frames_of, plan
+from mossnano_stdio.codecs import (
+    EncoderRuntime,
+    GraphName,
+    PrecisionName,
+    Runtime,
+    SegmentRuntime,
+    UnfitRuntimeError,
+)
 from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.pcm import FULL_SCALE
 from mossnano_stdio.pcm.comparison import ratio_db
@@ -33,7 +41,7 @@ from mossnano_stdio.weights import DEMO, Bundle, WeightFile, find_weights, load_
 from mossnano_stdio.weights.checked_json import Entry
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import FullDecoder, FullEncoder
+    from mossnano_stdio.codecs import FrameGraphEncoder, FullDecoder, FullEncoder, SegmentEncoder
 
 SEED = 20
 LONG_FRAMES, SHORT_FRAMES = 60, 24  # past the shortest context; what decode_full can do on any machine
@@ -142,6 +150,7 @@ class _Graphs:
         self.maybe_full_decoder: FullDecoder | None = None
         self.maybe_encoder: EncoderRuntime | None = None
         self.maybe_full_encoder: FullEncoder | None = None
+        self.maybe_segment_encoder: SegmentEncoder | FrameGraphEncoder | None = None
 
     def check(self) -> Iterator[Row]:
         """Load every graph that is there."""
@@ -174,6 +183,9 @@ class _Graphs:
         def load_full_encoder() -> None:
             self.maybe_full_encoder = codecs.load_full_encoder(bundle, **engine)
 
+        def load_segment_encoder() -> None:
+            self.maybe_segment_encoder = codecs.load_segment_encoder(bundle, **engine)
+
         stepping = {name: partial(load_runtime, graph) for name, graph in codecs.stepping_graphs(bundle).items()}
         int8 = {
             codecs.int8_name(name): partial(load_runtime, graph, "int8")
@@ -186,6 +198,7 @@ class _Graphs:
             **stepping,
             **int8,
             "encode_step": load_encoder,
+            "encode_segment": load_segment_encoder,
         }
 
 
@@ -194,6 +207,9 @@ class _Graphs:
 
 def _check_sound(graphs: _Graphs) -> Iterator[Row]:
     judge = "decode_full"
+    if any(isinstance(runtime, SegmentRuntime) for runtime in graphs.runtimes):
+        yield from _check_segments(graphs)
+        return
     try:
         if graphs.maybe_full_decoder:
             codes, whole = _reference(graphs.maybe_full_decoder)
@@ -216,6 +232,21 @@ def _check_sound(graphs: _Graphs) -> Iterator[Row]:
         yield from _check_encoder(graphs.maybe_encoder, graphs.maybe_full_encoder, whole)
 
 
+def _check_segments(graphs: _Graphs) -> Iterator[Row]:
+    """There is one graph of each kind, so what they give is looked at, but not compared."""
+    (runtime,) = graphs.runtimes
+    decoder = runtime.new_decoder()
+    assert isinstance(decoder, SegmentingDecoder)
+    try:
+        audio = decoder.decode_segment(_random_codes(runtime.format), 1.0)
+        yield _judge_reference(runtime.graph_name, audio)
+        if encoder := graphs.maybe_segment_encoder:
+            codes, scale = encoder.encode_segment(audio)
+            yield Row("ok", "sound", encoder.graph_name, f"{len(codes)} frames of codes, their scale {scale:.3g}")
+    except MossnanoError as error:
+        yield Row("FAILED", "sound", runtime.graph_name, str(error))
+
+
 def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> Iterator[Row]:
     """Encode the decoded sound at once and in chunks, and compare the codes."""
     audio = whole[: SHORT_FRAMES * full.format.frame_samples]
@@ -231,8 +262,16 @@ def _check_encoder(encoder: EncoderRuntime, full: FullEncoder, whole: Audio) -> 
 def _stepped_reference(runtime: Runtime) -> tuple[Codes, Audio]:
     """Decode seeded codes frame by frame."""
     codes = _random_codes(runtime.format)
-    decoder = runtime.new_decoder()
-    return codes, np.concatenate([decoder.step(codes[frame : frame + 1]) for frame in range(len(codes))])
+    return codes, _stepped(runtime.new_decoder(), codes, 1)
+
+
+def _stepped(codec: Any, rows: NDArray[Any], chunk_frames: int, rows_per_frame: int = 1) -> NDArray[Any]:
+    """What a decoder, or an encoder, makes of all rows in chunks of one size."""
+    frames = len(rows) // rows_per_frame
+    chunks = plan(frames, Fixed(chunk_frames), first_chunk_frames_of(codec))
+    return np.concatenate(
+        [codec.step(rows[start * rows_per_frame : (start + count) * rows_per_frame]) for start, count in chunks]
+    )
 
 
 def _reference(full: FullDecoder) -> tuple[Codes, Audio]:
@@ -267,9 +306,7 @@ def _judge_reference(judge: str, whole: Audio) -> Row:
 def _judge_chunks(runtime: Runtime, codes: Codes, whole: Audio, chunk_frames: int, judge: str) -> Row:
     name = _chunks_of(runtime, chunk_frames)
     try:
-        decoder = runtime.new_decoder()
-        starts = range(0, len(codes), chunk_frames)
-        stepped = np.concatenate([decoder.step(codes[start : start + chunk_frames]) for start in starts])
+        stepped = _stepped(runtime.new_decoder(), codes, chunk_frames)
     except MossnanoError as error:
         return Row("FAILED", "sound", name, str(error))
     if runtime.precision == codecs.INT8:
@@ -294,10 +331,7 @@ def _judge_int8(runtime: Runtime, name: str, stepped: Audio, whole: Audio, judge
 def _judge_encoded_chunks(encoder: EncoderRuntime, audio: Audio, expected: Codes, chunk_frames: int) -> Row:
     name = f"{encoder.graph_name}, chunks of {chunk_frames}"
     try:
-        stream = encoder.new_encoder()
-        chunk_samples = chunk_frames * encoder.format.frame_samples
-        starts = range(0, len(audio), chunk_samples)
-        stepped = np.concatenate([stream.step(audio[start : start + chunk_samples]) for start in starts])
+        stepped = _stepped(encoder.new_encoder(), audio, chunk_frames, encoder.format.frame_samples)
     except MossnanoError as error:
         return Row("FAILED", "sound", name, str(error))
     agreeing = float(np.mean(stepped == expected))

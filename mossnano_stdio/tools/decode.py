@@ -12,6 +12,9 @@ With --start or --duration only a part is decoded. So that it sounds as it does 
 decoded, too: as far back as all layers together look (84 s with nano's weights), or as many as make it the same within
 half a step of 16 bits (160 s with the larger models', whose layers look back 620 s and more), or --warm-up seconds.
 
+An .ecdc of EnCodec's own tool decodes as an artifact does; at 48 kHz, where it has segments of a second, from its start
+on and a segment at a time.
+
 With --stop-on-zero-frame the recording ends before its first frame whose codes are all 0.
 """
 
@@ -21,12 +24,21 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mossnano_stdio.chunks import Decoder, DecodingChunks, Fixed, Schedule
-from mossnano_stdio.errors import ExitStatus, UsageError
+from mossnano_stdio.chunks import (
+    SCALES_NEEDED,
+    Decoder,
+    DecodingChunks,
+    Fixed,
+    Schedule,
+    SegmentingDecoder,
+    first_chunk_frames_of,
+    new_decoding_chunks,
+)
+from mossnano_stdio.errors import ArtifactError, ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm import WavWriter
 from mossnano_stdio.process.flags import (
@@ -35,8 +47,9 @@ from mossnano_stdio.process.flags import (
     add_zero_frame_argument,
     chosen_schedule,
 )
-from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, frames_before_zeros, load_artifact
+from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, frames_before_zeros
 from mossnano_stdio.tokens.arrays import sample_range
+from mossnano_stdio.tokens.ecdc import Ecdc, EcdcSegment, load_recording
 from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
@@ -47,7 +60,7 @@ WAV_SUFFIX = ".wav"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="IN", help="a .mossnano file")
+    parser.add_argument("artifact", metavar="IN", help="a .mossnano or .ecdc file")
     parser.add_argument("sound", metavar="OUT", help="where the sound goes; its name says the form")
     parser.add_argument("--decoder", choices=("step", "full"), default="step", help="(default: step)")
     parser.add_argument("--start", type=_seconds, metavar="S", help="begin S seconds into the recording (0)")
@@ -62,19 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     with open_input(args.artifact) as file:
-        artifact = load_artifact(file, "stdin" if args.artifact == STANDARD_STREAM else args.artifact)
+        recording = load_recording(file, "stdin" if args.artifact == STANDARD_STREAM else args.artifact)
     loaded = _load(args)
-    artifact.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
-    if args.stop_on_zero_frame:
-        artifact = _up_to_zeros(artifact, loaded.decoder.format.frame_samples)
-    part = _seek(args, artifact, loaded)
+    recording.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
+    if isinstance(loaded.decoder, SegmentingDecoder):
+        part = _segment_part(args, recording, loaded.decoder)
+    else:
+        artifact = recording if isinstance(recording, Artifact) else recording.as_artifact()
+        if args.stop_on_zero_frame:
+            artifact = _up_to_zeros(artifact, loaded.decoder.format.frame_samples)
+        part = _seek(args, artifact, loaded)
     if args.decoder == "full":
-        schedule: Schedule = Fixed(max(1, len(part.codes)))
+        schedule: Schedule = Fixed(max(1, part.frames))
     else:
         schedule = chosen_schedule(args, loaded.decoder.format.frames_per_second)
-    chunks = DecodingChunks(loaded.decoder, schedule)
-    with open_output(args.sound) as output, progress_bar(len(part.codes), "frame") as advance:
-        write, finish = _sink(output, args.sound, artifact, part)
+    chunks = new_decoding_chunks(loaded.decoder, schedule)
+    with open_output(args.sound) as output, progress_bar(part.frames, "frame") as advance:
+        write, finish = _sink(output, args.sound, recording, part)
         facts = _render(chunks, part, write, advance)
         finish()
     if args.json:
@@ -162,31 +179,54 @@ def _up_to_zeros(artifact: Artifact, frame_samples: int) -> Artifact:
 
 @dataclass(frozen=True)
 class _Part:
-    """The frames to decode. Of their samples the first `skipped_samples` are left out, the next `samples` written."""
+    """What to decode. Of its samples the first `skipped_samples` are left out, the next `samples` written."""
 
-    codes: Codes
+    segments: Sequence[EcdcSegment]  # of a codec that has none: one
     skipped_samples: int
     samples: int
+
+    @property
+    def frames(self) -> int:
+        return sum(len(segment.codes) for segment in self.segments)
+
+
+def _segment_part(args: argparse.Namespace, recording: Artifact | Ecdc, decoder: SegmentingDecoder) -> _Part:
+    """From the recording's start on, as the first segment decides how the others fade."""
+    if isinstance(recording, Artifact):
+        raise ArtifactError(SCALES_NEEDED)
+    for name in ("chunk_frames", "chunk_seconds", "warm_up", "stop_on_zero_frame"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} means nothing to a codec with segments; leave it out")
+    samples = _samples(args, recording)
+    needed = -(-samples.stop // decoder.segment_stride)
+    return _Part(recording.segments[:needed], samples.start, len(samples))
+
+
+def _samples(args: argparse.Namespace, recording: Artifact | Ecdc) -> range:
+    """Those that --start and --duration ask for."""
+    try:
+        return sample_range(args.start or 0.0, args.duration, recording.original_samples, recording.sample_rate)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _seek(args: argparse.Namespace, artifact: Artifact, loaded: _Loaded) -> _Part:
     """Find the frames that --start and --duration ask for, and bring the decoder to the first of them."""
     if args.start is None and args.duration is None:
-        return _Part(artifact.codes, 0, artifact.original_samples)
+        return _Part([EcdcSegment(artifact.codes, None)], 0, artifact.original_samples)
     from mossnano_stdio.codecs import maybe_warm_up_frames, seek
 
     assert loaded.maybe_stream is not None  # see _check_flags
     runtime, decoder = loaded.maybe_stream
     codec_format = decoder.format
-    try:
-        samples = sample_range(args.start or 0.0, args.duration, artifact.original_samples, codec_format.sample_rate)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    samples = _samples(args, artifact)
     first_frame = samples.start // codec_format.frame_samples
     end_frame = -(-samples.stop // codec_format.frame_samples)
-    seek(decoder, artifact.codes, first_frame, maybe_warm_up_frames(runtime, args.warm_up))
+    first_frame = seek(decoder, artifact.codes, first_frame, maybe_warm_up_frames(runtime, args.warm_up))
+    if first_frame < end_frame:  # how a stream begins, its first frames say together
+        end_frame = max(end_frame, first_frame + first_chunk_frames_of(decoder))
     skipped_samples = samples.start - first_frame * codec_format.frame_samples
-    return _Part(artifact.codes[first_frame:end_frame], skipped_samples, len(samples))
+    return _Part([EcdcSegment(artifact.codes[first_frame:end_frame], None)], skipped_samples, len(samples))
 
 
 # --- sound --------------------------------------------------------------------------------------------------------
@@ -199,7 +239,8 @@ def _render(
     started = time.perf_counter()
     maybe_first_audio_ms = None
     chunks = 0
-    decoding.push(part.codes)
+    for segment in part.segments:
+        decoding.push_segment(segment)
     decoding.finish(part.skipped_samples + part.samples)
     while chunk := decoding.step():
         if chunk.error:
@@ -211,9 +252,9 @@ def _render(
         chunks += 1
     took_seconds = time.perf_counter() - started
     codec_format = decoding.decoder.format
-    audio_seconds = len(part.codes) / codec_format.frames_per_second
+    audio_seconds = part.frames / codec_format.frames_per_second
     return {
-        "frames": len(part.codes),
+        "frames": part.frames,
         "seconds": part.samples / codec_format.sample_rate,
         "chunks": chunks,
         "decode_seconds": round(took_seconds, 6),
@@ -223,7 +264,7 @@ def _render(
 
 
 def _sink(
-    output: BinaryIO, name: str, artifact: Artifact, part: _Part
+    output: BinaryIO, name: str, artifact: Artifact | Ecdc, part: _Part
 ) -> tuple[Callable[[bytes], object], Callable[[], object]]:
     """Returns a function that writes PCM, and one to call after all of it."""
     skipped_bytes = part.skipped_samples * SAMPLE_BYTES * artifact.channels

@@ -13,6 +13,9 @@ Where the extra `build` is installed, our own faster graphs are built beside the
 
 Of Mimi (--model mimi) it is one file of 385 MB that decodes and encodes, and all graphs are built of it: 0.9 GB.
 
+EnCodec (--model encodec-24k, encodec-48k) is not fetched, as nothing is known by which its files could be verified: it
+says how to get them otherwise.
+
 Of the larger models (--model 24k, v2) no graphs that stream are published. There decode and encode get the files of the
 checkpoint that are needed (7.1 GB of 24k, up to 8.5 GB of v2), and graphs are built of them in the same folder, which
 takes as much again.
@@ -27,9 +30,9 @@ import sys
 from pathlib import Path
 from typing import Final, Literal
 
-from mossnano_stdio.errors import ExitStatus, MossnanoError, UsageError
+from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
 from mossnano_stdio.process.flags import add_build_precision_arguments, check_build_precision
-from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, Bundle, load_bundle
+from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, UNPINNED_MODELS, Bundle, load_bundle
 from mossnano_stdio.weights.hub import fetch, selections, tensor_files
 
 Side = Literal["decode", "encode"]
@@ -39,7 +42,7 @@ GRAPHS_OF: Final[dict[Side, set[str]]] = {"decode": {"fast", "decode_step"}, "en
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=MODELS, default="nano", help="(default: nano)")
+    parser.add_argument("--model", choices=(*MODELS, *UNPINNED_MODELS), default="nano", help="(default: nano)")
     parser.add_argument("--what", choices=selections(), default="decode", help="which files (default: decode)")
     parser.add_argument(
         "--to",
@@ -53,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model in UNPINNED_MODELS:
+        raise _unpinned(args.model)
     check_build_precision(args)
     if "int8" in args.precision and (args.no_build or args.what != "decode"):
         raise UsageError("--precision int8 is of our graph that decodes; leave --no-build out, and --what but decode")
@@ -72,6 +77,15 @@ def run(args: argparse.Namespace) -> int:
             _say(f"our own graphs are left out: {error}")
     print(folder)
     return ExitStatus.DONE
+
+
+def _unpinned(model: str) -> BundleError:
+    repository = UNPINNED_MODELS[model]
+    return BundleError(
+        f"{repository}: neither size nor SHA-256 of its files is known here, so nothing that came could be verified; "
+        f"get its config.json and model.safetensors yourself (`hf download {repository} --local-dir DIR`), then "
+        "`mossnano build DIR OUT_DIR`"
+    )
 
 
 def _build_own_graphs(folder: Path, maybe_int8: Int8Choice | None, *, are_files_new: bool) -> None:

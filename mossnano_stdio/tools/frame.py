@@ -5,6 +5,8 @@
                   and wherever the numbers change, a HANDSHAKE says what they are, so that a decoder with other
                   weights refuses them instead of making noise
 
+An .ecdc of EnCodec is framed as an artifact is; as tokens only where it has no scales, at 24 kHz.
+
 `mossnano frame a.mossnano b.mossnano | mossnano-stdio --output wav > both.wav`
 
 With --number-from N the artifacts are the numbered streams N, N + 1 and so on, all at once: their messages take turns,
@@ -40,7 +42,8 @@ from mossnano_stdio.protocol import (
     in_stream,
     json_message,
 )
-from mossnano_stdio.tokens import Artifact, build_artifact, frame_bytes, load_artifact, pack_frames
+from mossnano_stdio.tokens import Artifact, build_artifact, frame_bytes, pack_frames
+from mossnano_stdio.tokens.ecdc import Ecdc, build_ecdc, load_recording
 
 ARTIFACT_PIECE_BYTES = 1 << 16
 MAX_CREDIT = (1 << 64) - 1
@@ -110,12 +113,13 @@ def run(args: argparse.Namespace) -> int:
 def _one_after_the_other(args: argparse.Namespace) -> Iterator[Message]:
     maybe_said: Message | None = None
     for path in args.artifacts:
-        artifact = _load(path)
-        marks = _checked(args.marks, artifact)
+        recording = _load(path)
+        marks = _checked(args.marks, recording)
         if args.form == "artifact":
-            yield from _as_artifact(artifact)
+            yield from _as_artifact(recording)
             continue
-        handshake = _handshake(artifact)
+        artifact = _without_scales(recording, path)
+        handshake = _handshake(artifact, recording)
         if handshake != maybe_said:
             yield handshake
             maybe_said = handshake
@@ -125,15 +129,16 @@ def _one_after_the_other(args: argparse.Namespace) -> Iterator[Message]:
 def _in_turns(args: argparse.Namespace) -> Iterator[Message]:
     streams: dict[int, Iterator[Message]] = {}
     for number, path in enumerate(args.artifacts, start=args.number_from):
-        artifact = _load(path)
-        marks = _checked(args.marks, artifact)
+        recording = _load(path)
+        marks = _checked(args.marks, recording)
         before: list[Message] = []
         if args.form == "artifact":
             if marks:
                 before.append(json_message(Kind.SETTINGS, {"marks": marks}))
-            rest = _as_artifact(artifact)
+            rest = _as_artifact(recording)
         else:
-            before.append(_handshake(artifact))
+            artifact = _without_scales(recording, path)
+            before.append(_handshake(artifact, recording))
             rest = _as_tokens(artifact, args.message_frames or 1, LONGEST_PAYLOAD_BYTES - NUMBER_BYTES, marks)
         if args.credit is not None:
             before.append(next(rest))  # CREDIT opens no stream
@@ -148,17 +153,26 @@ def _in_turns(args: argparse.Namespace) -> Iterator[Message]:
                 yield in_stream(number, maybe_message)
 
 
-def _checked(marks: Sequence[tuple[int, str]], artifact: Artifact) -> Sequence[tuple[int, str]]:
+def _checked(marks: Sequence[tuple[int, str]], recording: Artifact | Ecdc) -> Sequence[tuple[int, str]]:
     """In the order of their frames. A mark at the artifact's end stands behind its last frame."""
     in_order = sorted(marks, key=lambda mark: mark[0])
-    if in_order and in_order[-1][0] > artifact.frames:
-        raise UsageError(f"--mark is at frame {in_order[-1][0]}, allowed is 0 to {artifact.frames}, the artifact's end")
+    frames = recording.frames if isinstance(recording, Artifact) else recording.header.frames
+    if in_order and in_order[-1][0] > frames:
+        raise UsageError(f"--mark is at frame {in_order[-1][0]}, allowed is 0 to {frames}, the artifact's end")
     return in_order
 
 
-def _load(path: str) -> Artifact:
+def _load(path: str) -> Artifact | Ecdc:
     with open_input(path) as file:
-        return load_artifact(file, path)
+        return load_recording(file, path)
+
+
+def _without_scales(recording: Artifact | Ecdc, path: str) -> Artifact:
+    if isinstance(recording, Artifact):
+        return recording
+    if recording.header.model.scale_bytes:
+        raise ArtifactError(f"{path}: has segments with scales, which TOKENS do not hold; frame it --as artifact")
+    return recording.as_artifact()
 
 
 def _write(output: BinaryIO, messages: Iterator[Message]) -> None:
@@ -166,8 +180,8 @@ def _write(output: BinaryIO, messages: Iterator[Message]) -> None:
         output.write(encode_message(*message))
 
 
-def _as_artifact(artifact: Artifact) -> Iterator[Message]:
-    data = build_artifact(artifact)
+def _as_artifact(recording: Artifact | Ecdc) -> Iterator[Message]:
+    data = build_artifact(recording) if isinstance(recording, Artifact) else build_ecdc(recording)
     for start in range(0, len(data), ARTIFACT_PIECE_BYTES):
         yield Message(Kind.ARTIFACT, data[start : start + ARTIFACT_PIECE_BYTES])
 
@@ -200,9 +214,12 @@ def _as_tokens(
     yield Message(Kind.END)
 
 
-def _handshake(artifact: Artifact) -> Message:
+def _handshake(artifact: Artifact, recording: Artifact | Ecdc) -> Message:
+    """What a .mossnano says of itself. An .ecdc also says whose codes it holds: others have the same numbers."""
     numbers = ("sample_rate", "channels", "quantizers", "codebook_size")
     said = {"protocol": VERSION, "name": "mossnano frame"} | {name: getattr(artifact, name) for name in numbers}
+    if isinstance(recording, Ecdc):
+        said |= {"codec": recording.header.model_name, "frame_samples": recording.header.model.frame_samples}
     return json_message(Kind.HANDSHAKE, said)
 
 

@@ -12,12 +12,14 @@ import argparse
 from pathlib import Path
 
 from mossnano_stdio.errors import ExitStatus, UsageError
-from mossnano_stdio.weights import MODELS
+from mossnano_stdio.weights import MODELS, UNPINNED_MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="where to write it; created where needed")
-    parser.add_argument("--model", choices=MODELS, default="nano", help="whose shape it has (default: nano)")
+    parser.add_argument(
+        "--model", choices=(*MODELS, *UNPINNED_MODELS), default="nano", help="whose shape it has (default: nano)"
+    )
     parser.add_argument(
         "--size", choices=("true", "tiny", "nano"), help="default: nano's true size, tiny of all others; nano: its true"
     )

@@ -17,8 +17,7 @@ import argparse
 
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.files import open_input, open_output
-from mossnano_stdio.tokens import load_artifact
-from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, load_ecdc
+from mossnano_stdio.tokens.ecdc import load_recording
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 
@@ -31,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     form = form_of(args.codes, args.form)
     with open_input(args.artifact) as file:
-        start = file.read(len(ECDC_MAGIC))
-        load = load_ecdc if start == ECDC_MAGIC else load_artifact
-        codes = load(file, args.artifact, start).codes
+        codes = load_recording(file, args.artifact).codes
     with open_output(args.codes) as file:
         file.write(save_codes(codes, form))
     return ExitStatus.DONE

@@ -32,7 +32,7 @@ from mossnano_stdio.weights.metadata import (
     build_streaming,
     states_of,
 )
-from mossnano_stdio.weights.published import MIMI_FILES, MODELS, NANO
+from mossnano_stdio.weights.published import MIMI_FILES, MODELS, NANO, UNPINNED_MODELS
 from mossnano_stdio.weights.sidecar import SIDECAR_NAME, OwnCodec, Sidecar, load_sidecar, record_files, save_sidecar
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "OFFICIAL_FILES",
     "SIDECAR_NAME",
     "STATES_OF_A_CACHE",
+    "UNPINNED_MODELS",
     "Bundle",
     "FileRecord",
     "Graph",

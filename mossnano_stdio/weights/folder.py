@@ -60,6 +60,8 @@ class Bundle:
         """How far each layer of the graph that decodes looks back."""
         if self.sidecar.maybe_codec is None:
             return tuple(cache.context_tokens for cache in self.caches)
+        if "decode_step" not in self.graphs:
+            return ()
         graph = self.graphs["decode_step"]
         transformers = Entry(dict(graph.facts), f"{graph.path}: facts").items_at("transformers")
         contexts = [

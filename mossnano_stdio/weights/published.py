@@ -144,6 +144,9 @@ CHECKPOINT_MIMI = PinnedRepository(  # one of the repositories that have it; thi
     files={MIMI_NAME: MIMI_FILES["mimi"]},
 )
 
+# Known by name, and not by content: nobody told us the size and the SHA-256 of any of their files.
+UNPINNED_MODELS = {"encodec-24k": "facebook/encodec_24khz", "encodec-48k": "facebook/encodec_48khz"}
+
 MODELS = {
     "nano": PublishedModel(NANO, CHECKPOINT, BUNDLE),
     "24k": PublishedModel(CodecFormat(24000, 1, 1920, quantizers=32, codebook_size=1024), CHECKPOINT_24K),

@@ -110,6 +110,10 @@ function officialGraph(metadata) {
 }
 
 function ownGraph({ file, data, states, facts }) {
+  if (facts.first_chunk_frames > 1) {
+    const why = `its streams begin with ${facts.first_chunk_frames} frames together, and chunks here may begin with one`;
+    throw new MossnanoError("weights", `${file} is not decoded in a browser: ${why}; mossnano-stdio decodes it`);
+  }
   return { file, data, states: states ?? [], transformers: facts.transformers };
 }
 

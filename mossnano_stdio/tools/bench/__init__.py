@@ -174,9 +174,11 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         _say("packing an hour of codes some times takes a few seconds")
         figures["bits"] = bits_figures()
         return
+    from mossnano_stdio.codecs import refuse_segments
     from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
+    refuse_segments(bundle)
     if args.process:
         _measure_process(bundle, args, figures)
     elif args.streams:

@@ -39,6 +39,7 @@ import_onnxruntime()
 imported = time.perf_counter()
 from mossnano_stdio.weights import load_bundle
 from mossnano_stdio.codecs import load_runtime
+from mossnano_stdio.chunks import Fixed, first_chunk_frames_of, plan
 from mossnano_stdio.tools.bench.overhead import some_codes
 began = time.perf_counter()
 decoder = load_runtime(load_bundle(Path(sys.argv[1])), threads=int(sys.argv[2])).new_decoder()
@@ -53,9 +54,10 @@ for line in sys.stdin:
     frames, chunk_frames = map(int, line.split())
     codes = some_codes(frames, decoder.format)
     decoder.reset()
+    chunks = plan(frames, Fixed(chunk_frames), first_chunk_frames_of(decoder))
     begin = time.perf_counter()
-    for start in range(0, frames, chunk_frames):
-        decoder.step(codes[start : start + chunk_frames])
+    for start, count in chunks:
+        decoder.step(codes[start : start + count])
     print(time.perf_counter() - begin, flush=True)
 """
 

@@ -245,7 +245,8 @@ class Worker:
         self.side = side_of(name, weights, threads, quantizers)
         self.streams: list[Any] = [self.side.open(0)]
         loaded = time.perf_counter()
-        codes = self.chunk(1)
+        self.first_frames: int = getattr(self.streams[0], "first_chunk_frames", 1)  # which some codecs must have
+        codes = self.chunk(self.first_frames)
         self.facts = {
             "import_ms": 1000 * (imported - STARTED),
             "load_ms": 1000 * (loaded - imported),
@@ -277,7 +278,10 @@ class Worker:
         codes = self.chunk(chunk_frames)
         self.streams[0].reset()
         self.filled.discard(0)
-        return timed_ms(lambda: [self.streams[0].step(codes) for _ in range(frames // chunk_frames)])
+        if chunk_frames >= self.first_frames:
+            return timed_ms(lambda: [self.streams[0].step(codes) for _ in range(frames // chunk_frames)])
+        first, rest = self.chunk(self.first_frames), range((frames - self.first_frames) // chunk_frames)
+        return timed_ms(lambda: [self.streams[0].step(first), *(self.streams[0].step(codes) for _ in rest)])
 
     def streams_at_once(self, count: int, frames: int) -> list[float]:
         self.have(count)

@@ -56,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
     from mossnano_stdio.weights import find_weights, load_bundle
 
     bundle = load_bundle(find_weights(args.weights))
+    if bundle.sidecar.maybe_codec is not None and not bundle.contexts_tokens:
+        raise UsageError(
+            f"{bundle.folder}: what can be wrong with a decoder is known here of those with transformers, and "
+            f"{bundle.name} has none"
+        )
     if bundle.demo:
         raise UsageError(
             "the demo weights are a small synthesiser, and nobody else decodes them; name others: --weights"

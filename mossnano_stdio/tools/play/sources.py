@@ -36,7 +36,8 @@ from mossnano_stdio.protocol import (
     out_of_stream,
     parse_json,
 )
-from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES, load_artifact
+from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES
+from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, load_recording
 
 PIECE_BYTES: Final = 1 << 16
 LONGEST_MESSAGE_BYTES: Final = MAX_MESSAGE_BYTES + 1  # AUDIO has up to 1 MiB of PCM, and its kind
@@ -85,7 +86,7 @@ class Decoding:
 
 
 def open_source(file: BinaryIO, name: str, decoding: Decoding, maybe_number: int | None = None) -> Source:
-    """Open an artifact, what mossnano-stdio answers, or an audio file. `name` is for the errors.
+    """Open an artifact, an .ecdc, what mossnano-stdio answers, or an audio file. `name` is for the errors.
 
     `maybe_number` chooses one numbered stream; None: all streams.
     """
@@ -102,7 +103,7 @@ def open_source(file: BinaryIO, name: str, decoding: Decoding, maybe_number: int
         raise UsageError(
             f"{name} is not what mossnano-stdio answers, so it has no numbered streams: leave --stream out"
         )
-    if start.startswith(MAGIC):
+    if start.startswith((MAGIC, ECDC_MAGIC)):
         return _artifact(data, decoding)
     if start.startswith(b"RIFF") and (maybe_wav := _maybe_wav(data)):
         return maybe_wav
@@ -163,11 +164,11 @@ def _whole_samples(pieces: Iterator[bytes], sample_bytes: int) -> Iterator[Pcm |
 
 
 def _artifact(data: _Input, decoding: Decoding) -> Source:
-    from mossnano_stdio.chunks import DecodingChunks, Ramp
+    from mossnano_stdio.chunks import Ramp, new_decoding_chunks, push_recording
     from mossnano_stdio.codecs import load_runtime, ramp_second_frames
     from mossnano_stdio.weights import find_weights, load_bundle
 
-    artifact = load_artifact(data.rest(), data.name)
+    recording = load_recording(data.rest(), data.name)
     bundle = load_bundle(find_weights(decoding.weights))
     if bundle.demo:
         log.warning("these are the built-in demo weights: a small synthesiser, not the codec")
@@ -178,14 +179,11 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
         graph=decoding.graph,
         precision=decoding.precision,
     )
-    artifact.check_fits(runtime.format, runtime.decodes_prefix)
-
-    ramp = Ramp(second_frames=ramp_second_frames(runtime))
+    recording.check_fits(runtime.format, runtime.decodes_prefix)
+    chunks = new_decoding_chunks(runtime.new_decoder(), Ramp(second_frames=ramp_second_frames(runtime)))
+    push_recording(chunks, recording)
 
     def events() -> Iterator[Pcm | MossnanoError]:
-        chunks = DecodingChunks(runtime.new_decoder(), ramp)
-        chunks.push(artifact.codes)
-        chunks.finish(artifact.original_samples)
         since = time.perf_counter()
         while chunk := chunks.step():
             if chunk.error is not None:
@@ -193,7 +191,7 @@ def _artifact(data: _Input, decoding: Decoding) -> Source:
             yield Pcm(chunk.pcm, since)
             since = time.perf_counter()
 
-    return Source(artifact.sample_rate, artifact.channels, events())
+    return Source(recording.sample_rate, recording.channels, events())
 
 
 # --- what mossnano-stdio answers ---------------------------------------------------------------------------------

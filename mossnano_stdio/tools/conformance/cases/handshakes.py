@@ -13,7 +13,7 @@ _NUMBERS: Final = (
     "protocol", "threads", "sample_rate", "channels", "frame_samples", "quantizers", "codebook_size", "frame_bytes",
     "max_message_bytes", "max_audio_bytes", "max_chunk_frames",
 )  # fmt: skip
-_AGREED: Final = ("sample_rate", "channels", "quantizers", "codebook_size")
+_AGREED: Final = ("sample_rate", "channels", "frame_samples", "quantizers", "codebook_size")
 _LARGEST_AUDIO_BYTES: Final = 1 << 20
 
 

@@ -1,0 +1,200 @@
+"""EnCodec frame by frame, of a causal model: decode_step and encode_step, with contracts of our own.
+
+    decode_step
+    rows       int32 [frames, quantizers]   row of each code in one table of all codebooks; the last row is all zeros
+    audio      float32 [samples, channels]
+
+    encode_step
+    audio      float32 [samples, channels]  whole frames, but at a stream's end
+    codes      int32 [frames, quantizers]   one frame for each that is begun
+
+    States: each convolution remembers the last columns of its input, an LSTM its two vectors, and `began` is 0 in a
+    stream's first run. `mossnano.json` has their names and shapes.
+
+Rules of this room:
+
+- What lies before a stream are its first columns, mirrored. So the first run must have `first_chunk_frames`, or be the
+  only one: then zeros stand for the columns that never come, as they do in whole recordings.
+- An end inside a frame is completed at every stride by mirrored columns, not by silence. Where all columns so far fit
+  into one stride there is nothing to mirror, and zeros complete it.
+- The kernel of a layer that changes the rate is two strides long. So a transposed convolution is one matrix product
+  over each column and the one before it, and a strided one is one over each block of columns and the block before it.
+- The runtime loads these graphs with its own optimisations off, and runs these nodes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mossnano_stdio.build.blocks import INT32, lstm_weights
+from mossnano_stdio.build.builder import DataFile, open_data
+from mossnano_stdio.build.encodec_model import (
+    EncodecModule,
+    EncodecWeights,
+    LstmStack,
+    MirroredConv,
+    ShortcutBlock,
+    SpreadingConv,
+)
+from mossnano_stdio.build.model import Array
+from mossnano_stdio.build.step_graph import ALL, StepGraph
+from mossnano_stdio.weights import GraphSpec
+
+DECODE_STEP_FILE = "encodec_decode_step.onnx"
+DECODE_STEP_DATA = "encodec_decode_step.data"
+ENCODE_STEP_FILE = "encodec_encode_step.onnx"
+ENCODE_STEP_DATA = "encodec_encode_step.data"
+
+
+def save_encodec_decode_step(folder: Path, weights: EncodecWeights) -> GraphSpec:
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
+    with open_data(folder / DECODE_STEP_DATA) as data:
+        graph = _MirroringGraph("encodec_decode_step", data)
+        rows = graph.input("rows", np.int32, ["frames", weights.format.quantizers])
+        table = weights.codebooks.reshape(-1, weights.codebooks.shape[2])
+        found = graph.op("Gather", graph.weight("codebooks", np.pad(table, ((0, 1), (0, 0)))), rows, axis=0)
+        x = graph.op("ReduceSum", found, graph.constant([1]), keepdims=0)
+        graph.op("Identity", graph.convolved(x, "decoder", weights.decoder), result="audio")
+        graph.output("audio", np.float32, ["samples", weights.format.channels])
+        graph.save(folder / DECODE_STEP_FILE)
+    return GraphSpec(DECODE_STEP_FILE, (DECODE_STEP_DATA,), states=tuple(graph.states), facts=_facts(weights))
+
+
+def save_encodec_encode_step(folder: Path, weights: EncodecWeights) -> GraphSpec:
+    """Write the graph and its weights, and return what `mossnano.json` says about them."""
+    with open_data(folder / ENCODE_STEP_DATA) as data:
+        graph = _MirroringGraph("encodec_encode_step", data)
+        x = graph.input("audio", np.float32, ["samples", weights.format.channels])
+        graph.searched(graph.convolved(x, "encoder", weights.encoder), weights.codebooks, result="codes")
+        graph.output("codes", np.int32, ["frames", weights.format.quantizers])
+        graph.save(folder / ENCODE_STEP_FILE)
+    return GraphSpec(ENCODE_STEP_FILE, (ENCODE_STEP_DATA,), states=tuple(graph.states), facts=_facts(weights))
+
+
+def _facts(weights: EncodecWeights) -> dict[str, object]:
+    return {"transformers": [], "first_chunk_frames": weights.first_chunk_frames}
+
+
+class _MirroringGraph(StepGraph):
+    """A graph that knows whether a stream began before this run."""
+
+    def __init__(self, name: str, data: DataFile) -> None:
+        super().__init__(name, data)
+        began, began_out = self.state("began", (1,))
+        self.op("Identity", self.constant([1], np.float32), result=began_out)
+        self.leave(began_out)
+        self._has_begun = self.op("Greater", began, self.constant([0], np.float32))
+
+    # --- codes ------------------------------------------------------------------------------------------------------
+
+    def searched(self, x: str, codebooks: Array, result: str) -> None:
+        """The nearest row has the largest r . row - |row|^2 / 2."""
+        codes, rest = [], x
+        for index, rows in enumerate(codebooks):
+            half_squares = np.square(rows.astype(np.float64)).sum(axis=1) / 2
+            nearness = self.product(rest, f"codebook.{index}", rows, -half_squares)
+            found = self.op("ArgMax", nearness, axis=1, keepdims=0)
+            codes.append(self.op("Unsqueeze", found, self.constant([1])))
+            if index + 1 < len(codebooks):
+                rest = self.op("Sub", rest, self.op("Gather", f"codebook.{index}.weight", found, axis=0))
+        self.op("Cast", self.op("Concat", *codes, axis=1), to=INT32, result=result)
+
+    # --- convolutions -----------------------------------------------------------------------------------------------
+
+    def convolved(self, x: str, stack: str, modules: tuple[EncodecModule, ...]) -> str:
+        for index, module in enumerate(modules):
+            name = f"{stack}.{index}"
+            with self.scope(name):
+                match module:
+                    case ShortcutBlock():
+                        x = self._block(x, name, module)
+                    case MirroredConv():
+                        x = self._conv(self.op("Elu", x) if index else x, name, module)
+                    case SpreadingConv():
+                        x = self._spread(self.op("Elu", x), name, module)
+                    case LstmStack():
+                        x = self._remembered(x, name, module)
+        return x
+
+    def _block(self, x: str, name: str, block: ShortcutBlock) -> str:
+        narrow = self._conv(self.op("Elu", x), f"{name}.narrow", block.narrow)
+        short = self.product(
+            x, f"{name}.shortcut", block.shortcut.weight[:, :, 0], block.shortcut.bias + block.widen.bias
+        )
+        widen = self.weight(f"{name}.widen.weight", block.widen.weight[:, :, 0])
+        return self.op("Gemm", self.op("Elu", narrow), widen, short, transB=1)
+
+    def _conv(self, x: str, name: str, conv: MirroredConv) -> str:
+        outputs, inputs, kernel = conv.weight.shape
+        matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
+        together = self._after_mirror(x, conv.padding, inputs, f"{name}.past")
+        if conv.stride == 1 and outputs < inputs // kernel:
+            return self._narrowed(together, name, conv)
+        if conv.stride == 1:
+            return self.product(self.windows(together, kernel), name, matrix, conv.bias)
+        completed = self._completed(x, together, conv.stride, inputs)
+        blocks = self.op("Reshape", completed, self.constant([-1, conv.stride * inputs]))
+        return self.product(self.windows(blocks, 2), name, matrix, conv.bias)
+
+    def _narrowed(self, together: str, name: str, conv: MirroredConv) -> str:
+        """The same where few channels come of many: the taps of each column first, then their sum along the columns.
+
+        There side by side are fewer values than columns of the input would be.
+        """
+        outputs, inputs, kernel = conv.weight.shape
+        taps = self.weight(f"{name}.weight", conv.weight.transpose(2, 0, 1).reshape(kernel * outputs, inputs))
+        apart = self.op("Gemm", together, taps, transB=1)
+        parts = []
+        for tap in range(kernel):
+            place = [tap, tap * outputs], [tap + 1 - kernel or ALL, (tap + 1) * outputs]
+            parts.append(self.op("Slice", apart, *map(self.constant, place), self.constant([0, 1])))
+        return self.op("Add", self.op("Sum", *parts), self.weight(f"{name}.bias", conv.bias))
+
+    def _after_mirror(self, x: str, columns: int, channels: int, name: str) -> str:
+        """x behind the `columns` columns before it: what the run before has left, or x itself, mirrored."""
+        past, past_out = self.state(name, (columns, channels))
+        nothing = self.constant(np.zeros((columns, channels)), np.float32)
+        first = self.op("Concat", self.columns(x, 0, columns + 1), nothing, axis=0)
+        mirrored = self.op("Gather", first, self.constant(np.arange(columns, 0, -1)), axis=0)
+        together = self.op("Concat", self.op("Where", self._has_begun, past, mirrored), x, axis=0)
+        self.columns(together, -columns, ALL, result=past_out)
+        self.leave(past_out)
+        return together
+
+    def _completed(self, x: str, together: str, stride: int, channels: int) -> str:
+        """The columns, mirrored at their end up to a whole stride."""
+        columns = self.op("Slice", self.op("Shape", x), self.constant([0]), self.constant([1]), self.constant([0]))
+        missing = self.op("Mod", self.op("Neg", columns), self.constant([stride]))
+        end = self.op("Add", missing, self.constant([1]))
+        before_last = self.op("Slice", together, self.op("Neg", end), self.constant([-1]), self.constant([0]))
+        behind = self.op(
+            "Slice", before_last, self.constant([ALL]), self.constant([-ALL]), self.constant([0]), self.constant([-1])
+        )
+        is_longer = self.op("Greater", columns, self.constant([stride]))
+        can_mirror = self.op("Cast", self.op("Or", self._has_begun, is_longer), to=1)
+        return self.op("Concat", together, self.op("Mul", behind, can_mirror), axis=0)
+
+    def _spread(self, x: str, name: str, conv: SpreadingConv) -> str:
+        inputs, outputs, _ = conv.weight.shape
+        windows = self.windows(self.after_past(x, 1, inputs, f"{name}.past"), 2)
+        now, before = np.split(conv.weight, 2, axis=2)  # what a column adds to its own place, and to the one after it
+        both = np.concatenate([before, now])  # [2 * in, out, stride]
+        matrix = both.transpose(2, 1, 0).reshape(conv.stride * outputs, 2 * inputs)
+        spread = self.product(windows, name, matrix, np.tile(conv.bias, conv.stride))
+        return self.op("Reshape", spread, self.constant([-1, outputs]))
+
+    def _remembered(self, x: str, name: str, lstm: LstmStack) -> str:
+        y = self.op("Unsqueeze", x, self.constant([1]))
+        for index, layer in enumerate(lstm.layers):
+            states = [self.state(f"{name}.{index}.{kind}", (1, 1, layer.hidden)) for kind in ("hidden", "cell")]
+            (hidden, hidden_out), (cell, cell_out) = states
+            weights = lstm_weights(self, f"{name}.{index}", layer)
+            inputs = (y, *weights, "", hidden, cell)
+            given = f"{name}.{index}.given"
+            self.ops("LSTM", *inputs, count=3, results=[given, hidden_out, cell_out], hidden_size=layer.hidden)
+            for state_out in (hidden_out, cell_out):
+                self.leave(state_out)
+            y = self.op("Squeeze", given, self.constant([1]))
+        return self.op("Add", x, self.op("Squeeze", y, self.constant([1])))

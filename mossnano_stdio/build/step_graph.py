@@ -1,0 +1,60 @@
+"""A graph whose columns lie as [columns, channels], with states: what steps of convolutional codecs are built of.
+
+Rules of this room:
+
+- A state begins as zeros. It is input that is remembered, never a sum.
+- Between parts there are columns, so that a token that becomes several is a row that is read as several, and no node
+  ever transposes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mossnano_stdio.build.builder import DataFile, GraphBuilder
+from mossnano_stdio.build.model import Array
+from mossnano_stdio.weights import StateSpec
+
+ALL = np.iinfo(np.int64).max  # the end of a Slice that has none
+
+
+class StepGraph(GraphBuilder):
+    """A graph with states, each of which begins as zeros."""
+
+    def __init__(self, name: str, data: DataFile) -> None:
+        super().__init__(name, data)
+        self.states: list[StateSpec] = []
+
+    def state(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+        """The names of what the run before has left, and of what this one leaves."""
+        spec = StateSpec(name, f"{name}_out", shape, np.dtype(np.float32), initial=0)
+        self.states.append(spec)
+        self.input(spec.input_name, np.float32, list(shape))
+        return spec.input_name, spec.output_name
+
+    def leave(self, output_name: str) -> None:
+        (spec,) = (spec for spec in self.states if spec.output_name == output_name)
+        self.output(output_name, np.float32, list(spec.shape))
+
+    def after_past(self, x: str, columns: int, channels: int, name: str) -> str:
+        """x behind the `columns` columns before it, which the state keeps."""
+        past, past_out = self.state(name, (columns, channels))
+        together = self.op("Concat", past, x, axis=0)
+        self.columns(together, -columns, ALL, result=past_out)
+        self.leave(past_out)
+        return together
+
+    def columns(self, x: str, start: int, end: int, result: str | None = None) -> str:
+        return self.op("Slice", x, self.constant([start]), self.constant([end]), self.constant([0]), result=result)
+
+    def windows(self, x: str, width: int) -> str:
+        """Each column with the width - 1 behind it, side by side: [columns - width + 1, width * channels]."""
+        if width == 1:
+            return x
+        pieces = [self.columns(x, shift, shift + 1 - width or ALL) for shift in range(width)]
+        return self.op("Concat", *pieces, axis=1)
+
+    def product(self, x: str, name: str, matrix: Array, bias: Array) -> str:
+        """W x + b of every column, W lying as [out, in]."""
+        weight = self.weight(f"{name}.weight", matrix.astype(np.float32))
+        return self.op("Gemm", x, weight, self.weight(f"{name}.bias", bias.astype(np.float32)), transB=1)
