@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from mossnano_stdio.errors import BundleError, InputError, UsageError
+from mossnano_stdio.codecs import load_encoder_runtime
+from mossnano_stdio.errors import InputError, UsageError
 from mossnano_stdio.files import cannot_write, told_as
 from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.tools.datasets.census import Census
@@ -79,7 +80,7 @@ def tokenize_all(
     """Encode all recordings of the inputs into shards in `folder`, behind those that are there."""
     refuse_folder_within(inputs, folder)
     if not bundle.has_graph("encode_step"):
-        raise BundleError(f"{bundle.folder}: has no streaming encoder; `mossnano build` makes one")
+        load_encoder_runtime(bundle)  # says why: each family has its own reason
     codec = bundle.format
     find = partial(find_references, inputs, audio_column)
     survey = surveyed(find, shard_rows)

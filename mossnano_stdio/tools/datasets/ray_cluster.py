@@ -21,7 +21,11 @@ from mossnano_stdio.errors import DeviceError, MossnanoError, UsageError
 from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.tools.datasets.work import Outcome, Work, answer_to, failure_answer, outcome_of, work_of
 
-BLOCK_ITEMS: Final = 16  # that an actor gets at a time, and that are done again where it dies
+# Items that an actor gets at a time, and that are done again where it dies. A block costs the driver some 50 KB as long
+# as the job lasts, so the more there were before it, the larger it is: of 100,000 items some 1,800 blocks are made.
+LEAST_BLOCK_ITEMS: Final = 16
+MOST_BLOCK_ITEMS: Final = 256
+PART_OF_THOSE_BEFORE: Final = 512
 LOOPBACK: Final = "127.0.0.1"
 REACHED_SECONDS: Final = 10.0
 CLUSTERS_VARIABLE: Final = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's own; it is read on Linux, too
@@ -109,7 +113,9 @@ def _answers(
 
 def _blocks(items: Iterable[str]) -> Iterator[list[str]]:
     rest = iter(items)
-    while block := list(islice(rest, BLOCK_ITEMS)):
+    taken = 0
+    while block := list(islice(rest, min(MOST_BLOCK_ITEMS, max(LEAST_BLOCK_ITEMS, taken // PART_OF_THOSE_BEFORE)))):
+        taken += len(block)
         yield block
 
 
