@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TESTS = (
     *("test_messages.py", "test_artifact.py", "test_decoding.py", "test_encoding.py", "test_connection.py"),
-    *("test_streams.py", "test_turns.py"),
+    *("test_streams.py", "test_turns.py", "test_encodec_segments.py"),
 )
 ROOMS = ("protocol/", "tokens/artifact.py")  # in mossnano_stdio/
 

@@ -246,6 +246,19 @@ def test_a_file_that_is_cut(decoder: codecs.SegmentDecoder) -> None:
     assert parse_json(end)["samples"] == STRIDE
 
 
+def test_what_comes_before_a_cancel_is_not_decoded(decoder: codecs.SegmentDecoder) -> None:
+    cancels = [False]
+    connection = Connection(DECODE_SEGMENTS, lambda: decoder, Ramp(), {}, cancel_waiting=lambda: cancels[0])
+    data = path_of("long").read_bytes()
+    assert [*answers_to(connection, pieces_of(data[:500], 500))] == []
+    cancels[0] = True
+    assert [*answers_to(connection, pieces_of(data[500:1500], 500))] == []
+    cancels[0] = False
+    (end,) = answers_to(connection, [Message(Kind.CANCEL)])
+    said = parse_json(end)
+    assert (said["cancelled"], said["frames"], said["samples"]) == (True, 0, 0)
+
+
 def test_a_bad_segment_ends_its_stream_after_those_before_it(decoder: codecs.SegmentDecoder) -> None:
     data = bytearray(path_of("long").read_bytes())
     scale_place = len(data) - 2 * 4 - 750 - 105  # of the second segment

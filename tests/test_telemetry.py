@@ -43,12 +43,23 @@ COMMANDS: dict[str, list[str]] = {
     "build": ["build", "--from-bundle", "weights", "built"],
     "standin": ["standin", "standin", "--size", "tiny"],
     "bench": ["bench", "--weights", "weights", "--turns", "1", "--threads", "1", "--chunks", "1"],
+    "roundtrip": ["roundtrip", "--weights", "weights", "melody.wav", "again.wav"],
+    "tokenize": ["tokenize", "melody.wav", "--to", "codes", "--form", "npy", "--weights", "stepping"],
+    "detokenize": ["detokenize", "coded", "--to", "sounds", "--form", "wav", "--weights", "stepping"],
     "clients": ["clients", "c", "game"],
     "diagnose": ["diagnose", "tiny.mossnano", "tiny.wav", "--weights", "weights"],
     "protocol": ["protocol"],
     "conformance": ["conformance", "--case", "pings-are-echoed", "--", *DEMO],
 }
 TO_WAV = ["decode", "--weights", "weights", "tiny.mossnano", "tiny.wav"]
+# What a verb needs beside that.
+BEFORE = {
+    "tokenize": [["standin", "stepping", "--size", "tiny"]],
+    "detokenize": [
+        ["standin", "stepping", "--size", "tiny"],
+        ["tokenize", "melody.wav", "--to", "coded", "--form", "npy", "--weights", "stepping"],
+    ],
+}
 IMPORTS = "import os; from mossnano_stdio.codecs.engine import import_onnxruntime as it; "
 
 
@@ -112,8 +123,10 @@ def test_no_tool_speaks_to_the_network(verb: str, folder: Path, tmp_path: Path) 
         pytest.importorskip("sounddevice", exc_type=ImportError)
         if missing := missing_portaudio():
             pytest.skip(missing)
-    if verb in ("build", "standin", "diagnose"):
+    if verb in ("build", "standin", "diagnose", *BEFORE):
         skip_if_nothing_can_be_built()
+    for words in BEFORE.get(verb, ()):
+        subprocess.run([*COMMAND, *words], cwd=folder, check=True)
     assert_quiet([*COMMAND, *COMMANDS[verb]], folder, tmp_path)
 
 
