@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 import shutil
 import struct
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mossnano_stdio import codecs
+from mossnano_stdio.build.bundle import build_from_checkpoint
 from mossnano_stdio.errors import ArtifactError, BundleError, ExitStatus
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.tokens import packed_ecdc as room
@@ -31,7 +35,10 @@ from mossnano_stdio.tokens.packed_ecdc import (
     load_ecdc_bundle,
     load_packed_ecdc,
 )
+from mossnano_stdio.weights import load_bundle
+from tests.conftest import skip_if_nothing_can_be_built
 from tests.packed_writer import IntervalEncoder, bundle_values, lm_file, metadata_of, packed_file, packed_payload
+from tests.test_encodec import save_checkpoint
 from tests.tool import call_tool
 
 REFERENCE = Path(__file__).parent / "reference" / "encodec"
@@ -356,7 +363,18 @@ def test_chunks_with_fixed_context(stride: int, frames: int, tmp_path: Path) -> 
     with pytest.raises(ArtifactError, match=f"goes with {stride + 960} samples"):
         loaded(data, fading)
     # The file's own cs and cst are of May, whatever the bundle.
-    assert loaded(packed_file({**metadata, "cs": stride, "cst": stride}, [b"x"]), bundle).layout.context_samples == 0
+    of_may = {**metadata, "cs": stride, "cst": stride, "fl": frames - 3}
+    assert loaded(packed_file(of_may, [b"x"]), bundle).layout.context_samples == 0
+
+
+@pytest.mark.parametrize(("numbers", "most"), [({"fl": 3}, 2), ({"cs": 900, "cst": 900, "fl": 20_000}, 3)])
+def test_a_chunk_has_no_more_frames_than_its_samples_make(
+    numbers: dict[str, int], most: int, small: EcdcBundle
+) -> None:
+    with pytest.raises(ArtifactError, match=f"samples of this bundle make up to {most}"):
+        loaded(packed_file({**METADATA, **numbers}, PAYLOADS), small)
+    longer = dataclasses.replace(small, segment_samples=63_998, segment_stride=63_998, frame_length=200)
+    assert layout_of(loaded(SMALL, small).header, longer).chunk_frames == (5,)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +406,11 @@ def test_chunks_with_fixed_context(stride: int, frames: int, tmp_path: Path) -> 
         (with_metadata(cs=0), "cs is 0"),
         (with_metadata(cst=None), "cst is null"),
         (with_metadata(cst=641), "start every 641 samples (cst), allowed are their 640"),
-        (with_metadata(fl=2**24), "50331648 frames of 2 codes, 125829120 bytes unpacked, allowed are 33554432"),
+        (with_metadata(fl=2**24), "have 16777216 frames (fl), 640 samples of this bundle make up to 2"),
+        (
+            with_metadata(al=2**32 - 1, cs=640 * 2**21, cst=640 * 2**21, fl=2**22),
+            "16777216 frames of 2 codes, 41943040 bytes unpacked, allowed are 33554432",
+        ),
         (with_metadata(fp=0), "fp is 0, allowed are 1 to 4294967295"),
         (with_metadata(fp=2**32), "fp is 4294967296"),
         (with_metadata(mr=0), "mr is 0, allowed are 1 to 16383"),
@@ -567,7 +589,7 @@ def test_unpack_salvages(folder: Path) -> None:
     assert (outcome.status, outcome.out) == (ExitStatus.BAD_INPUT, b"")
     assert "chunk 0 of the .ecdc: its CRC-32 is" in outcome.err
     outcome = call_tool(*arguments, "--salvage", stdin=damaged)
-    assert outcome.status == ExitStatus.DONE
+    assert outcome.status == ExitStatus.BAD_INPUT  # what is lost is told by the status, too
     assert json.loads(outcome.out) == [[0, 0], [0, 0], *np.concatenate(CHUNKS[1:]).tolist()]
     assert outcome.err.count("\n") == 1
     assert "2 frames lost" in outcome.err
@@ -576,7 +598,7 @@ def test_unpack_salvages(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("stdin", "options", "status", "said"),
     [
-        (SMALL, [], ExitStatus.BAD_INPUT, "`mossnano unpack --bundle` knows"),
+        (SMALL, [], ExitStatus.BAD_INPUT, "`decode --bundle` and `unpack --bundle` know"),
         (SMALL, ["--salvage"], ExitStatus.USAGE, "give --bundle"),
         (SMALL, ["--bundle", "missing"], ExitStatus.NO_WEIGHTS, "a folder with bundle.json in it"),
         (b"MOSSNANO", ["--bundle", ""], ExitStatus.USAGE, "--bundle is for an .ecdc of encodec-rs"),
@@ -590,6 +612,95 @@ def test_what_unpack_refuses(stdin: bytes, options: list[str], status: int, said
     outcome = call_tool("unpack", "-", "-", "--form", "json", *placed, stdin=stdin)
     assert (outcome.status, outcome.out) == (status, b"")
     assert said in outcome.err
+
+
+# --- decode -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    skip_if_nothing_can_be_built()
+    built = tmp_path_factory.mktemp("encodec48")
+    build_from_checkpoint(save_checkpoint(built / "checkpoint", "model48"), built)
+    return built
+
+
+def decoded_wav(*arguments: Any, status: int = ExitStatus.DONE) -> Any:
+    outcome = call_tool("decode", *arguments)
+    assert outcome.status == status, outcome.err
+    return np.frombuffer(outcome.out, "<i2").reshape(-1, 2).astype(float), outcome.err
+
+
+def overlapped(weights: Path, scales: Sequence[float]) -> Any:
+    """What decode makes of SMALL, in float64: each chunk rises to its middle and falls again."""
+    decoder = codecs.load_decoder(load_bundle(weights), threads=1)
+    assert isinstance(decoder, codecs.SegmentDecoder)
+    sound, weight = np.zeros((SAMPLES, 2)), np.zeros((SAMPLES, 1))
+    ramp = 0.5 - np.abs(np.arange(1, 641) / 641 - 0.5)
+    for number, (chunk, scale) in enumerate(zip(CHUNKS, scales, strict=True)):
+        start = 600 * number
+        samples = min(640, SAMPLES - start)
+        audio = decoder.decode_segment(chunk, scale)[:samples]
+        sound[start : start + samples] += ramp[:samples, np.newaxis] * audio
+        weight[start : start + samples, 0] += ramp[:samples]
+    return np.clip(sound / weight, -1, 1) * 32767
+
+
+def test_decode_fades_from_chunk_to_chunk(folder: Path, weights: Path) -> None:
+    (folder / "x.ecdc").write_bytes(SMALL)
+    found, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", weights, "--bundle", folder)
+    assert found.shape == (SAMPLES, 2)
+    assert np.abs(found - overlapped(weights, (0.5, 1, 2))).max() <= 1
+    start = ("--start", "0.02", "--duration", "0.005")
+    part, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", weights, "--bundle", folder, *start)
+    assert np.array_equal(part, found[960:1200])
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_damaged_chunk_is_silent_and_the_others_are_as_they_were(number: int, folder: Path, weights: Path) -> None:
+    place = BODY_START + sum(8 + len(payload) for payload in PAYLOADS[:number]) + 10
+    (folder / "x.ecdc").write_bytes(flipped(SMALL, place))
+    command = (folder / "x.ecdc", "-", "--weights", weights, "--bundle", folder)
+    silent, said = decoded_wav(*command, status=ExitStatus.BAD_INPUT)
+    assert silent.size == 0
+    assert f"chunk {number} of the .ecdc: its CRC-32 is" in said
+    found, said = decoded_wav(*command, "--salvage", status=ExitStatus.BAD_INPUT)
+    assert f"chunk {number} of the .ecdc: its CRC-32 is" in said
+    scales = [scale * (at != number) for at, scale in enumerate((0.5, 1, 2))]
+    assert np.abs(found - overlapped(weights, scales)).max() <= 1
+    assert (found[600 * number + 40 : 600 * (number + 1)] == 0).all()
+    assert (found != 0).any()
+
+
+def test_fixed_context_is_cut_off(tmp_path: Path, weights: Path) -> None:
+    stride, frames = 64_000, 203
+    bundle_in(tmp_path, segment_samples=stride + 960, segment_stride=stride, frame_length=frames)
+    chunks = [np.full((frames, 2), code, np.uint16) for code in (3, 4)]
+    payloads = [packed_payload(WEIGHTS, codes, maybe_scale=1.0) for codes in chunks]
+    (tmp_path / "x.ecdc").write_bytes(packed_file(metadata_of(LM, stride + 1000, fl=frames), payloads))
+    found, _ = decoded_wav(tmp_path / "x.ecdc", "-", "--weights", weights, "--bundle", tmp_path)
+    decoder = codecs.load_decoder(load_bundle(weights), threads=1)
+    assert isinstance(decoder, codecs.SegmentDecoder)
+    first, second = (decoder.decode_segment(codes, 1.0)[480:] for codes in chunks)
+    expected = np.clip(np.concatenate([first[:stride], second[:1000]]), -1, 1) * 32767
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--salvage"], ExitStatus.USAGE, "give --bundle"),
+        ([], ExitStatus.BAD_INPUT, "`decode --bundle` and `unpack --bundle` know"),
+    ],
+)
+def test_what_decode_refuses(options: list[str], status: int, said: str, folder: Path, weights: Path) -> None:
+    (folder / "x.ecdc").write_bytes(SMALL)
+    outcome = call_tool("decode", folder / "x.ecdc", "-", "--weights", weights, *options)
+    assert (outcome.status, outcome.out) == (status, b"")
+    assert said in outcome.err
+
+
+# --- info ---------------------------------------------------------------------------------------------------------
 
 
 def test_info() -> None:

@@ -214,6 +214,7 @@ class SegmentRuntime(_SegmentGraph):
 
     graph_name = "decode_segment"
     decodes_prefix = True
+    takes_longer = True  # segments than EnCodec's own, as other tools cut them
     layer_context_frames: tuple[int, ...] = ()
 
     def new_decoder(self) -> SegmentDecoder:
@@ -242,7 +243,7 @@ class SegmentDecoder:
     def decode_segment(self, codes: Codes, scale: float) -> NDArray[np.float32]:
         """[frames, quantizers] -> float32 [samples, channels]. The first quantizers may come alone."""
         check_codes(codes, self.format, least_quantizers=1 if self.decodes_prefix else None)
-        if len(codes) > self.segment_frames:
+        if len(codes) > self.segment_frames and not self.runtime.takes_longer:
             raise UsageError(f"a segment of {len(codes)} frames, allowed are up to {self.segment_frames}")
         return self.runtime.decode(codes, scale)
 
@@ -295,6 +296,7 @@ class FrameGraphRuntime(SegmentRuntime):
     """
 
     decodes_prefix = False
+    takes_longer = False
 
     def _contract(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         codes, scale = _names(self, self.session.inputs, 2)

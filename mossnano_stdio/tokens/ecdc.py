@@ -361,7 +361,8 @@ def _parse_metadata(metadata: bytes) -> EcdcHeader:
     if "acv" in values:
         raise ArtifactError(
             f"the .ecdc's acv is {shown(values['acv'])}: encodec-rs packed its codes with a language model, which "
-            "`mossnano unpack --bundle` knows; allowed here are files of EnCodec's own tool without a language model"
+            "`decode --bundle` and `unpack --bundle` know; allowed here are files of EnCodec's own tool without a "
+            "language model"
         )
     for key, kind in zip(_KEYS, (str, int, int, bool), strict=True):
         if type(values.get(key)) is not kind:  # True is no count

@@ -34,7 +34,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from mossnano_stdio.errors import ArtifactError, BundleError
+from mossnano_stdio.errors import ArtifactError, BundleError, UsageError
 from mossnano_stdio.tokens.artifact import MAX_ARTIFACT_BYTES, PIECE_BYTES
 from mossnano_stdio.tokens.ecdc import (
     BITS_PER_CODE,
@@ -170,6 +170,15 @@ def starts_packed(file: BinaryIO, start: bytes) -> tuple[bytes, bool]:
         return start + metadata, "acv" in parse_ecdc_object(metadata)
     except ArtifactError:
         return start + metadata, False
+
+
+def open_packed_ecdc(file: BinaryIO, name: str, folder: Path, *, salvage: bool) -> PackedEcdc:
+    """Read a file that encodec-rs wrote with the bundle in `folder`."""
+    bundle = load_ecdc_bundle(folder)
+    start, is_packed = starts_packed(file, b"")
+    if not is_packed:
+        raise UsageError(f"--bundle is for an .ecdc of encodec-rs, {name} is none; leave it out")
+    return load_packed_ecdc(file, name, bundle, start, salvage=salvage)
 
 
 def load_packed_ecdc(
@@ -311,6 +320,12 @@ def layout_of(header: PackedEcdcHeader, bundle: EcdcBundle) -> PackedLayout:
     count = -(-header.original_samples // stride)
     if count > MAX_CHUNKS:
         raise ArtifactError(f"{header.original_samples} samples make {count} chunks, allowed are {MAX_CHUNKS}")
+    most_frames = -(-chunk_samples * bundle.frame_length // bundle.segment_samples)
+    if header.maybe_chunk_frames is not None and header.maybe_chunk_frames > most_frames:
+        raise ArtifactError(
+            f"the .ecdc's chunks have {header.maybe_chunk_frames} frames (fl), {chunk_samples} samples of this bundle "
+            f"make up to {most_frames}"
+        )
     lengths = (min(header.original_samples - number * stride, chunk_samples) for number in range(count))
     frames = tuple(
         header.maybe_chunk_frames or -(-length * bundle.frame_length // bundle.segment_samples) for length in lengths

@@ -13,7 +13,8 @@ decoded, too: as far back as all layers together look (84 s with nano's weights)
 half a step of 16 bits (160 s with the larger models', whose layers look back 620 s and more), or --warm-up seconds.
 
 An .ecdc of EnCodec's own tool decodes as an artifact does; at 48 kHz, where it has segments of a second, from its start
-on and a segment at a time.
+on and a segment at a time. One of encodec-rs (acv 2) takes the --bundle that it was made with: bundle.json and the
+weights of its language model. With --salvage a damaged chunk of it is silent and told, and the status is 65.
 
 With --stop-on-zero-frame the recording ends before its first frame whose codes are all 0.
 """
@@ -24,12 +25,16 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
 
 from mossnano_stdio.chunks import (
     SCALES_NEEDED,
+    Audio,
     Decoder,
     DecodingChunks,
     Fixed,
@@ -47,9 +52,10 @@ from mossnano_stdio.process.flags import (
     add_zero_frame_argument,
     chosen_schedule,
 )
-from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, frames_before_zeros
+from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, frames_before_zeros
 from mossnano_stdio.tokens.arrays import sample_range
-from mossnano_stdio.tokens.ecdc import Ecdc, EcdcSegment, load_recording
+from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, load_recording
+from mossnano_stdio.tokens.packed_ecdc import LostChunk, PackedEcdc, PackedLayout, open_packed_ecdc
 from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
@@ -65,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", choices=("step", "full"), default="step", help="(default: step)")
     parser.add_argument("--start", type=_seconds, metavar="S", help="begin S seconds into the recording (0)")
     parser.add_argument("--duration", type=_seconds, metavar="S", help="end S seconds later (at its end)")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="of encodec-rs, where it wrote IN")
+    parser.add_argument("--salvage", action="store_true", help="chunks that are damaged are silent; needs --bundle")
     parser.add_argument("--warm-up", type=_seconds, metavar="S", help="decode only S seconds before --start for it")
     add_zero_frame_argument(parser)
     add_chunk_arguments(parser)
@@ -74,12 +82,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_flags(args)
+    name = "stdin" if args.artifact == STANDARD_STREAM else args.artifact
+    maybe_packed, lost = None, set[int]()
     with open_input(args.artifact) as file:
-        recording = load_recording(file, "stdin" if args.artifact == STANDARD_STREAM else args.artifact)
+        if args.bundle:
+            maybe_packed = open_packed_ecdc(file, name, args.bundle, salvage=args.salvage)
+            recording: Artifact | Ecdc = _unpacked(name, maybe_packed, lost, salvage=args.salvage)
+        else:
+            recording = load_recording(file, name)
     loaded = _load(args)
     recording.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
-    if isinstance(loaded.decoder, SegmentingDecoder):
-        part = _segment_part(args, recording, loaded.decoder)
+    decoder: Any = loaded.decoder
+    if maybe_packed is not None:
+        decoder = _ChunkDecoder(decoder, maybe_packed.layout, lost)
+    if isinstance(decoder, SegmentingDecoder):
+        part = _segment_part(args, recording, decoder)
     else:
         artifact = recording if isinstance(recording, Artifact) else recording.as_artifact()
         if args.stop_on_zero_frame:
@@ -89,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         schedule: Schedule = Fixed(max(1, part.frames))
     else:
         schedule = chosen_schedule(args, loaded.decoder.format.frames_per_second)
-    chunks = new_decoding_chunks(loaded.decoder, schedule)
+    chunks = new_decoding_chunks(decoder, schedule)
     with open_output(args.sound) as output, progress_bar(part.frames, "frame") as advance:
         write, finish = _sink(output, args.sound, recording, part)
         facts = _render(chunks, part, write, advance)
@@ -98,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(as_json(facts | loaded.identity))
     else:
         _say(f"{args.sound}: {facts['seconds']:.2f} s, decoded {facts['real_time_factor'] or 0:.1f} x real time")
-    return ExitStatus.DONE
+    return ExitStatus.BAD_INPUT if lost else ExitStatus.DONE
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -108,6 +125,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--decoder full has no chunks, no other graph and no int8; leave those flags out")
     if args.decoder == "full" and (args.start, args.duration, args.warm_up) != (None, None, None):
         raise UsageError("--decoder full decodes all of it; leave --start, --duration and --warm-up out")
+    if args.salvage and not args.bundle:
+        raise UsageError("--salvage is for chunks that have checksums: give --bundle, or leave it out")
     if args.warm_up is not None and args.start is None:
         raise UsageError("--warm-up is for what lies before --start, which is not given")
 
@@ -166,6 +185,52 @@ class _AtOnce:
 
     def reset(self) -> None:
         """Does nothing: no state is kept between streams."""
+
+
+class _ChunkDecoder:
+    """Decodes the chunks that encodec-rs cut, one after the other, each by itself and to its length."""
+
+    decodes_prefix = True
+
+    def __init__(self, decoder: Any, layout: PackedLayout, lost: Set[int]) -> None:
+        self.format: CodecFormat = decoder.format
+        self.segment_stride = layout.stride
+        self._decoder, self._layout, self._lost = decoder, layout, lost
+        self._number = 0
+
+    def decode_segment(self, codes: Codes, scale: float) -> Audio:
+        layout, number = self._layout, self._number
+        self._number += 1
+        context = layout.context_samples
+        most_samples = layout.stride if context else layout.chunk_samples
+        samples = min(most_samples, layout.original_samples - number * layout.stride)
+        if number in self._lost:
+            return np.zeros((samples, self.format.channels), np.float32)
+        if isinstance(self._decoder, SegmentingDecoder):
+            audio = self._decoder.decode_segment(codes, scale)
+        else:
+            chunks = DecodingChunks(self._decoder, Fixed(len(codes)))
+            chunks.reset()
+            chunks.push(codes)
+            chunks.finish()
+            audio = np.float32(scale) * np.concatenate([chunk.audio for chunk in iter(chunks.step, None)])
+        return audio[context : context + samples]
+
+    def reset(self) -> None:
+        self._number = 0
+
+
+def _unpacked(name: str, packed: PackedEcdc, lost: set[int], *, salvage: bool) -> Ecdc:
+    """All codes of a file of encodec-rs. The numbers of chunks that are lost go into `lost`."""
+    header, segments = packed.header, []
+    for number, segment in enumerate(packed.segments(salvage=salvage)):
+        if isinstance(segment, LostChunk):
+            _say(f"{name}: {segment.fault}; {segment.frames} frames are silent")
+            lost.add(number)
+            segments.append(EcdcSegment(np.zeros((segment.frames, header.quantizers), np.uint16), None))
+        else:
+            segments.append(segment)
+    return Ecdc(EcdcHeader(header.model_name, header.original_samples, header.quantizers), segments)
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +26,7 @@ from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.tokens.ecdc import load_recording
-from mossnano_stdio.tokens.packed_ecdc import LostChunk, PackedEcdc, load_ecdc_bundle, load_packed_ecdc, starts_packed
+from mossnano_stdio.tokens.packed_ecdc import LostChunk, open_packed_ecdc
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 
@@ -44,25 +43,23 @@ def run(args: argparse.Namespace) -> int:
     if args.salvage and not args.bundle:
         raise UsageError("--salvage is for chunks that have checksums: give --bundle, or leave it out")
     with open_input(args.artifact) as file:
-        codes = _load_packed(args, file) if args.bundle else load_recording(file, args.artifact).codes
+        codes, has_losses = (
+            _load_packed(args, file) if args.bundle else (load_recording(file, args.artifact).codes, False)
+        )
     with open_output(args.codes) as file:
         file.write(save_codes(codes, form))
-    return ExitStatus.DONE
+    return ExitStatus.BAD_INPUT if has_losses else ExitStatus.DONE
 
 
-def _load_packed(args: argparse.Namespace, file: BinaryIO) -> Codes:
-    bundle = load_ecdc_bundle(args.bundle)
-    start, is_packed = starts_packed(file, b"")
-    if not is_packed:
-        raise UsageError(f"--bundle is for an .ecdc of encodec-rs, {args.artifact} is none; leave it out")
-    ecdc = load_packed_ecdc(file, args.artifact, bundle, start, salvage=args.salvage)
-    return np.concatenate([*_chunk_codes(args, ecdc)])
-
-
-def _chunk_codes(args: argparse.Namespace, ecdc: PackedEcdc) -> Iterator[Codes]:
+def _load_packed(args: argparse.Namespace, file: BinaryIO) -> tuple[Codes, bool]:
+    """The codes, and whether some of them are lost."""
+    ecdc = open_packed_ecdc(file, args.artifact, args.bundle, salvage=args.salvage)
+    pieces, has_losses = [], False
     for segment in ecdc.segments(salvage=args.salvage):
         if isinstance(segment, LostChunk):
             print(f"mossnano unpack: {args.artifact}: {segment.fault}; {segment.frames} frames lost", file=sys.stderr)
-            yield np.zeros((segment.frames, ecdc.header.quantizers), np.uint16)
+            pieces.append(np.zeros((segment.frames, ecdc.header.quantizers), np.uint16))
+            has_losses = True
         else:
-            yield segment.codes
+            pieces.append(segment.codes)
+    return np.concatenate(pieces), has_losses
