@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.build.mimi_model import CodebookChain, Conv, MimiWeights, Residual, TransposedConv
+from mossnano_stdio.build.convolutions import Conv, TransposedConv
+from mossnano_stdio.build.mimi_model import CodebookChain, MimiWeights, Residual
 from mossnano_stdio.build.model import DecoderWeights, LayerWeights, PatchStep, TransformerWeights
 from tests.oracle import erf
 

@@ -4,8 +4,6 @@ Rules of this room:
 
 - Plain numpy, float32, nothing about files and nothing about onnx. encodec_checkpoint.py makes these; encodec_steps.py
   and encodec_whole.py build from them.
-- Convolutions lie as torch has them: [out, in, kernel], transposed ones [in, out, kernel]. The kernel of a layer that
-  changes the rate is twice its stride.
 - An ELU stands in front of every convolution of a stack but the first, and of both that lie behind each other in a
   block. None stands in front of a shortcut or an LSTM.
 - A causal model has no norms. One that is not causal has one behind every convolution, over a whole segment.
@@ -16,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mossnano_stdio.build.convolutions import Conv, TransposedConv, check_stack
 from mossnano_stdio.build.model import Array
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens import CodecFormat
@@ -30,47 +29,17 @@ class SegmentNorm:
 
 
 @dataclass(frozen=True, eq=False)
-class MirroredConv:
-    """A convolution whose input is mirrored at both ends, or in a causal model at its start."""
+class MirroredConv(Conv):
+    """Its input is mirrored at both ends, or in a causal model at its start."""
 
-    weight: Array  # [out, in, kernel]
-    bias: Array  # [out]
-    stride: int
     maybe_norm: SegmentNorm | None
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def padding(self) -> int:
-        """How many columns more than its stride it sees."""
-        return int(self.weight.shape[2]) - self.stride
 
 
 @dataclass(frozen=True, eq=False)
-class SpreadingConv:
-    """A transposed convolution: each column becomes `stride` columns, and adds to the `stride` after them."""
+class SpreadingConv(TransposedConv):
+    """A transposed one, with a norm of its own."""
 
-    weight: Array  # [in, out, 2 * stride]
-    bias: Array  # [out]
     maybe_norm: SegmentNorm | None  # over what is cut off at the ends, too
-
-    @property
-    def stride(self) -> int:
-        return int(self.weight.shape[2]) // 2
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.weight.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +111,8 @@ class EncodecWeights:
 
     def __post_init__(self) -> None:
         features = int(self.codebooks.shape[2])
-        _check_channels(self.encoder, self.format.channels, features, "encoder")
-        _check_channels(self.decoder, features, self.format.channels, "decoder")
+        check_stack(self.encoder, self.format.channels, features, "encoder")
+        check_stack(self.decoder, features, self.format.channels, "decoder")
         for name, modules in (("encoder", self.encoder), ("decoder", self.decoder)):
             samples = math.prod(module.stride for module in modules if isinstance(module, MirroredConv | SpreadingConv))
             if samples != self.format.frame_samples:
@@ -165,14 +134,4 @@ class EncodecWeights:
         first, last = self.decoder[0], self.encoder[-1]
         assert isinstance(first, MirroredConv)
         assert isinstance(last, MirroredConv)
-        return 1 + max(first.padding, last.padding)
-
-
-def _check_channels(modules: tuple[EncodecModule, ...], inputs: int, outputs: int, name: str) -> None:
-    columns = inputs
-    for index, module in enumerate(modules):
-        if module.inputs != columns:
-            raise BundleError(f"{name} {index}: takes {module.inputs} channels, but {columns} reach it")
-        columns = module.outputs
-    if columns != outputs:
-        raise BundleError(f"{name}: ends with {columns} channels, {outputs} are needed")
+        return 1 + max(first.past_columns, last.past_columns)

@@ -129,7 +129,7 @@ class _MirroringGraph(StepGraph):
     def _conv(self, x: str, name: str, conv: MirroredConv) -> str:
         outputs, inputs, kernel = conv.weight.shape
         matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
-        together = self._after_mirror(x, conv.padding, inputs, f"{name}.past")
+        together = self._after_mirror(x, conv.past_columns, inputs, f"{name}.past")
         if conv.stride == 1 and outputs < inputs // kernel:
             return self._narrowed(together, name, conv)
         if conv.stride == 1:

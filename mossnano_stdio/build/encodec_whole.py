@@ -181,15 +181,15 @@ class _Whole(GraphBuilder):
         return x
 
     def _conv(self, x: str, name: str, conv: MirroredConv) -> str:
-        if conv.padding:
+        if conv.past_columns:
             x = self._mirrored(x, conv)
         weight, bias = self.weight(f"{name}.weight", conv.weight), self.weight(f"{name}.bias", conv.bias)
         return self._normed(self.op("Conv", x, weight, bias, strides=[conv.stride]), name, conv.maybe_norm)
 
     def _mirrored(self, x: str, conv: MirroredConv) -> str:
         """x with as many columns at its ends as the convolution needs."""
-        right = 0 if self._is_causal else conv.padding // 2
-        left = conv.padding - right
+        right = 0 if self._is_causal else conv.past_columns // 2
+        left = conv.past_columns - right
         columns = self.op("Slice", self.op("Shape", x), self.constant([2]), self.constant([3]), self.constant([0]))
         # Every stride that is begun is completed.
         past_stride = self.op("Mod", self.op("Neg", columns), self.constant([conv.stride]))

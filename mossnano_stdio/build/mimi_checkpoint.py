@@ -21,15 +21,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from mossnano_stdio.build.mimi_model import (
-    RESAMPLED_BY,
-    CodebookChain,
-    Conv,
-    ConvModule,
-    MimiWeights,
-    Residual,
-    TransposedConv,
-)
+from mossnano_stdio.build.convolutions import Conv, TransposedConv
+from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
 from mossnano_stdio.build.model import Array, LayerWeights, TransformerWeights
 from mossnano_stdio.build.tensors import Tensors, places_in
 from mossnano_stdio.errors import BundleError

@@ -4,8 +4,7 @@ Rules of this room:
 
 - Plain numpy, float32, nothing about files and nothing about onnx. mimi_checkpoint.py makes these; mimi_steps.py and
   mimi_whole.py build from them.
-- Convolutions lie as torch has them: [out, in, kernel], transposed ones [in, out, kernel]. The kernel of a layer that
-  changes the rate is twice its stride.
+- Convolutions are causal: what they see before a stream begins are zeros.
 - An ELU stands in front of every module of a stack but the first, and of both convolutions of a residual block.
 """
 
@@ -14,52 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mossnano_stdio.build.convolutions import Conv, TransposedConv, check_stack
 from mossnano_stdio.build.model import Array, TransformerWeights
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens import CodecFormat
 
 RESAMPLED_BY = 2  # tokens of the transformers in a frame of codes
-
-
-@dataclass(frozen=True, eq=False)
-class Conv:
-    """A causal convolution: it sees kernel - stride columns before its own, which are zeros before a stream begins."""
-
-    weight: Array  # [out, in, kernel]
-    bias: Array  # [out]
-    stride: int
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def past_columns(self) -> int:
-        return int(self.weight.shape[2]) - self.stride
-
-
-@dataclass(frozen=True, eq=False)
-class TransposedConv:
-    """The opposite of a strided Conv: each column becomes `stride` columns, and adds to the `stride` after them."""
-
-    weight: Array  # [in, out, 2 * stride]
-    bias: Array  # [out]
-
-    @property
-    def stride(self) -> int:
-        return int(self.weight.shape[2]) // 2
-
-    @property
-    def outputs(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def inputs(self) -> int:
-        return int(self.weight.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +68,8 @@ class MimiWeights:
 
     def __post_init__(self) -> None:
         features = self.encoder_transformer.model
-        _check_chain(self.encoder, self.format.channels, features, "encoder")
-        _check_chain(self.decoder, features, self.format.channels, "decoder")
+        check_stack(self.encoder, self.format.channels, features, "encoder")
+        check_stack(self.decoder, features, self.format.channels, "decoder")
         for name, modules in (("encoder", self.encoder), ("decoder", self.decoder)):
             token_samples = math.prod(module.stride for module in modules if not isinstance(module, Residual))
             if token_samples * RESAMPLED_BY != self.format.frame_samples:
@@ -142,13 +101,3 @@ class MimiWeights:
                     tokens += 1 / columns_per_token
                     columns_per_token *= module.stride
         return 1 + math.ceil(tokens / RESAMPLED_BY)
-
-
-def _check_chain(modules: tuple[ConvModule, ...], inputs: int, outputs: int, name: str) -> None:
-    columns = inputs
-    for index, module in enumerate(modules):
-        if module.inputs != columns:
-            raise BundleError(f"{name} {index}: takes {module.inputs} channels, but {columns} reach it")
-        columns = module.outputs
-    if columns != outputs:
-        raise BundleError(f"{name}: ends with {columns} channels, {outputs} are needed")

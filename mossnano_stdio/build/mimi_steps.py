@@ -30,15 +30,8 @@ import numpy as np
 
 from mossnano_stdio.build.blocks import INT32
 from mossnano_stdio.build.builder import open_data
-from mossnano_stdio.build.mimi_model import (
-    RESAMPLED_BY,
-    CodebookChain,
-    Conv,
-    ConvModule,
-    MimiWeights,
-    Residual,
-    TransposedConv,
-)
+from mossnano_stdio.build.convolutions import Conv, TransposedConv
+from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
 from mossnano_stdio.build.model import Array, TransformerWeights
 from mossnano_stdio.build.step_graph import ALL, StepGraph
 from mossnano_stdio.build.transformers import Stack, linear, stack_facts

@@ -17,15 +17,8 @@ import numpy as np
 
 from mossnano_stdio.build.blocks import INT32
 from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
-from mossnano_stdio.build.mimi_model import (
-    RESAMPLED_BY,
-    CodebookChain,
-    Conv,
-    ConvModule,
-    MimiWeights,
-    Residual,
-    TransposedConv,
-)
+from mossnano_stdio.build.convolutions import Conv, TransposedConv
+from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
 from mossnano_stdio.build.model import Array, TransformerWeights
 from mossnano_stdio.build.official import WholeAttention, run_modules
 from mossnano_stdio.weights import DECODE_INPUTS, DECODE_OUTPUTS, ENCODE_INPUTS, ENCODE_OUTPUTS, GraphSpec
