@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,30 @@ def test_a_cut_inside_an_artifact(there: int) -> None:
     facts, fault = tally_of((Kind.ARTIFACT, artifact()[:there]))
     assert facts["truncated"] is True
     assert fault.startswith("the stream is cut inside an artifact: ")
+
+
+LONG_ECDC = (Path(__file__).parent / "reference" / "encodec" / "long.raw.ecdc").read_bytes()  # 101,567 samples
+
+
+def test_an_ecdc_counts_as_an_artifact() -> None:
+    pieces = [(Kind.ARTIFACT, LONG_ECDC[start : start + 500]) for start in range(0, len(LONG_ECDC), 500)]
+    bad_version = (Kind.ARTIFACT, b"ECDC\x01" + LONG_ECDC[5:500])
+    facts, fault = tally_of((Kind.ARTIFACT, b""), *pieces, bad_version, *pieces[1:], *pieces)
+    assert fault == ""
+    assert facts["errors"] == ["ARTIFACT: the .ecdc's version is 1, allowed is 0"]
+    assert facts["frames"] == 2 * 321
+    assert facts["seconds"] == pytest.approx(2 * 101_567 / 48_000)
+
+
+@pytest.mark.parametrize("end", [(), ((Kind.END, b""),)])
+def test_a_cut_inside_an_ecdc(end: tuple[tuple[int, bytes], ...]) -> None:
+    facts, fault = tally_of((Kind.ARTIFACT, LONG_ECDC[:-5]), *end)
+    cut = "the .ecdc is cut inside segment 2: 5 bytes are missing"
+    if end:
+        assert facts["errors"] == [f"END: an artifact is cut: {cut}"]
+    else:
+        assert fault == f"the stream is cut inside an artifact: {cut}"
+    assert facts["frames"] == 0
 
 
 def test_an_impossible_length_ends_the_count() -> None:

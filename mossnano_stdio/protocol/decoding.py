@@ -28,8 +28,8 @@ from mossnano_stdio.protocol.connection import (
 from mossnano_stdio.protocol.messages import MAX_MARK_BYTES, MESSAGE_COST_BYTES, Kind, Message
 from mossnano_stdio.protocol.settings import Settings
 from mossnano_stdio.protocol.stream import Answers, Lane, Owner, State, Stream
-from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat, frame_bytes, unpack_frames
-from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, EcdcReader
+from mossnano_stdio.tokens import ArtifactReader, CodecFormat, frame_bytes, unpack_frames
+from mossnano_stdio.tokens.ecdc import RECORDING_MAGICS, EcdcReader, reader_for
 
 
 class DecodingStream(Stream):
@@ -176,9 +176,8 @@ class DecodingStream(Stream):
         self._pushed_frames = self.frames
 
     def maybe_cut(self) -> MossnanoError | None:
-        artifact = self.artifact
-        is_whole = artifact.is_complete if isinstance(artifact, EcdcReader) else not artifact.missing_bytes
-        return self.artifact_cut() if self.state is State.ARTIFACT and not is_whole else None
+        is_cut = self.state is State.ARTIFACT and not self.artifact.is_complete
+        return self.artifact_cut() if is_cut else None
 
     def artifact_cut(self) -> ArtifactError:
         if isinstance(self.artifact, EcdcReader):
@@ -265,9 +264,7 @@ def begin_artifact(connection: Connection, lane: Lane, message: Message) -> Answ
 
 def grow_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
     stream = _decoding(lane)
-    reader = stream.artifact
-    if isinstance(reader, ArtifactReader) and reader.is_empty and message.payload[:1] == ECDC_MAGIC[:1]:
-        reader = stream.artifact = EcdcReader()
+    reader = stream.artifact = reader_for(message.payload, stream.artifact)
     if isinstance(reader, EcdcReader):
         yield from _grow_ecdc(connection, lane, stream, reader, message)
         return
@@ -318,7 +315,7 @@ def cut_artifact(connection: Connection, lane: Lane, message: Message) -> Answer
 
 def skip_artifact(connection: Connection, lane: Lane, message: Message) -> Answers:
     """The rest of a bad stream, unless it begins like a new artifact. A numbered stream is one artifact at most."""
-    if lane.maybe_number is None and message.payload.startswith((MAGIC, ECDC_MAGIC)):
+    if lane.maybe_number is None and message.payload.startswith(RECORDING_MAGICS):
         yield from connection.finish(lane, Message(Kind.END))
         connection.put_back(lane, message)
 

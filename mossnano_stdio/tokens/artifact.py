@@ -182,6 +182,11 @@ class ArtifactReader:
         expected_bytes = HEADER_BYTES if self.maybe_header is None else self.maybe_header.file_bytes
         return expected_bytes - len(self._received)
 
+    @property
+    def is_complete(self) -> bool:
+        """Has its last byte come?"""
+        return not self.missing_bytes
+
     def push(self, data: bytes | bytearray | memoryview) -> int:
         """Take the next bytes and return `missing_bytes`."""
         data = memoryview(data)

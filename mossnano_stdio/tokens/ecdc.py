@@ -29,11 +29,19 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import numpy as np
 
 from mossnano_stdio.errors import ArtifactError, TokenError
-from mossnano_stdio.tokens.artifact import MAX_ARTIFACT_BYTES, PIECE_BYTES, Artifact, load_artifact
+from mossnano_stdio.tokens.artifact import (
+    MAGIC,
+    MAX_ARTIFACT_BYTES,
+    PIECE_BYTES,
+    Artifact,
+    ArtifactReader,
+    load_artifact,
+)
 from mossnano_stdio.tokens.format import CodecFormat, Codes
 from mossnano_stdio.tokens.packing import first_outside, pack_codes, unpack_codes
 
 ECDC_MAGIC: Final = b"ECDC"
+RECORDING_MAGICS: Final = (MAGIC, ECDC_MAGIC)  # what recordings of either kind begin with
 ECDC_VERSION: Final = 0
 MAX_METADATA_BYTES: Final = 1 << 16
 CODEBOOK_SIZE: Final = 1024
@@ -326,6 +334,17 @@ class EcdcReader:
         taken = bytes(self._received[:count])
         del self._received[:count]
         return taken
+
+
+def reader_for(data: bytes, reader: ArtifactReader | EcdcReader) -> ArtifactReader | EcdcReader:
+    """Which reader takes the next bytes of a recording of either kind. Until its first byte tells, that is `reader`.
+
+    >>> type(reader_for(b"", ArtifactReader())).__name__, type(reader_for(b"E", ArtifactReader())).__name__
+    ('ArtifactReader', 'EcdcReader')
+    """
+    if isinstance(reader, ArtifactReader) and reader.is_empty and data[:1] == ECDC_MAGIC[:1]:
+        return EcdcReader()
+    return reader
 
 
 def parse_ecdc_start(start: bytes) -> int:

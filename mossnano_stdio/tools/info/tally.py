@@ -18,7 +18,8 @@ from typing import Any, Final
 from mossnano_stdio.errors import InputError, PayloadError, ProtocolError
 from mossnano_stdio.pcm import SAMPLE_FORMATS, SoundForm
 from mossnano_stdio.protocol import NUMBERED, Kind, Message, MessageReader, kind_name, out_of_stream, parse_json
-from mossnano_stdio.tokens import MAGIC, ArtifactReader, CodecFormat
+from mossnano_stdio.tokens import ArtifactReader, CodecFormat
+from mossnano_stdio.tokens.ecdc import RECORDING_MAGICS, EcdcReader, reader_for
 from mossnano_stdio.weights import MODELS
 
 MOST_ERRORS_KEPT: Final = 10  # by their text; all are counted
@@ -60,7 +61,7 @@ class Tally:
         if incomplete_bytes := self._reader.incomplete_bytes:
             place = f"a message: {incomplete_bytes} bytes of it are there"
         elif self._plain.maybe_artifact is not None:
-            place = f"an artifact: {self._plain.maybe_artifact.missing_bytes} bytes of it are missing"
+            place = f"an artifact: {_what_is_missing(self._plain.maybe_artifact)}"
         elif unfinished:
             place = f"an artifact, in stream {', '.join(map(str, unfinished))}"
         else:
@@ -144,7 +145,7 @@ class StreamTally:
         self.seconds = 0.0
         self.error_count = 0
         self.maybe_end: str | None = None
-        self.maybe_artifact: ArtifactReader | None = None  # the one that is not whole yet
+        self.maybe_artifact: ArtifactReader | EcdcReader | None = None  # the one that is not whole yet
         self._skips_artifact = False  # inside a bad one, until the next begins
 
     def add(self, other: StreamTally) -> None:
@@ -225,17 +226,21 @@ class StreamTally:
             raise PayloadError(f"{len(payload)} bytes are no whole number of frames of {codec.frame_bytes} bytes")
 
     def _count_artifact(self, payload: bytes) -> None:
-        if self._skips_artifact and not payload.startswith(MAGIC):
+        if self._skips_artifact and not payload.startswith(RECORDING_MAGICS):
             return
-        artifact = self.maybe_artifact or ArtifactReader()
+        reader = reader_for(payload, self.maybe_artifact or ArtifactReader())
         self.maybe_artifact, self._skips_artifact = None, True  # where push raises, the rest is skipped
-        missing_bytes = artifact.push(payload)
-        if missing_bytes:
-            self.maybe_artifact = artifact
+        if isinstance(reader, EcdcReader):
+            for _ in reader.push(payload):
+                pass  # its header says how many frames they have
         else:
-            whole = artifact.artifact()
+            reader.push(payload)
+        if reader.is_complete:
+            whole = reader.finish() if isinstance(reader, EcdcReader) else reader.artifact()
             self.seen_frames += whole.frames
             self.seconds += whole.duration_seconds
+        else:
+            self.maybe_artifact = reader
         self._skips_artifact = False
 
     def _count_end(self, message: Message) -> None:
@@ -243,11 +248,17 @@ class StreamTally:
         self._skips_artifact = False
         self.maybe_end = "whole"
         if maybe_cut is not None:
-            raise PayloadError(f"an artifact is cut: {maybe_cut.missing_bytes} bytes of it are missing")
+            raise PayloadError(f"an artifact is cut: {_what_is_missing(maybe_cut)}")
         if message.payload:
             fields = parse_json(message)
             self.reported_frames += _count_in(fields, "frames")
             self.maybe_end = "cancelled" if fields.get("cancelled") is True else "whole"
+
+
+def _what_is_missing(artifact: ArtifactReader | EcdcReader) -> str:
+    if isinstance(artifact, EcdcReader):
+        return str(artifact.maybe_cut())
+    return f"{artifact.missing_bytes} bytes of it are missing"
 
 
 def _form_facts(form: SoundForm) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from mossnano_stdio.protocol import (
     parse_json,
 )
 from mossnano_stdio.tokens import MAGIC, SAMPLE_BYTES
-from mossnano_stdio.tokens.ecdc import ECDC_MAGIC, load_recording
+from mossnano_stdio.tokens.ecdc import RECORDING_MAGICS, load_recording
 
 PIECE_BYTES: Final = 1 << 16
 LONGEST_MESSAGE_BYTES: Final = MAX_MESSAGE_BYTES + 1  # AUDIO has up to 1 MiB of PCM, and its kind
@@ -103,7 +103,7 @@ def open_source(file: BinaryIO, name: str, decoding: Decoding, maybe_number: int
         raise UsageError(
             f"{name} is not what mossnano-stdio answers, so it has no numbered streams: leave --stream out"
         )
-    if start.startswith((MAGIC, ECDC_MAGIC)):
+    if start.startswith(RECORDING_MAGICS):
         return _artifact(data, decoding)
     if start.startswith(b"RIFF") and (maybe_wav := _maybe_wav(data)):
         return maybe_wav
