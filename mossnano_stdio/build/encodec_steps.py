@@ -38,7 +38,6 @@ from mossnano_stdio.build.encodec_model import (
     ShortcutBlock,
     SpreadingConv,
 )
-from mossnano_stdio.build.model import Array
 from mossnano_stdio.build.step_graph import ALL, StepGraph
 from mossnano_stdio.weights import GraphSpec
 
@@ -53,9 +52,7 @@ def save_encodec_decode_step(folder: Path, weights: EncodecWeights) -> GraphSpec
     with open_data(folder / DECODE_STEP_DATA) as data:
         graph = _MirroringGraph("encodec_decode_step", data)
         rows = graph.input("rows", np.int32, ["frames", weights.format.quantizers])
-        table = weights.codebooks.reshape(-1, weights.codebooks.shape[2])
-        found = graph.op("Gather", graph.weight("codebooks", np.pad(table, ((0, 1), (0, 0)))), rows, axis=0)
-        x = graph.op("ReduceSum", found, graph.constant([1]), keepdims=0)
+        x = graph.op("ReduceSum", graph.looked_up(rows, weights.codebooks), graph.constant([1]), keepdims=0)
         graph.op("Identity", graph.convolved(x, "decoder", weights.decoder), result="audio")
         graph.output("audio", np.float32, ["samples", weights.format.channels])
         graph.save(folder / DECODE_STEP_FILE)
@@ -67,7 +64,8 @@ def save_encodec_encode_step(folder: Path, weights: EncodecWeights) -> GraphSpec
     with open_data(folder / ENCODE_STEP_DATA) as data:
         graph = _MirroringGraph("encodec_encode_step", data)
         x = graph.input("audio", np.float32, ["samples", weights.format.channels])
-        graph.searched(graph.convolved(x, "encoder", weights.encoder), weights.codebooks, result="codes")
+        codes = graph.searched(graph.convolved(x, "encoder", weights.encoder), "codebook", weights.codebooks)
+        graph.op("Cast", graph.op("Concat", *codes, axis=1), to=INT32, result="codes")
         graph.output("codes", np.int32, ["frames", weights.format.quantizers])
         graph.save(folder / ENCODE_STEP_FILE)
     return GraphSpec(ENCODE_STEP_FILE, (ENCODE_STEP_DATA,), states=tuple(graph.states), facts=_facts(weights))
@@ -87,20 +85,6 @@ class _MirroringGraph(StepGraph):
         self.leave(began_out)
         self._has_begun = self.op("Greater", began, self.constant([0], np.float32))
 
-    # --- codes ------------------------------------------------------------------------------------------------------
-
-    def searched(self, x: str, codebooks: Array, result: str) -> None:
-        """The nearest row has the largest r . row - |row|^2 / 2."""
-        codes, rest = [], x
-        for index, rows in enumerate(codebooks):
-            half_squares = np.square(rows.astype(np.float64)).sum(axis=1) / 2
-            nearness = self.product(rest, f"codebook.{index}", rows, -half_squares)
-            found = self.op("ArgMax", nearness, axis=1, keepdims=0)
-            codes.append(self.op("Unsqueeze", found, self.constant([1])))
-            if index + 1 < len(codebooks):
-                rest = self.op("Sub", rest, self.op("Gather", f"codebook.{index}.weight", found, axis=0))
-        self.op("Cast", self.op("Concat", *codes, axis=1), to=INT32, result=result)
-
     # --- convolutions -----------------------------------------------------------------------------------------------
 
     def convolved(self, x: str, stack: str, modules: tuple[EncodecModule, ...]) -> str:
@@ -113,7 +97,7 @@ class _MirroringGraph(StepGraph):
                     case MirroredConv():
                         x = self._conv(self.op("Elu", x) if index else x, name, module)
                     case SpreadingConv():
-                        x = self._spread(self.op("Elu", x), name, module)
+                        x = self.transposed(self.op("Elu", x), name, module)
                     case LstmStack():
                         x = self._remembered(x, name, module)
         return x
@@ -175,15 +159,6 @@ class _MirroringGraph(StepGraph):
         is_longer = self.op("Greater", columns, self.constant([stride]))
         can_mirror = self.op("Cast", self.op("Or", self._has_begun, is_longer), to=1)
         return self.op("Concat", together, self.op("Mul", behind, can_mirror), axis=0)
-
-    def _spread(self, x: str, name: str, conv: SpreadingConv) -> str:
-        inputs, outputs, _ = conv.weight.shape
-        windows = self.windows(self.after_past(x, 1, inputs, f"{name}.past"), 2)
-        now, before = np.split(conv.weight, 2, axis=2)  # what a column adds to its own place, and to the one after it
-        both = np.concatenate([before, now])  # [2 * in, out, stride]
-        matrix = both.transpose(2, 1, 0).reshape(conv.stride * outputs, 2 * inputs)
-        spread = self.product(windows, name, matrix, np.tile(conv.bias, conv.stride))
-        return self.op("Reshape", spread, self.constant([-1, outputs]))
 
     def _remembered(self, x: str, name: str, lstm: LstmStack) -> str:
         y = self.op("Unsqueeze", x, self.constant([1]))

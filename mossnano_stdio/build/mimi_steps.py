@@ -23,7 +23,6 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,25 +81,15 @@ def _look_up(graph: StepGraph, rows: str, semantic: CodebookChain, acoustic: Cod
     """The sum of each half's rows, through its own projection: [frames, features]."""
     width = semantic.codebooks.shape[2]
     halves = [len(semantic.codebooks), len(acoustic.codebooks)]
-    codebooks = np.concatenate([semantic.codebooks, acoustic.codebooks]).reshape(-1, width)
-    table = graph.weight("codebooks", np.pad(codebooks, ((0, 1), (0, 0))))
-    found = graph.op("Gather", table, rows, axis=0)
+    found = graph.looked_up(rows, np.concatenate([semantic.codebooks, acoustic.codebooks]))
     summing = np.repeat(np.eye(2, dtype=np.float32), halves, axis=1)  # [2, quantizers]
     sums = graph.op("MatMul", graph.weight("halves", summing), found)
     side_by_side = graph.op("Reshape", sums, graph.constant([-1, 2 * width]))
     return linear(graph, side_by_side, "output_proj", np.concatenate([semantic.output_proj, acoustic.output_proj], 1))
 
 
-def _searched(graph: StepGraph, x: str, name: str, chain: CodebookChain) -> Iterator[str]:
-    """One column of codes for each codebook. The nearest row has the largest r . row - |row|^2 / 2."""
-    rest = linear(graph, x, f"{name}.input_proj", chain.input_proj)
-    for index, rows in enumerate(chain.codebooks):
-        half_squares = np.square(rows.astype(np.float64)).sum(axis=1) / 2
-        nearness = graph.product(rest, f"{name}.{index}", rows, -half_squares)
-        codes = graph.op("ArgMax", nearness, axis=1, keepdims=0)
-        if index + 1 < len(chain.codebooks):
-            rest = graph.op("Sub", rest, graph.op("Gather", f"{name}.{index}.weight", codes, axis=0))
-        yield graph.op("Unsqueeze", codes, graph.constant([1]))
+def _searched(graph: StepGraph, x: str, name: str, chain: CodebookChain) -> list[str]:
+    return graph.searched(linear(graph, x, f"{name}.input_proj", chain.input_proj), name, chain.codebooks)
 
 
 def _upsampled(graph: StepGraph, x: str, weight: Array) -> str:
@@ -152,7 +141,7 @@ def _convolved(graph: StepGraph, x: str, stack: str, modules: tuple[ConvModule, 
                 case Conv():
                     x = _conv(graph, graph.op("Elu", x) if index else x, name, module)
                 case TransposedConv():
-                    x = _transposed(graph, graph.op("Elu", x), name, module)
+                    x = graph.transposed(graph.op("Elu", x), name, module)
     return x
 
 
@@ -166,13 +155,3 @@ def _conv(graph: StepGraph, x: str, name: str, conv: Conv) -> str:
     if conv.past_columns:
         x = graph.windows(graph.after_past(x, conv.past_columns, inputs, f"{name}.past"), kernel)
     return graph.product(x, name, matrix, conv.bias)
-
-
-def _transposed(graph: StepGraph, x: str, name: str, conv: TransposedConv) -> str:
-    inputs, outputs, _ = conv.weight.shape
-    windows = graph.windows(graph.after_past(x, 1, inputs, f"{name}.past"), 2)
-    now, before = np.split(conv.weight, 2, axis=2)  # what a column adds to its own place, and to the one after it
-    both = np.concatenate([before, now])  # [2 * in, out, stride]
-    matrix = both.transpose(2, 1, 0).reshape(conv.stride * outputs, 2 * inputs)
-    spread = graph.product(windows, name, matrix, np.tile(conv.bias, conv.stride))
-    return graph.op("Reshape", spread, graph.constant([-1, outputs]))

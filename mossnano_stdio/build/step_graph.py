@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from mossnano_stdio.build.builder import DataFile, GraphBuilder
+from mossnano_stdio.build.convolutions import TransposedConv
 from mossnano_stdio.build.model import Array
 from mossnano_stdio.weights import StateSpec
 
@@ -58,3 +59,33 @@ class StepGraph(GraphBuilder):
         """W x + b of every column, W lying as [out, in]."""
         weight = self.weight(f"{name}.weight", matrix.astype(np.float32))
         return self.op("Gemm", x, weight, self.weight(f"{name}.bias", bias.astype(np.float32)), transB=1)
+
+    def transposed(self, x: str, name: str, conv: TransposedConv) -> str:
+        """One product over each column and the one before it, as the kernel is two strides long."""
+        inputs, outputs, _ = conv.weight.shape
+        windows = self.windows(self.after_past(x, 1, inputs, f"{name}.past"), 2)
+        now, before = np.split(conv.weight, 2, axis=2)  # what a column adds to its own place, and to the one after it
+        both = np.concatenate([before, now])  # [2 * in, out, stride]
+        matrix = both.transpose(2, 1, 0).reshape(conv.stride * outputs, 2 * inputs)
+        spread = self.product(windows, name, matrix, np.tile(conv.bias, conv.stride))
+        return self.op("Reshape", spread, self.constant([-1, outputs]))
+
+    def looked_up(self, rows: str, codebooks: Array) -> str:
+        """Rows of one table of all codebooks, in which a row of zeros is the last: [frames, quantizers, width]."""
+        table = np.pad(codebooks.reshape(-1, codebooks.shape[-1]), ((0, 1), (0, 0)))
+        return self.op("Gather", self.weight("codebooks", table), rows, axis=0)
+
+    def searched(self, x: str, name: str, codebooks: Array) -> list[str]:
+        """A column of codes for each codebook: the nearest row, then the next codebook's to what that leaves over.
+
+        The nearest row has the largest x . row - |row|^2 / 2.
+        """
+        codes, rest = [], x
+        for index, rows in enumerate(codebooks):
+            half_squares = np.square(rows.astype(np.float64)).sum(axis=1) / 2
+            nearness = self.product(rest, f"{name}.{index}", rows, -half_squares)
+            found = self.op("ArgMax", nearness, axis=1, keepdims=0)
+            if index + 1 < len(codebooks):
+                rest = self.op("Sub", rest, self.op("Gather", f"{name}.{index}.weight", found, axis=0))
+            codes.append(self.op("Unsqueeze", found, self.constant([1])))
+        return codes
