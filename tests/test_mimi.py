@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from mossnano_stdio import codecs
 from mossnano_stdio.build.bundle import build_from_checkpoint, build_mimi_standin, save_mimi_bundle
-from mossnano_stdio.build.mimi_checkpoint import PUBLISHED_NUMBERS, load_mimi, maybe_mimi_file, save_mimi
+from mossnano_stdio.build.mimi_checkpoint import PUBLISHED_NUMBERS, load_mimi, maybe_mimi_file
 from mossnano_stdio.build.mimi_model import MimiWeights
+from mossnano_stdio.build.tensors import save_tensors
 from mossnano_stdio.codecs import mimi
 from mossnano_stdio.codecs.moss import FastDecoder, StreamEncoder
 from mossnano_stdio.errors import BundleError, CheckFailedError, DecodeError, TokenError, UsageError
@@ -303,7 +304,7 @@ def test_another_graph(folder: Path) -> None:
 def spoilt_checkpoint(folder: Path, changes: Mapping[str, Any], config: tuple[str, str] | None = None) -> Path:
     tensors = {**load_file(KYUTAI), **changes}
     path = folder / "tokenizer-spoilt.safetensors"
-    save_mimi(path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+    save_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None})
     text = (REFERENCE / "mimi_config.json").read_text("utf-8")
     (folder / "mimi_config.json").write_text(text.replace(*config) if config else text, "utf-8")
     return path

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save
 
 from mossnano_stdio.build.encodec_model import (
     EncodecModule,
@@ -33,9 +32,8 @@ from mossnano_stdio.build.encodec_model import (
     SpreadingConv,
 )
 from mossnano_stdio.build.model import Array
-from mossnano_stdio.build.tensors import Tensors, places_in
+from mossnano_stdio.build.tensors import Tensors, maybe_marked_file, places_in
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.files import open_named
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.checked_json import Entry, load_json
 
@@ -75,16 +73,13 @@ def maybe_encodec_file(checkpoint: Path) -> Path | None:
     """The file with EnCodec's tensors that `checkpoint`, a file or a folder, stands for; None where it holds none."""
     if checkpoint.is_file():
         _refuse_pickle(checkpoint)
-        return checkpoint if _is_encodec(checkpoint) else None
-    found = [path for pattern in ENCODEC_FILES for path in sorted(checkpoint.glob(pattern)) if _is_encodec(path)]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise BundleError(f"{checkpoint}: holds several EnCodecs ({names}); name one of these files instead")
-    if not found and not any(checkpoint.glob("*.safetensors")):
+    marks = OWN_MARK, HUGGING_FACE_MARK
+    maybe_file = maybe_marked_file(checkpoint, ENCODEC_FILES, marks, several="EnCodecs")
+    if maybe_file is None and not any(checkpoint.glob("*.safetensors")):
         for pattern in PICKLES:
             for path in checkpoint.glob(pattern):
                 _refuse_pickle(path)
-    return found[0] if found else None
+    return maybe_file
 
 
 def load_encodec(path: Path) -> EncodecWeights:
@@ -92,20 +87,6 @@ def load_encodec(path: Path) -> EncodecWeights:
     weights = _weights(tensors, _numbers(tensors, path.with_name(CONFIG_NAME)))
     tensors.refuse_leftovers()
     return weights
-
-
-def save_encodec(path: Path, weights: Mapping[str, Array]) -> None:
-    """Write a file in the names of EnCodec's own tool."""
-    with open_named(path) as file:
-        file.write(save(dict(weights)))
-
-
-def _is_encodec(path: Path) -> bool:
-    try:
-        names = places_in(path)
-        return OWN_MARK in names or HUGGING_FACE_MARK in names
-    except BundleError:
-        return False
 
 
 def _refuse_pickle(path: Path) -> None:

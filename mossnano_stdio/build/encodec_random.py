@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mossnano_stdio.build.encodec_checkpoint import COMPRESS, EncodecNumbers, save_encodec
+from mossnano_stdio.build.encodec_checkpoint import COMPRESS, EncodecNumbers
 from mossnano_stdio.build.encodec_model import Segments
 from mossnano_stdio.build.model import Array
+from mossnano_stdio.build.tensors import save_tensors
 
 ENCODEC_STANDIN_FILE = "encodec-standin.safetensors"
 
@@ -55,7 +56,7 @@ def save_encodec_standin(folder: Path, numbers: EncodecNumbers, seed: int) -> Pa
     """Write the checkpoint of a stand-in into `folder`. Returns the file with its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _Drawn(numbers.maybe_segments is not None, np.random.default_rng(seed))
-    save_encodec(folder / ENCODEC_STANDIN_FILE, dict(_tensors(numbers, drawn)))
+    save_tensors(folder / ENCODEC_STANDIN_FILE, dict(_tensors(numbers, drawn)))
     return folder / ENCODEC_STANDIN_FILE
 
 

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from mossnano_stdio.build.convolutions import Conv, TransposedConv
 from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
 from mossnano_stdio.build.model import Array, LayerWeights, TransformerWeights
-from mossnano_stdio.build.tensors import Tensors, places_in
+from mossnano_stdio.build.tensors import Tensors, maybe_marked_file, places_in
 from mossnano_stdio.errors import BundleError
-from mossnano_stdio.files import open_named
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.checked_json import Entry, load_json
 
@@ -71,13 +69,7 @@ PUBLISHED_NUMBERS = MimiNumbers()
 
 def maybe_mimi_file(checkpoint: Path) -> Path | None:
     """The file with Mimi's tensors that `checkpoint`, a file or a folder, stands for; None where it holds none."""
-    if checkpoint.is_file():
-        return checkpoint if _is_mimi(checkpoint) else None
-    found = [path for pattern in KYUTAI_FILES for path in sorted(checkpoint.glob(pattern)) if _is_mimi(path)]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise BundleError(f"{checkpoint}: holds several Mimis ({names}); name one of these files instead")
-    return found[0] if found else None
+    return maybe_marked_file(checkpoint, KYUTAI_FILES, (KYUTAI_MARK, HUGGING_FACE_MARK), several="Mimis")
 
 
 def load_mimi(path: Path) -> MimiWeights:
@@ -85,20 +77,6 @@ def load_mimi(path: Path) -> MimiWeights:
     weights = _weights(tensors, _numbers_beside(path))
     tensors.refuse_leftovers()
     return weights
-
-
-def save_mimi(path: Path, weights: Mapping[str, Array]) -> None:
-    """Write a file in Kyutai's layout."""
-    with open_named(path) as file:
-        file.write(save(dict(weights)))
-
-
-def _is_mimi(path: Path) -> bool:
-    try:
-        names = places_in(path)
-        return KYUTAI_MARK in names or HUGGING_FACE_MARK in names
-    except BundleError:
-        return False
 
 
 # --- configs -----------------------------------------------------------------------------------------------------

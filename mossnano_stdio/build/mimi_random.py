@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mossnano_stdio.build.mimi_checkpoint import PUBLISHED_NUMBERS, MimiNumbers, kyutai_config, save_mimi
+from mossnano_stdio.build.mimi_checkpoint import PUBLISHED_NUMBERS, MimiNumbers, kyutai_config
 from mossnano_stdio.build.mimi_model import RESAMPLED_BY
 from mossnano_stdio.build.model import Array
+from mossnano_stdio.build.tensors import save_tensors
 from mossnano_stdio.files import open_named
 
 FILE_NAME, CONFIG_NAME = "tokenizer-standin.safetensors", "mimi_config.json"
@@ -43,7 +44,7 @@ INPUT_GAIN = 6.0  # recordings of 0.15 RMS become about 1
 def save_mimi_standin(folder: Path, numbers: MimiNumbers, seed: int) -> Path:
     """Write the checkpoint of a stand-in into `folder`. Returns the file with its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_mimi(folder / FILE_NAME, dict(_tensors(numbers, np.random.default_rng(seed))))
+    save_tensors(folder / FILE_NAME, dict(_tensors(numbers, np.random.default_rng(seed))))
     with open_named(folder / CONFIG_NAME) as file:
         file.write(json.dumps(kyutai_config(numbers), indent=2).encode() + b"\n")
     return folder / FILE_NAME

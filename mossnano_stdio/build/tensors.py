@@ -10,16 +10,18 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from mossnano_stdio.build.model import Array
 from mossnano_stdio.errors import BundleError
+from mossnano_stdio.files import open_named
 
 
 class TensorPlace(NamedTuple):
@@ -82,6 +84,32 @@ def places_in(path: Path) -> dict[str, TensorPlace]:
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         return {name: TensorPlace(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def maybe_marked_file(checkpoint: Path, patterns: Sequence[str], marks: Sequence[str], several: str) -> Path | None:
+    """The file that `checkpoint`, a file or a folder, stands for: one that holds a tensor of `marks`.
+
+    None where there is none. `several` is what an error calls more than one.
+    """
+    if checkpoint.is_file():
+        return checkpoint if _is_marked(checkpoint, marks) else None
+    found = [path for pattern in patterns for path in sorted(checkpoint.glob(pattern)) if _is_marked(path, marks)]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise BundleError(f"{checkpoint}: holds several {several} ({names}); name one of these files instead")
+    return found[0] if found else None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    with open_named(path) as file:
+        file.write(save(dict(tensors)))
+
+
+def _is_marked(path: Path, marks: Sequence[str]) -> bool:
+    try:
+        return not places_in(path).keys().isdisjoint(marks)
+    except BundleError:
+        return False
 
 
 @contextmanager
