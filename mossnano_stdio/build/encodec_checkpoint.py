@@ -13,7 +13,6 @@ Rules of this room:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from mossnano_stdio.build.encodec_model import (
     SpreadingConv,
 )
 from mossnano_stdio.build.model import Array
-from mossnano_stdio.build.tensors import Tensors, maybe_marked_file, places_in
+from mossnano_stdio.build.tensors import RenamedTensors, maybe_marked_file, replaced
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.checked_json import Entry, load_json
@@ -119,33 +118,24 @@ def transformers_name(name: str) -> str:
     >>> transformers_name("decoder.model.3.convtr.convtr.weight"), transformers_name("decoder.model.3.convtr.norm.bias")
     ('decoder.layers.3.conv.weight', 'decoder.layers.3.norm.bias')
     """
-    for pattern, replacement in HUGGING_FACE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return replaced(name, HUGGING_FACE_NAMES)
 
 
-class _EncodecTensors(Tensors):
+class _EncodecTensors(RenamedTensors):
     """Tensors by the names of EnCodec's own tool, whatever the file calls them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, places_in(path), caller="EnCodec")
-        self._is_own = OWN_MARK in self.places
-
-    def take(self, name: str, *shape: int) -> Array:
-        return super().take(self._in_file(name), *shape)
-
-    def pass_over(self, name: str) -> None:
-        super().pass_over(self._in_file(name))
+        super().__init__(path, "EnCodec", OWN_MARK, transformers_name)
 
     def has(self, name: str) -> bool:
-        return self._in_file(name) in self.places
+        return self.in_file(name) in self.places
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, or of the weight that its parts make."""
         names = (name, f"{name}_v", _new_spelling(name, 1))
-        found = [self.places[place] for place in map(self._in_file, names) if place in self.places]
+        found = [self.places[place] for place in map(self.in_file, names) if place in self.places]
         if not found:
-            raise BundleError(f"{self.source}: the tensor {self._in_file(name)} is missing")
+            raise BundleError(f"{self.source}: the tensor {self.in_file(name)} is missing")
         return found[0].shape
 
     def weight(self, name: str, *shape: int) -> Array:
@@ -157,9 +147,6 @@ class _EncodecTensors(Tensors):
             if self.has(direction):
                 return _joined_weight(self.take(length, shape[0], 1, 1), self.take(direction, *shape))
         return self.take(name, *shape)
-
-    def _in_file(self, name: str) -> str:
-        return name if self._is_own else transformers_name(name)
 
 
 def _new_spelling(name: str, part: int) -> str:

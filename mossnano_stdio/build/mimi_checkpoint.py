@@ -12,7 +12,6 @@ Rules of this room:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from mossnano_stdio.build.convolutions import Conv, TransposedConv
 from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
 from mossnano_stdio.build.model import Array, LayerWeights, TransformerWeights
-from mossnano_stdio.build.tensors import Tensors, maybe_marked_file, places_in
+from mossnano_stdio.build.tensors import RenamedTensors, maybe_marked_file, replaced
 from mossnano_stdio.errors import BundleError
 from mossnano_stdio.tokens import CodecFormat
 from mossnano_stdio.weights.checked_json import Entry, load_json
@@ -246,35 +245,23 @@ def hugging_face_name(name: str) -> str:
     >>> hugging_face_name("decoder.model.3.block.1.conv.conv.weight")
     'decoder.layers.3.block.1.conv.weight'
     """
-    for pattern, replacement in HUGGING_FACE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return replaced(name, HUGGING_FACE_NAMES)
 
 
-class _KyutaiTensors(Tensors):
+class _KyutaiTensors(RenamedTensors):
     """Tensors by Kyutai's names, whatever the file calls them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, places_in(path), caller="Mimi")
-        self._is_kyutai = KYUTAI_MARK in self.places
-
-    def take(self, name: str, *shape: int) -> Array:
-        return super().take(self._in_file(name), *shape)
-
-    def pass_over(self, name: str) -> None:
-        super().pass_over(self._in_file(name))
+        super().__init__(path, "Mimi", KYUTAI_MARK, hugging_face_name)
 
     def in_proj(self, prefix: str, model: int, heads: int) -> Array:
         """The rows of q, k and v. The pairs that RoPE turns lie side by side."""
-        if self._is_kyutai:
+        if not self.is_renamed:
             return self.take(f"{prefix}.in_proj_weight", 3 * model, model)
         queries, keys, values = (self.take(f"{prefix}.{part}_proj.weight", model, model) for part in "qkv")
         # There the halves of a head are turned against each other: row (p, j) of a head was (j, p) in training.
         together = [rows.reshape(heads, 2, -1, model).swapaxes(1, 2).reshape(model, model) for rows in (queries, keys)]
         return np.concatenate([*together, values])
-
-    def _in_file(self, name: str) -> str:
-        return name if self._is_kyutai else hugging_face_name(name)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ Rules of this room:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,34 @@ class Tensors:
         if leftovers:
             more = f" and {len(leftovers) - 1} more" if len(leftovers) > 1 else ""
             raise BundleError(f"{self.places[leftovers[0]].path}: unexpected tensor {leftovers[0]}{more}")
+
+
+class RenamedTensors(Tensors):
+    """The tensors of one file by the names of one layout, whether it has these or those of another.
+
+    A file of that layout holds the tensor `mark`. `rename` says what the other calls a tensor.
+    """
+
+    def __init__(self, path: Path, caller: str, mark: str, rename: Callable[[str], str]) -> None:
+        super().__init__(path, places_in(path), caller)
+        self.is_renamed = mark not in self.places
+        self._rename = rename
+
+    def in_file(self, name: str) -> str:
+        return self._rename(name) if self.is_renamed else name
+
+    def take(self, name: str, *shape: int) -> Array:
+        return super().take(self.in_file(name), *shape)
+
+    def pass_over(self, name: str) -> None:
+        super().pass_over(self.in_file(name))
+
+
+def replaced(name: str, patterns: Sequence[tuple[str, str]]) -> str:
+    """A name in which everything that fits one of the patterns was replaced, one pattern after the other."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def places_in(path: Path) -> dict[str, TensorPlace]:
