@@ -423,6 +423,13 @@ class DecodingChunks(Chunks[np.uint16]):
             self._samples_left -= len(audio)
         return DecodedChunk(audio, frames, error)
 
+    def finite_chunks(self) -> Iterator[DecodedChunk]:
+        """Decode chunk after chunk while one is due. Raises the error of the first one that has one."""
+        while chunk := self.step():
+            if chunk.error:
+                raise chunk.error
+            yield chunk
+
     @property
     def samples_left(self) -> int | None:
         """How many samples are still to come, where that is known."""

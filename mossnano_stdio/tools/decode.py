@@ -307,9 +307,7 @@ def _render(
     for segment in part.segments:
         decoding.push_segment(segment)
     decoding.finish(part.skipped_samples + part.samples)
-    while chunk := decoding.step():
-        if chunk.error:
-            raise chunk.error
+    for chunk in decoding.finite_chunks():
         write(chunk.pcm)
         if maybe_first_audio_ms is None:
             maybe_first_audio_ms = 1000 * (time.perf_counter() - started)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, ecdc_model_of
 from mossnano_stdio.tools.facts import as_json, as_table
 
 if TYPE_CHECKING:
-    from mossnano_stdio.chunks import DecodingChunks
     from mossnano_stdio.weights import Bundle
 
 Audio = NDArray[np.float32]
@@ -131,16 +130,9 @@ def _load_decode(args: argparse.Namespace, bundle: Bundle) -> Callable[[Artifact
     def decode(recording: Artifact | Ecdc) -> bytes:
         recording.check_fits(runtime.format, runtime.decodes_prefix)
         push_recording(chunks, recording)
-        return b"".join(_pcm_of(chunks))
+        return b"".join(chunk.pcm for chunk in chunks.finite_chunks())
 
     return decode
-
-
-def _pcm_of(chunks: DecodingChunks) -> Iterator[bytes]:
-    while chunk := chunks.step():
-        if chunk.error:
-            raise chunk.error
-        yield chunk.pcm
 
 
 def _facts(recording: Artifact | Ecdc, audio: Audio, pcm: bytes, bundle: Bundle) -> dict[str, Any]:

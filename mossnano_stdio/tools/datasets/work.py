@@ -211,9 +211,10 @@ class Detokenizing:
         chunks.finish(order["original_samples"])
         with told_as(cannot_write(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
+        pcm = (chunk.pcm for chunk in chunks.finite_chunks())
         try:
             with open_output(target) as file:
-                write_sound(file, self._form, codec.sample_rate, codec.channels, _pcm_of(chunks))
+                write_sound(file, self._form, codec.sample_rate, codec.channels, pcm)
                 file.flush()
                 os.fsync(file.fileno())  # so that a file that is there is whole, whatever happens to the machine
         except (PayloadError, NonFiniteError) as error:
@@ -232,10 +233,3 @@ class Detokenizing:
         if order["original_samples"] > codes.shape[1] * codec.frame_samples:
             raise InputError(f"is {order['original_samples']} samples long, its {codes.shape[1]} frames hold fewer")
         return codes
-
-
-def _pcm_of(chunks: DecodingChunks) -> Iterator[bytes]:
-    while chunk := chunks.step():
-        if chunk.error:
-            raise chunk.error
-        yield chunk.pcm
