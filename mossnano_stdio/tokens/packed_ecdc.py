@@ -28,7 +28,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -44,6 +44,8 @@ from mossnano_stdio.tokens.ecdc import (
     ECDC_SCALE,
     ECDC_START,
     MAX_METADATA_BYTES,
+    Ecdc,
+    EcdcHeader,
     EcdcModel,
     EcdcSegment,
     check_ecdc_magic,
@@ -136,6 +138,11 @@ class PackedLayout:
     context_samples: int  # of a chunk that are for its decoding only, on each side; 0: chunks fade into each other
     chunk_frames: tuple[int, ...]
 
+    def samples_of(self, number: int) -> int:
+        """How many samples of the recording a chunk stands for, without its context."""
+        most_samples = self.stride if self.context_samples else self.chunk_samples
+        return min(most_samples, self.original_samples - number * self.stride)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedEcdc:
@@ -155,6 +162,17 @@ class PackedEcdc:
                 if not salvage:
                     raise
                 yield LostChunk(frames, str(error))
+
+    def unpacked(self, *, salvage: bool) -> tuple[Ecdc, dict[int, LostChunk]]:
+        """The recording, and by their numbers the chunks that are lost, whose codes are 0 in it."""
+        header, segments, lost = self.header, list[EcdcSegment](), dict[int, LostChunk]()
+        for number, segment in enumerate(self.segments(salvage=salvage)):
+            if isinstance(segment, LostChunk):
+                lost[number] = segment
+                segments.append(EcdcSegment(np.zeros((segment.frames, header.quantizers), np.uint16), None))
+            else:
+                segments.append(segment)
+        return Ecdc(EcdcHeader(header.model_name, header.original_samples, header.quantizers), segments), lost
 
 
 def starts_packed(file: BinaryIO, start: bytes) -> tuple[bytes, bool]:
@@ -326,9 +344,10 @@ def layout_of(header: PackedEcdcHeader, bundle: EcdcBundle) -> PackedLayout:
             f"the .ecdc's chunks have {header.maybe_chunk_frames} frames (fl), {chunk_samples} samples of this bundle "
             f"make up to {most_frames}"
         )
-    lengths = (min(header.original_samples - number * stride, chunk_samples) for number in range(count))
+    layout = PackedLayout(header.original_samples, chunk_samples, stride, context_samples, chunk_frames=())
     frames = tuple(
-        header.maybe_chunk_frames or -(-length * bundle.frame_length // bundle.segment_samples) for length in lengths
+        header.maybe_chunk_frames or -(-layout.samples_of(number) * bundle.frame_length // bundle.segment_samples)
+        for number in range(count)
     )
     unpacked_bytes = sum(frames) * header.quantizers * BITS_PER_CODE // 8
     if unpacked_bytes > MAX_ARTIFACT_BYTES:
@@ -336,7 +355,7 @@ def layout_of(header: PackedEcdcHeader, bundle: EcdcBundle) -> PackedLayout:
             f"an .ecdc of {header.original_samples} samples has {sum(frames)} frames of {header.quantizers} codes, "
             f"{unpacked_bytes} bytes unpacked, allowed are {MAX_ARTIFACT_BYTES}"
         )
-    return PackedLayout(header.original_samples, chunk_samples, stride, context_samples, frames)
+    return replace(layout, chunk_frames=frames)
 
 
 def _unpack_chunk(

@@ -54,8 +54,8 @@ from mossnano_stdio.process.flags import (
 )
 from mossnano_stdio.tokens import SAMPLE_BYTES, Artifact, CodecFormat, Codes, frames_before_zeros
 from mossnano_stdio.tokens.arrays import sample_range
-from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, load_recording
-from mossnano_stdio.tokens.packed_ecdc import LostChunk, PackedEcdc, PackedLayout, open_packed_ecdc
+from mossnano_stdio.tokens.ecdc import Ecdc, EcdcSegment, load_recording
+from mossnano_stdio.tokens.packed_ecdc import LostChunk, PackedLayout, open_packed_ecdc
 from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
@@ -83,18 +83,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_flags(args)
     name = "stdin" if args.artifact == STANDARD_STREAM else args.artifact
-    maybe_packed, lost = None, set[int]()
+    recording: Artifact | Ecdc
+    maybe_layout, lost = None, dict[int, LostChunk]()
     with open_input(args.artifact) as file:
         if args.bundle:
-            maybe_packed = open_packed_ecdc(file, name, args.bundle, salvage=args.salvage)
-            recording: Artifact | Ecdc = _unpacked(name, maybe_packed, lost, salvage=args.salvage)
+            packed = open_packed_ecdc(file, name, args.bundle, salvage=args.salvage)
+            recording, lost = packed.unpacked(salvage=args.salvage)
+            maybe_layout = packed.layout
         else:
             recording = load_recording(file, name)
+    for chunk in lost.values():
+        _say(f"{name}: {chunk.fault}; {chunk.frames} frames are silent")
     loaded = _load(args)
     recording.check_fits(loaded.decoder.format, loaded.decoder.decodes_prefix)
     decoder: Any = loaded.decoder
-    if maybe_packed is not None:
-        decoder = _ChunkDecoder(decoder, maybe_packed.layout, lost)
+    if maybe_layout is not None:
+        decoder = _ChunkDecoder(decoder, maybe_layout, lost.keys())
     if isinstance(decoder, SegmentingDecoder):
         part = _segment_part(args, recording, decoder)
     else:
@@ -199,11 +203,8 @@ class _ChunkDecoder:
         self._number = 0
 
     def decode_segment(self, codes: Codes, scale: float) -> Audio:
-        layout, number = self._layout, self._number
+        number, samples = self._number, self._layout.samples_of(self._number)
         self._number += 1
-        context = layout.context_samples
-        most_samples = layout.stride if context else layout.chunk_samples
-        samples = min(most_samples, layout.original_samples - number * layout.stride)
         if number in self._lost:
             return np.zeros((samples, self.format.channels), np.float32)
         if isinstance(self._decoder, SegmentingDecoder):
@@ -214,23 +215,11 @@ class _ChunkDecoder:
             chunks.push(codes)
             chunks.finish()
             audio = np.float32(scale) * np.concatenate([chunk.audio for chunk in iter(chunks.step, None)])
-        return audio[context : context + samples]
+        context_samples = self._layout.context_samples
+        return audio[context_samples : context_samples + samples]
 
     def reset(self) -> None:
         self._number = 0
-
-
-def _unpacked(name: str, packed: PackedEcdc, lost: set[int], *, salvage: bool) -> Ecdc:
-    """All codes of a file of encodec-rs. The numbers of chunks that are lost go into `lost`."""
-    header, segments = packed.header, []
-    for number, segment in enumerate(packed.segments(salvage=salvage)):
-        if isinstance(segment, LostChunk):
-            _say(f"{name}: {segment.fault}; {segment.frames} frames are silent")
-            lost.add(number)
-            segments.append(EcdcSegment(np.zeros((segment.frames, header.quantizers), np.uint16), None))
-        else:
-            segments.append(segment)
-    return Ecdc(EcdcHeader(header.model_name, header.original_samples, header.quantizers), segments)
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------

@@ -20,13 +20,11 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.tokens.ecdc import load_recording
-from mossnano_stdio.tokens.packed_ecdc import LostChunk, open_packed_ecdc
+from mossnano_stdio.tokens.packed_ecdc import open_packed_ecdc
 from mossnano_stdio.tokens.plain import FORMS, form_of, save_codes
 
 
@@ -53,13 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _load_packed(args: argparse.Namespace, file: BinaryIO) -> tuple[Codes, bool]:
     """The codes, and whether some of them are lost."""
-    ecdc = open_packed_ecdc(file, args.artifact, args.bundle, salvage=args.salvage)
-    pieces, has_losses = [], False
-    for segment in ecdc.segments(salvage=args.salvage):
-        if isinstance(segment, LostChunk):
-            print(f"mossnano unpack: {args.artifact}: {segment.fault}; {segment.frames} frames lost", file=sys.stderr)
-            pieces.append(np.zeros((segment.frames, ecdc.header.quantizers), np.uint16))
-            has_losses = True
-        else:
-            pieces.append(segment.codes)
-    return np.concatenate(pieces), has_losses
+    packed = open_packed_ecdc(file, args.artifact, args.bundle, salvage=args.salvage)
+    ecdc, lost = packed.unpacked(salvage=args.salvage)
+    for chunk in lost.values():
+        print(f"mossnano unpack: {args.artifact}: {chunk.fault}; {chunk.frames} frames lost", file=sys.stderr)
+    return ecdc.codes, bool(lost)
