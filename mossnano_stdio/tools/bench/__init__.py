@@ -187,7 +187,7 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         played_seconds = PLAYED_SECONDS if args.seconds is None else args.seconds
         progress = _Progress(len(args.streams), estimated_seconds(args.streams, args.turns, played_seconds))
         figures["streams"] = {}
-        measure_voices(bundle.folder, args.streams, args.turns, played_seconds, progress, figures["streams"])
+        measure_voices(bundle, args.streams, args.turns, played_seconds, progress, figures["streams"])
     elif args.encode:
         _measure_encoding(bundle, args, figures)
     else:

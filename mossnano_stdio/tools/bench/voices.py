@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -35,11 +35,11 @@ from mossnano_stdio.protocol import (
     encode_message,
     in_stream,
     json_message,
-    parse_json,
 )
 from mossnano_stdio.tokens import SAMPLE_BYTES, CodecFormat, pack_frames
 from mossnano_stdio.tools.bench.measured import ended
 from mossnano_stdio.tools.bench.overhead import some_codes
+from mossnano_stdio.weights import Bundle
 
 BULK_SECONDS: Final = 4.0  # of sound that each stream decodes as fast as it can
 LIVE_SECONDS: Final = 3.0
@@ -58,7 +58,7 @@ def estimated_seconds(counts: Sequence[int], turns: int, played_seconds: float) 
 
 
 def measure_voices(
-    folder: Path,
+    bundle: Bundle,
     counts: Sequence[int],
     turns: int,
     played_seconds: float,
@@ -72,9 +72,9 @@ def measure_voices(
         report(f"{count} streams")
         figures: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for _ in range(turns):
-            figures[SIDES[0]].append(_measure(folder, [range(count)], [], played_seconds))
+            figures[SIDES[0]].append(_measure(bundle, [range(count)], [], played_seconds))
             groups = [[number] for number in range(count)]
-            figures[SIDES[1]].append(_measure(folder, groups, ["--threads", "1"], played_seconds))
+            figures[SIDES[1]].append(_measure(bundle, groups, ["--threads", "1"], played_seconds))
         found[str(count)] = {
             side: {name: round(median(turn[name] for turn in found_turns), 2) for name in found_turns[0]}
             for side, found_turns in figures.items()
@@ -82,12 +82,12 @@ def measure_voices(
 
 
 def _measure(
-    folder: Path, groups: Sequence[Sequence[int]], options: Sequence[str], played_seconds: float
+    bundle: Bundle, groups: Sequence[Sequence[int]], options: Sequence[str], played_seconds: float
 ) -> dict[str, float]:
     """One turn. `groups` has the streams of each process."""
     with ExitStack() as stack:
-        peers = [stack.enter_context(_Peer(folder, numbers, options)) for numbers in groups]
-        codec = peers[0].format
+        peers = [stack.enter_context(_Peer(bundle, numbers, options)) for numbers in groups]
+        codec = bundle.format
         frames = max(1, round(BULK_SECONDS * codec.frames_per_second))
         began = sum(peer.cpu_seconds() for peer in peers)
         bulk = pack_frames(some_codes(frames, codec), codec.codebook_size)
@@ -193,10 +193,11 @@ class _Player:
 class _Peer:
     """A process, the streams that it decodes, and when their sound came."""
 
-    def __init__(self, folder: Path, numbers: Sequence[int], options: Sequence[str]) -> None:
-        self._folder = folder
+    def __init__(self, bundle: Bundle, numbers: Sequence[int], options: Sequence[str]) -> None:
+        self._folder = bundle.folder
+        self._format = bundle.format
         self._numbers = [*numbers]
-        command = [sys.executable, "-m", "mossnano_stdio", "--weights", str(folder), *options]
+        command = [sys.executable, "-m", "mossnano_stdio", "--weights", str(bundle.folder), *options]
         command += ["--max-streams", str(2 * len(numbers))]
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
@@ -209,10 +210,7 @@ class _Peer:
         self._is_over = False
 
     def __enter__(self) -> _Peer:
-        greeting = self._read()
-        names = ("sample_rate", "channels", "frame_samples", "quantizers", "codebook_size")
-        said: Mapping[str, Any] = parse_json(greeting[0])
-        self.format = CodecFormat(**{name: said[name] for name in names})
+        self._read()  # its HANDSHAKE
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
@@ -302,8 +300,8 @@ class _Peer:
             self._left.discard(number)
         elif message.kind == Kind.AUDIO | NUMBERED:
             pcm_bytes = len(message.payload) - 4
-            self._received_samples[number] += pcm_bytes // (SAMPLE_BYTES * self.format.channels)
+            self._received_samples[number] += pcm_bytes // (SAMPLE_BYTES * self._format.channels)
             if number in self._sent:
                 waits = self.waits_ms.setdefault(number, [])
-                for _ in range(pcm_bytes // self.format.frame_pcm_bytes):
+                for _ in range(pcm_bytes // self._format.frame_pcm_bytes):
                     waits.append(1000 * (now - self._sent[number][len(waits)]))
