@@ -16,20 +16,22 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.chunks import EncodingChunks, Fixed, first_chunk_frames_of, plan
+from mossnano_stdio.chunks import EncodingChunks, Fixed, encode_segments, first_chunk_frames_of, plan
 from mossnano_stdio.codecs import (
     EncoderRuntime,
+    FrameGraphEncoder,
     GraphName,
     PrecisionName,
     Runtime,
     SeekingDecoder,
+    SegmentEncoder,
     load_encoder,
     load_runtime,
     maybe_warm_up_frames,
@@ -59,10 +61,11 @@ from mossnano_stdio.tokens.arrays import (
     normalised_wave,
     sample_range,
 )
+from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, ecdc_model_of
 from mossnano_stdio.weights import Bundle, find_weights, load_bundle
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import FullEncoder
+    from mossnano_stdio.codecs import FullEncoder, RecordingEncoder
 
 Audio = NDArray[np.float32]
 
@@ -437,6 +440,17 @@ def encode_blocks(
         codebook_size=encoder.format.codebook_size,
         codes=to_quantizer_major(codes[:, :quantizers]),
     )
+
+
+def encode_recording(encoder: RecordingEncoder, blocks: Iterable[Audio], quantizers: int) -> Artifact | Ecdc:
+    """Encode a recording, block by block: to an .ecdc where the codec gives scales with its codes, else an artifact."""
+    if not isinstance(encoder, SegmentEncoder | FrameGraphEncoder):
+        return encode_blocks(encoder, blocks, quantizers).artifact
+    segments, samples = [], 0
+    for segment, added_samples in encode_segments(encoder, blocks):
+        segments.append(replace(segment, codes=segment.codes[:, :quantizers]))
+        samples += added_samples
+    return Ecdc(EcdcHeader(ecdc_model_of(encoder.format), samples, quantizers), segments)
 
 
 def _recorded(chunks: EncodingChunks, blocks: Iterable[Audio]) -> Iterator[Codes]:

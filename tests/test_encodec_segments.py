@@ -470,6 +470,15 @@ def test_a_round_trip_of_nothing(folder: Path, tmp_path: Path) -> None:
     assert (code, "both want stdout" in said) == (ExitStatus.USAGE, True)
 
 
+@pytest.mark.parametrize(("rate", "channels", "error"), [(999, 2, "has 999 Hz"), (48_000, 3, "has 3 channels")])
+def test_a_round_trip_of_what_no_codec_hears(
+    rate: int, channels: int, error: str, folder: Path, tmp_path: Path
+) -> None:
+    _save_float_wav(tmp_path / "in.wav", np.zeros((9, channels), np.float32), rate)
+    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", "-", "--weights", folder)
+    assert (code, error in said) == (ExitStatus.BAD_INPUT, True)
+
+
 @pytest.mark.parametrize("model", ["encodec-24k", "encodec-48k"])
 def test_fetch_says_why_it_does_not(model: str) -> None:
     code, _, said = call_tool("fetch", "--model", model)

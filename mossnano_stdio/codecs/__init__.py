@@ -62,6 +62,7 @@ __all__ = [
     "load_encoder_runtime",
     "load_full_decoder",
     "load_full_encoder",
+    "load_recording_encoder",
     "load_runtime",
     "load_segment_encoder",
     "maybe_warm_up_frames",
@@ -152,6 +153,9 @@ class EncoderRuntime(Protocol):
         """A stream of its own, at its start."""
 
 
+if TYPE_CHECKING:
+    RecordingEncoder = EncoderRuntime | FullEncoder | SegmentEncoder | FrameGraphEncoder
+
 FAMILIES = cast(tuple[Family, ...], (moss, mimi, encodec))
 
 
@@ -218,6 +222,12 @@ def load_segment_encoder(
 ) -> SegmentEncoder | FrameGraphEncoder:
     """Segments with their scales, of a codec that knows nothing else."""
     return encodec.load_segment_encoder(bundle, Engine.of(provider, threads))
+
+
+def load_recording_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> RecordingEncoder:
+    """Load what encodes recordings, whatever the codec makes of them."""
+    load = load_segment_encoder if bundle.has_graph("encode_segment") else load_encoder
+    return load(bundle, provider=provider, threads=threads)
 
 
 def load_full_decoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> FullDecoder:

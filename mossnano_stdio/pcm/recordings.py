@@ -27,7 +27,8 @@ from mossnano_stdio.frozen import how_to_get
 from mossnano_stdio.pcm.form import import_soxr
 from mossnano_stdio.pcm.samples import BLOCK_SAMPLES, FULL_SCALE, as_float, check_finite, pcm16_samples
 from mossnano_stdio.pcm.wav import WavWriter
-from mossnano_stdio.tokens import SAMPLE_BYTES
+from mossnano_stdio.tokens import SAMPLE_BYTES, CodecFormat
+from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE, MONO
 
 WIDEST_PCM_BYTES: Final = 4
 AUDIO_STARTS: Final = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff")
@@ -229,6 +230,19 @@ def resampled(
         for start in range(0, len(block), piece_samples):
             yield stream.resample_chunk(np.ascontiguousarray(block[start : start + piece_samples]), last=False)
     yield stream.resample_chunk(np.zeros((0, channels), dtype=np.float32), last=True)
+
+
+def blocks_for(codec: CodecFormat, sound: Sound, name: str) -> Iterator[NDArray[np.float32]]:
+    """Its blocks at the codec's rate, on the codec's channels: a single one goes to all. `name` is for the errors.
+
+    A sound of other channels, or of a rate that is too low or too high, raises an InputError before any block is read.
+    """
+    if sound.channels not in (MONO, codec.channels):
+        raise InputError(f"{name} has {sound.channels} channels, allowed are 1 and {codec.channels}; mix it down first")
+    if not LOWEST_RATE <= sound.sample_rate <= HIGHEST_RATE:
+        raise InputError(f"{name} has {sound.sample_rate} Hz, allowed are {LOWEST_RATE} to {HIGHEST_RATE}")
+    at_rate = resampled(sound.blocks, sound.channels, sound.sample_rate, codec.sample_rate)
+    return (np.broadcast_to(block, (len(block), codec.channels)) for block in at_rate)
 
 
 class _Patient:

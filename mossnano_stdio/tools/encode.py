@@ -16,28 +16,23 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.errors import ExitStatus, InputError, UsageError
+from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
-from mossnano_stdio.pcm.recordings import Sound, read_sound, resampled
+from mossnano_stdio.pcm.recordings import blocks_for, read_sound
 from mossnano_stdio.process.flags import add_engine_arguments, whole_number
 from mossnano_stdio.tokens import Artifact, build_artifact
-from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
 from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, build_ecdc, ecdc_model_of
 from mossnano_stdio.tools.facts import as_json, progress_bar
 
 if TYPE_CHECKING:
-    from mossnano_stdio.codecs import EncoderRuntime, FrameGraphEncoder, FullEncoder, SegmentEncoder
-
-    AnyEncoder = EncoderRuntime | FullEncoder | SegmentEncoder | FrameGraphEncoder
+    from mossnano_stdio.codecs import RecordingEncoder
 
 ECDC_SUFFIX = ".ecdc"
-MONO = 1
 MOST_QUANTIZERS = 1024
 
 Audio = NDArray[np.float32]
@@ -55,21 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from mossnano_stdio.codecs import load_recording_encoder
+    from mossnano_stdio.library import encode_recording
+    from mossnano_stdio.weights import find_weights, load_bundle
+
     if args.json and args.artifact == STANDARD_STREAM:
         raise UsageError("--json and the artifact both want stdout; give the artifact a file")
     name = "stdin" if args.sound == STANDARD_STREAM else args.sound
     with open_input(args.sound) as file:
         sound = read_sound(file, name)
-        encoder = _load(args, sound, name)
-        quantizers = args.quantizers or encoder.format.quantizers
+        bundle = load_bundle(find_weights(args.weights))
+        codec = bundle.format
+        blocks = blocks_for(codec, sound, name)
+        if args.quantizers and args.quantizers > codec.quantizers:
+            raise UsageError(f"--quantizers is {args.quantizers}, these weights have {codec.quantizers}")
+        encoder = load_recording_encoder(bundle, provider=args.provider, threads=args.threads)
         build = _builder(args, encoder)
         started = time.perf_counter()
-        channels = encoder.format.channels
         with progress_bar(round(sound.samples / sound.sample_rate, 1), "s") as advance:
-            # a single channel goes to all
-            wide = (np.broadcast_to(block, (len(block), channels)) for block in _followed_blocks(sound, advance))
-            at_rate = resampled(wide, channels, sound.sample_rate, encoder.format.sample_rate)
-            encoded = _encode(encoder, at_rate, quantizers)
+            followed = _followed_blocks(blocks, codec.sample_rate, advance)
+            encoded = encode_recording(encoder, followed, args.quantizers or codec.quantizers)
         took_seconds = time.perf_counter() - started
     data = build(encoded)
     with open_output(args.artifact) as output:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitStatus.DONE
 
 
-def _builder(args: argparse.Namespace, encoder: AnyEncoder) -> Callable[[Artifact | Ecdc], bytes]:
+def _builder(args: argparse.Namespace, encoder: RecordingEncoder) -> Callable[[Artifact | Ecdc], bytes]:
     """What makes the file of a recording; raise where it cannot hold what this encoder gives."""
     is_segmenting = hasattr(encoder, "encode_segment")
     if args.artifact.lower().endswith(ECDC_SUFFIX):
@@ -104,46 +104,14 @@ def _builder(args: argparse.Namespace, encoder: AnyEncoder) -> Callable[[Artifac
     return lambda recording: build_artifact(cast(Artifact, recording))
 
 
-def _encode(encoder: AnyEncoder, blocks: Iterator[Audio], quantizers: int) -> Artifact | Ecdc:
-    from mossnano_stdio.chunks import encode_segments
-    from mossnano_stdio.codecs import FrameGraphEncoder, SegmentEncoder
-    from mossnano_stdio.library import encode_blocks
-
-    if not isinstance(encoder, SegmentEncoder | FrameGraphEncoder):
-        return encode_blocks(encoder, blocks, quantizers).artifact
-    segments, samples = [], 0
-    for segment, added_samples in encode_segments(encoder, blocks):
-        segments.append(replace(segment, codes=segment.codes[:, :quantizers]))
-        samples += added_samples
-    return Ecdc(EcdcHeader(ecdc_model_of(encoder.format), samples, quantizers), segments)
-
-
-def _load(args: argparse.Namespace, sound: Sound, name: str) -> AnyEncoder:
-    """Load the encoder; refuse a recording it cannot take, and more quantizers than it has."""
-    from mossnano_stdio.codecs import load_encoder, load_segment_encoder
-    from mossnano_stdio.weights import find_weights, load_bundle
-
-    bundle = load_bundle(find_weights(args.weights))
-    if sound.channels not in (MONO, bundle.format.channels):
-        raise InputError(
-            f"{name} has {sound.channels} channels, allowed are 1 and {bundle.format.channels}; mix it down first"
-        )
-    if not LOWEST_RATE <= sound.sample_rate <= HIGHEST_RATE:
-        raise InputError(f"{name} has {sound.sample_rate} Hz, allowed are {LOWEST_RATE} to {HIGHEST_RATE}")
-    if args.quantizers and args.quantizers > bundle.format.quantizers:
-        raise UsageError(f"--quantizers is {args.quantizers}, these weights have {bundle.format.quantizers}")
-    load = load_segment_encoder if bundle.has_graph("encode_segment") else load_encoder
-    return load(bundle, provider=args.provider, threads=args.threads)
-
-
-def _followed_blocks(sound: Sound, advance: Callable[[float], object]) -> Iterator[Audio]:
+def _followed_blocks(blocks: Iterator[Audio], sample_rate: int, advance: Callable[[float], object]) -> Iterator[Audio]:
     """Passes the blocks on and reports the seconds of each once it has been encoded."""
-    for block in sound.blocks:
+    for block in blocks:
         yield block
-        advance(len(block) / sound.sample_rate)
+        advance(len(block) / sample_rate)
 
 
-def _facts(encoded: Artifact | Ecdc, encoder: AnyEncoder, took_seconds: float, file_bytes: int) -> dict[str, Any]:
+def _facts(encoded: Artifact | Ecdc, encoder: RecordingEncoder, took_seconds: float, file_bytes: int) -> dict[str, Any]:
     frames, quantizers = encoded.codes.shape
     seconds = encoded.original_samples / encoded.sample_rate
     return {

@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +23,10 @@ from mossnano_stdio.errors import ExitStatus, InputError, UsageError
 from mossnano_stdio.files import STANDARD_STREAM, open_input, open_output
 from mossnano_stdio.pcm import WavWriter, pcm16_samples
 from mossnano_stdio.pcm.comparison import compare_recordings
-from mossnano_stdio.pcm.recordings import Recording, read_sound, resampled
+from mossnano_stdio.pcm.recordings import Recording, blocks_for, read_sound
 from mossnano_stdio.process.flags import add_engine_arguments, whole_number
 from mossnano_stdio.tokens import Artifact
-from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, ecdc_model_of
+from mossnano_stdio.tokens.ecdc import Ecdc
 from mossnano_stdio.tools.facts import as_json, as_table
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 Audio = NDArray[np.float32]
 
-MONO = 1
 MOST_QUANTIZERS = 1024
 
 
@@ -51,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from mossnano_stdio.codecs import load_recording_encoder
+    from mossnano_stdio.library import encode_recording
     from mossnano_stdio.weights import find_weights, load_bundle
 
     if args.json and args.again == STANDARD_STREAM:
@@ -59,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if args.quantizers and args.quantizers > bundle.format.quantizers:
         raise UsageError(f"--quantizers is {args.quantizers}, these weights have {bundle.format.quantizers}")
     audio = _read(args.sound, bundle)
-    encode, decode = _load_encode(args, bundle), _load_decode(args, bundle)
+    encoder = load_recording_encoder(bundle, provider=args.provider, threads=args.threads)
+    decode = _load_decode(args, bundle)
     started = time.perf_counter()
-    recording = encode(audio)
+    recording = encode_recording(encoder, [audio], args.quantizers or bundle.format.quantizers)
     encoded = time.perf_counter()
     pcm = decode(recording)
     decoded = time.perf_counter()
@@ -86,38 +87,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(path: str, bundle: Bundle) -> Audio:
     """The recording at the codec's rate, with its channels."""
-    codec = bundle.format
     name = "stdin" if path == STANDARD_STREAM else path
     with open_input(path) as file:
-        sound = read_sound(file, name)
-        if sound.channels not in (MONO, codec.channels):
-            raise InputError(
-                f"{name} has {sound.channels} channels, allowed are 1 and {codec.channels}; mix it down first"
-            )
-        wide = (np.broadcast_to(block, (len(block), codec.channels)) for block in sound.blocks)
-        blocks = [*resampled(wide, codec.channels, sound.sample_rate, codec.sample_rate)]
+        blocks = [*blocks_for(bundle.format, read_sound(file, name), name)]
     if not any(map(len, blocks)):
         raise InputError(f"{name} is empty: there is nothing to encode")
     return np.concatenate(blocks)
-
-
-def _load_encode(args: argparse.Namespace, bundle: Bundle) -> Callable[[Audio], Artifact | Ecdc]:
-    from mossnano_stdio.chunks import encode_segments
-    from mossnano_stdio.codecs import load_encoder, load_segment_encoder
-    from mossnano_stdio.library import encode_blocks
-
-    quantizers = args.quantizers or bundle.format.quantizers
-    if not bundle.has_graph("encode_segment"):
-        encoder = load_encoder(bundle, provider=args.provider, threads=args.threads)
-        return lambda audio: encode_blocks(encoder, [audio], quantizers).artifact
-    segmenting = load_segment_encoder(bundle, provider=args.provider, threads=args.threads)
-
-    def encode(audio: Audio) -> Ecdc:
-        segments = [segment for segment, _ in encode_segments(segmenting, [audio])]
-        kept = [replace(segment, codes=segment.codes[:, :quantizers]) for segment in segments]
-        return Ecdc(EcdcHeader(ecdc_model_of(bundle.format), len(audio), quantizers), kept)
-
-    return encode
 
 
 def _load_decode(args: argparse.Namespace, bundle: Bundle) -> Callable[[Artifact | Ecdc], bytes]:

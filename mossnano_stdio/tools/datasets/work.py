@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -35,9 +35,8 @@ from mossnano_stdio.errors import (
 )
 from mossnano_stdio.files import cannot_write, open_output, told_as
 from mossnano_stdio.library import STEP_FRAMES, encode_blocks
-from mossnano_stdio.pcm.recordings import Sound, read_part, resampled, write_sound
+from mossnano_stdio.pcm.recordings import Sound, blocks_for, read_part, write_sound
 from mossnano_stdio.tokens import Codes
-from mossnano_stdio.tokens.arrays import HIGHEST_RATE, LOWEST_RATE
 from mossnano_stdio.tools.datasets.references import ParquetRows, Reference, opened
 from mossnano_stdio.tools.datasets.shards import CodesReader
 from mossnano_stdio.weights import load_bundle
@@ -137,21 +136,17 @@ class Tokenizing:
     def _heard(self, sound: Sound, reference: Reference) -> Iterator[Audio]:
         """Its blocks at the codec's rate, on the codec's channels."""
         codec = self._encoder.format
-        name, rate = reference.name, sound.sample_rate
-        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-            raise InputError(f"{name} has {rate} Hz, allowed are {LOWEST_RATE} to {HIGHEST_RATE}")
-        chosen = reference.maybe_channels
+        name, chosen = reference.name, reference.maybe_channels
         if chosen is not None and not all(0 <= channel < sound.channels for channel in chosen):
             raise InputError(f"{name} has {sound.channels} channels, and the manifest asks for those at {list(chosen)}")
         channels = sound.channels if chosen is None else len(chosen)
         if channels > MOST_CHANNELS:
             raise InputError(f"{name} has {channels} channels, allowed are 1 to {MOST_CHANNELS}; mix it down first")
         blocks = sound.blocks if chosen is None else (block[:, list(chosen)] for block in sound.blocks)
-        # Fewer channels are resampled where they are mixed first, and more where one goes to all.
         mixed_channels = channels if channels == codec.channels else 1
         mixed = (block if mixed_channels == channels else block.mean(axis=1, keepdims=True) for block in blocks)
-        for block in read_ahead(resampled(mixed, mixed_channels, rate, codec.sample_rate)):
-            yield np.broadcast_to(block, (len(block), codec.channels))
+        sound = replace(sound, channels=mixed_channels, dtype=np.float32, stored=mixed)
+        return read_ahead(blocks_for(codec, sound, name))
 
 
 def read_ahead(blocks: Iterable[Audio]) -> Iterator[Audio]:
