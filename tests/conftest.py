@@ -52,6 +52,7 @@ needs_symlinks = pytest.mark.skipif(
 )
 
 REFERENCE = Path(__file__).parent / "reference" / "tiny"
+ENCODEC_REFERENCE = REFERENCE.parent / "encodec"
 
 # The files of a bundle.
 STEP = "moss_audio_tokenizer_decode_step.onnx"
@@ -162,6 +163,35 @@ def mimi_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("weights") / "mimi"
     assert call_tool("standin", "--model", "mimi", "--size", "tiny", folder) == (0, f"{folder}\n".encode(), "")
+    return folder
+
+
+def save_encodec_checkpoint(folder: Path, model: str = "model24") -> Path:
+    """The reference's tensors, in the names of EnCodec's own tool."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(dict(np.load(ENCODEC_REFERENCE / f"{model}.npz")), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encodec24_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The causal reference's weights, as we build them."""
+    return _built_encodec(tmp_path_factory.mktemp("encodec24"), "model24")
+
+
+@pytest.fixture(scope="session")
+def encodec48_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those of the reference that decodes segments."""
+    return _built_encodec(tmp_path_factory.mktemp("encodec48"), "model48")
+
+
+def _built_encodec(folder: Path, model: str) -> Path:
+    skip_if_nothing_can_be_built()
+    from mossnano_stdio.build.bundle import build_from_checkpoint
+
+    build_from_checkpoint(save_encodec_checkpoint(folder / "checkpoint", model), folder)
     return folder
 
 

@@ -27,7 +27,7 @@ from mossnano_stdio.protocol.decoding import DECODE
 from mossnano_stdio.protocol.messages import NUMBERED, in_stream
 from mossnano_stdio.tokens import Codes, pack_frames
 from mossnano_stdio.weights import load_bundle
-from tests.conftest import skip_if_nothing_can_be_built
+from tests.conftest import save_encodec_checkpoint, skip_if_nothing_can_be_built
 from tests.doubles import advance, handle
 from tests.oracle import Sound, furthest
 from tests.test_mimi import assert_equal
@@ -45,21 +45,6 @@ WAVE: Sound = np.ascontiguousarray(GOLDENS["v60.wav"].T)
 FRAMES = len(CODES)
 
 
-def save_checkpoint(folder: Path, model: str = "model24") -> Path:
-    """The reference's tensors, in the names of EnCodec's own tool."""
-    folder.mkdir(exist_ok=True)
-    save_file(dict(np.load(REFERENCE / f"{model}.npz")), folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    skip_if_nothing_can_be_built()
-    built = tmp_path_factory.mktemp("encodec")
-    build_from_checkpoint(save_checkpoint(built / "checkpoint"), built)
-    return built
-
-
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trial that every build has compares all graphs with each other."""
@@ -70,15 +55,15 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runtime(folder: Path) -> encodec.EncodecRuntime:
-    found = codecs.load_runtime(load_bundle(folder), threads=1)
+def runtime(encodec24_bundle: Path) -> encodec.EncodecRuntime:
+    found = codecs.load_runtime(load_bundle(encodec24_bundle), threads=1)
     assert isinstance(found, encodec.EncodecRuntime)
     return found
 
 
 @pytest.fixture(scope="module")
-def encoder_runtime(folder: Path) -> encodec.EncodecEncoderRuntime:
-    found = codecs.load_encoder_runtime(load_bundle(folder), threads=1)
+def encoder_runtime(encodec24_bundle: Path) -> encodec.EncodecEncoderRuntime:
+    found = codecs.load_encoder_runtime(load_bundle(encodec24_bundle), threads=1)
     assert isinstance(found, encodec.EncodecEncoderRuntime)
     return found
 
@@ -121,8 +106,8 @@ def test_a_recording_that_is_too_short_to_be_mirrored(
     assert np.array_equal(encoded[:, :2], codes)
 
 
-def test_whole_files(folder: Path) -> None:
-    bundle = load_bundle(folder)
+def test_whole_files(encodec24_bundle: Path) -> None:
+    bundle = load_bundle(encodec24_bundle)
     assert furthest(codecs.load_full_decoder(bundle, threads=1).decode(CODES)[: len(AUDIO)], AUDIO) < TOLERANCE
     encoder = codecs.load_full_encoder(bundle, threads=1)
     assert np.array_equal(encoder.encode(WAVE), CODES)
@@ -130,16 +115,18 @@ def test_whole_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("frames", range(1, 10))
-def test_short_streams_are_as_they_are_whole(folder: Path, runtime: encodec.EncodecRuntime, frames: int) -> None:
-    whole = codecs.load_full_decoder(load_bundle(folder), threads=1).decode(CODES[:frames])
+def test_short_streams_are_as_they_are_whole(
+    encodec24_bundle: Path, runtime: encodec.EncodecRuntime, frames: int
+) -> None:
+    whole = codecs.load_full_decoder(load_bundle(encodec24_bundle), threads=1).decode(CODES[:frames])
     assert furthest(in_chunks(runtime.new_decoder(), CODES[:frames], 1), whole) < TOLERANCE
 
 
 def test_every_end_is_completed_as_in_a_whole_recording(
-    folder: Path, encoder_runtime: encodec.EncodecEncoderRuntime
+    encodec24_bundle: Path, encoder_runtime: encodec.EncodecEncoderRuntime
 ) -> None:
     """At each of four strides by mirroring, or by zeros where there is too little to mirror."""
-    full = codecs.load_full_encoder(load_bundle(folder), threads=1)
+    full = codecs.load_full_encoder(load_bundle(encodec24_bundle), threads=1)
     lengths = [*range(1, 24), 39, 40, 41, 79, 81, 159, 319, 320, 321, 2239, 2240, 2241, 2243, 3201, 5119]
     for samples in lengths:
         whole = full.encode(WAVE[:samples])
@@ -147,9 +134,11 @@ def test_every_end_is_completed_as_in_a_whole_recording(
         assert np.array_equal(encoded_in_chunks(encoder_runtime, WAVE[:samples], Fixed(2)), whole), samples
 
 
-def test_codebooks_that_are_left_out_add_nothing(runtime: encodec.EncodecRuntime, folder: Path, tmp_path: Path) -> None:
+def test_codebooks_that_are_left_out_add_nothing(
+    runtime: encodec.EncodecRuntime, encodec24_bundle: Path, tmp_path: Path
+) -> None:
     """As if all their rows were zeros."""
-    tensors = load_file(folder / "checkpoint" / "model.safetensors")
+    tensors = load_file(encodec24_bundle / "checkpoint" / "model.safetensors")
     for index in range(3, QUANTIZERS):
         tensors[f"quantizer.vq.layers.{index}._codebook.embed"][:] = 0
     save_file(tensors, tmp_path / "model.safetensors")
@@ -216,8 +205,8 @@ def test_a_stream_that_goes_on_begins_with_enough_frames(
 
 
 @pytest.mark.parametrize("first", [0, 2, 6, 7, 20])
-def test_a_part_sounds_as_in_the_whole(folder: Path, first: int) -> None:
-    with Codec.load(folder, threads=1) as codec:
+def test_a_part_sounds_as_in_the_whole(encodec24_bundle: Path, first: int) -> None:
+    with Codec.load(encodec24_bundle, threads=1) as codec:
         assert codec.context_seconds == codec.warm_up_seconds == math.inf
         rate = codec.sample_rate
         part = codec.decode_range(CODES, start=first * FRAME_SAMPLES / rate, duration=2.5 * FRAME_SAMPLES / rate)
@@ -225,8 +214,8 @@ def test_a_part_sounds_as_in_the_whole(folder: Path, first: int) -> None:
     assert furthest(part.T, AUDIO[start : start + 800]) < TOLERANCE
 
 
-def test_the_library_gives_the_first_frames_together(folder: Path) -> None:
-    with Codec.load(folder, threads=1) as codec:
+def test_the_library_gives_the_first_frames_together(encodec24_bundle: Path) -> None:
+    with Codec.load(encodec24_bundle, threads=1) as codec:
         pieces = [*codec.streaming_decode(CODES[:12], chunk_frames=2)]
         assert [piece.shape[1] // FRAME_SAMPLES for piece in pieces] == [7, 2, 2, 1]
         assert furthest(np.concatenate(pieces, axis=1).T[: 5 * FRAME_SAMPLES], AUDIO[: 5 * FRAME_SAMPLES]) < TOLERANCE
@@ -318,8 +307,8 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("rename", [transformers_name, _new_spelling])
-def test_all_names_hold_the_same(folder: Path, tmp_path: Path, rename: Callable[[str], str]) -> None:
-    own = folder / "checkpoint" / "model.safetensors"
+def test_all_names_hold_the_same(encodec24_bundle: Path, tmp_path: Path, rename: Callable[[str], str]) -> None:
+    own = encodec24_bundle / "checkpoint" / "model.safetensors"
     tensors = {rename(name): tensor for name, tensor in load_file(own).items()}
     assert not tensors.keys() & load_file(own).keys() - {name for name in tensors if "lstm" in name}
     tensors |= {"quantizer.layers.0.codebook.inited": np.ones(1, np.float32)}
@@ -342,16 +331,16 @@ def test_all_names_hold_the_same(folder: Path, tmp_path: Path, rename: Callable[
         ({"num_residual_layers": 2}, "num_residual_layers is 2, allowed is 1"),
     ],
 )
-def test_configs_that_say_otherwise(folder: Path, tmp_path: Path, change: dict[str, Any], error: str) -> None:
-    save_checkpoint(tmp_path)
+def test_configs_that_say_otherwise(encodec24_bundle: Path, tmp_path: Path, change: dict[str, Any], error: str) -> None:
+    save_encodec_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(BundleError, match=error):
         build_from_checkpoint(tmp_path, tmp_path / "built")
     assert not (tmp_path / "built").exists()
 
 
-def test_tensors_that_are_missing_or_too_many(folder: Path, tmp_path: Path) -> None:
-    own = load_file(folder / "checkpoint" / "model.safetensors")
+def test_tensors_that_are_missing_or_too_many(encodec24_bundle: Path, tmp_path: Path) -> None:
+    own = load_file(encodec24_bundle / "checkpoint" / "model.safetensors")
     path = tmp_path / "model.safetensors"
     save_file({name: tensor for name, tensor in own.items() if name != "decoder.model.1.lstm.bias_hh_l1"}, path)
     with pytest.raises(BundleError, match=r"decoder\.model\.1\.lstm\.bias_hh_l1 \[128\] is missing"):
@@ -378,10 +367,12 @@ def test_stand_ins(standin: Path, tmp_path: Path) -> None:
     assert (tmp_path / "encodec_encode.data").read_bytes() == (standin / "encodec_encode.data").read_bytes()
 
 
-def test_a_decoder_that_mirrors_nothing_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_mirrors_nothing_is_found(
+    encodec24_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mossnano_stdio.build import encodec_steps
     from mossnano_stdio.errors import CheckFailedError
 
     monkeypatch.setattr(encodec_steps._MirroringGraph, "_after_mirror", StepGraph.after_past)
     with pytest.raises(CheckFailedError, match=r"departs from .* at frame 0"):
-        build_from_checkpoint(folder / "checkpoint", tmp_path)
+        build_from_checkpoint(encodec24_bundle / "checkpoint", tmp_path)

@@ -32,10 +32,9 @@ from mossnano_stdio.tokens.ecdc import Ecdc, EcdcHeader, EcdcSegment, build_ecdc
 from mossnano_stdio.tools.play.sources import Decoding, Pcm, open_source
 from mossnano_stdio.weights import load_bundle
 from tests.child import PROCESS, run
-from tests.conftest import skip_if_nothing_can_be_built
 from tests.doubles import advance, handle
 from tests.oracle import Sound, furthest
-from tests.test_encodec import GOLDENS, REFERENCE, SHARED, save_checkpoint
+from tests.test_encodec import GOLDENS, REFERENCE, SHARED
 from tests.tool import call_tool
 
 TOLERANCE = 2e-6
@@ -55,30 +54,15 @@ def loaded(path: Path) -> Ecdc:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    skip_if_nothing_can_be_built()
-    built = tmp_path_factory.mktemp("encodec48")
-    build_from_checkpoint(save_checkpoint(built / "checkpoint", "model48"), built)
-    return built
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("encodec24")
-    build_from_checkpoint(save_checkpoint(built / "checkpoint"), built)
-    return built
-
-
-@pytest.fixture(scope="module")
-def decoder(folder: Path) -> codecs.SegmentDecoder:
-    found = codecs.load_decoder(load_bundle(folder), threads=1)
+def decoder(encodec48_bundle: Path) -> codecs.SegmentDecoder:
+    found = codecs.load_decoder(load_bundle(encodec48_bundle), threads=1)
     assert isinstance(found, codecs.SegmentDecoder)
     return found
 
 
 @pytest.fixture(scope="module")
-def encoder(folder: Path) -> codecs.SegmentEncoder:
-    found = codecs.load_segment_encoder(load_bundle(folder), threads=1)
+def encoder(encodec48_bundle: Path) -> codecs.SegmentEncoder:
+    found = codecs.load_segment_encoder(load_bundle(encodec48_bundle), threads=1)
     assert isinstance(found, codecs.SegmentEncoder)
     return found
 
@@ -161,30 +145,30 @@ def test_what_transformers_saves(tmp_path: Path) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_codes_without_scales_are_refused(folder: Path, decoder: codecs.SegmentDecoder) -> None:
+def test_codes_without_scales_are_refused(encodec48_bundle: Path, decoder: codecs.SegmentDecoder) -> None:
     with pytest.raises(UsageError, match="frames of codes alone have none"):
         decoder.step(np.zeros((150, 4), np.uint16))
     with pytest.raises(ArtifactError, match="each with a scale"):
         SegmentChunks(decoder, Ramp()).push(np.zeros((150, 4), np.uint16))
     for load in (Codec.load, lambda weights: codecs.load_encoder_runtime(load_bundle(weights))):
         with pytest.raises(BundleError, match="segments of a second"):
-            load(folder)
+            load(encodec48_bundle)
 
 
 @pytest.mark.parametrize(
     ("name", "error"),
     [("v60.raw.24k", "is of encodec_24khz, whose sample_rate is 24000; these weights decode 48000 only")],
 )
-def test_files_of_the_other_model(folder: Path, name: str, error: str) -> None:
-    code, _, said = call_tool("decode", REFERENCE / f"{name}.ecdc", "-", "--weights", folder)
+def test_files_of_the_other_model(encodec48_bundle: Path, name: str, error: str) -> None:
+    code, _, said = call_tool("decode", REFERENCE / f"{name}.ecdc", "-", "--weights", encodec48_bundle)
     assert (code, error in said) == (ExitStatus.BAD_INPUT, True)
 
 
-def test_more_quantizers_than_the_weights_have(folder: Path, tmp_path: Path) -> None:
+def test_more_quantizers_than_the_weights_have(encodec48_bundle: Path, tmp_path: Path) -> None:
     codes = np.zeros((1, 5), np.uint16)
     header = EcdcHeader("encodec_48khz", 320, 5)
     (tmp_path / "five.ecdc").write_bytes(build_ecdc(Ecdc(header, [EcdcSegment(codes, 1.0)])))
-    code, _, said = call_tool("decode", tmp_path / "five.ecdc", "-", "--weights", folder)
+    code, _, said = call_tool("decode", tmp_path / "five.ecdc", "-", "--weights", encodec48_bundle)
     assert (code, "are 5, these weights decode 1 to 4" in said) == (ExitStatus.BAD_INPUT, True)
 
 
@@ -276,8 +260,8 @@ def test_an_ecdc_after_a_bad_one_is_a_stream_of_its_own(decoder: codecs.SegmentD
     assert kinds == [Kind.ERROR, Kind.END, Kind.AUDIO, Kind.END]
 
 
-def test_a_causal_file_is_one_segment(causal: Path) -> None:
-    runtime = codecs.load_runtime(load_bundle(causal), threads=1)
+def test_a_causal_file_is_one_segment(encodec24_bundle: Path) -> None:
+    runtime = codecs.load_runtime(load_bundle(encodec24_bundle), threads=1)
     connection = Connection(DECODE, runtime.new_decoder, Ramp(), {})
     data = (REFERENCE / "v60.raw.24k.ecdc").read_bytes()
     *audio, end = answers_to(connection, pieces_of(data, 512))
@@ -310,15 +294,15 @@ def test_a_numbered_stream_sends_no_segment_that_its_credit_does_not_hold(decode
     assert not connection.numbered
 
 
-def test_play_reads_it(folder: Path, decoder: codecs.SegmentDecoder) -> None:
+def test_play_reads_it(encodec48_bundle: Path, decoder: codecs.SegmentDecoder) -> None:
     with path_of("long").open("rb") as file:
-        source = open_source(file, "long", Decoding(weights=str(folder), threads=1))
+        source = open_source(file, "long", Decoding(weights=str(encodec48_bundle), threads=1))
         pcm = b"".join(event.pcm for event in source.events if isinstance(event, Pcm))
     assert (source.sample_rate, source.channels) == (48_000, 2)
     assert pcm == to_pcm16(sound_of(decoder, loaded(path_of("long"))))
 
 
-def test_not_a_number_is_silence_for_one_segment(folder: Path, decoder: codecs.SegmentDecoder) -> None:
+def test_not_a_number_is_silence_for_one_segment(encodec48_bundle: Path, decoder: codecs.SegmentDecoder) -> None:
     chunks = SegmentChunks(decoder, Ramp())
     recording = loaded(path_of("long"))
     loud = replace(recording.segments[0], maybe_scale=float("inf"))
@@ -333,31 +317,34 @@ def test_not_a_number_is_silence_for_one_segment(folder: Path, decoder: codecs.S
 # --- tools --------------------------------------------------------------------------------------------------------
 
 
-def test_the_process_and_the_tools_agree(folder: Path, tmp_path: Path) -> None:
+def test_the_process_and_the_tools_agree(encodec48_bundle: Path, tmp_path: Path) -> None:
     sound = tmp_path / "long.raw"
-    assert call_tool("decode", path_of("long"), sound, "--weights", folder)[0] == ExitStatus.DONE
+    assert call_tool("decode", path_of("long"), sound, "--weights", encodec48_bundle)[0] == ExitStatus.DONE
     framed = tmp_path / "framed"
     assert call_tool("frame", path_of("long"), "--output", framed)[0] == ExitStatus.DONE
-    piped = run([*PROCESS, "--weights", str(folder), "--output", "raw"], framed.read_bytes())
+    piped = run([*PROCESS, "--weights", str(encodec48_bundle), "--output", "raw"], framed.read_bytes())
     assert piped.stdout == sound.read_bytes()
     part = tmp_path / "part.raw"
     words = ("--start", "0.9", "--duration", "0.25")
-    assert call_tool("decode", path_of("long"), part, "--weights", folder, *words)[0] == ExitStatus.DONE
+    assert call_tool("decode", path_of("long"), part, "--weights", encodec48_bundle, *words)[0] == ExitStatus.DONE
     assert part.read_bytes() == sound.read_bytes()[43_200 * 4 : 55_200 * 4]
 
 
-def test_encode_writes_files_of_both_models(folder: Path, causal: Path, tmp_path: Path) -> None:
-    for weights, name, wave in ((folder, "second", GOLDENS_48K["second.wav"]), (causal, "v60", GOLDENS["v60.wav"])):
-        rate = 48_000 if weights == folder else 24_000
+def test_encode_writes_files_of_both_models(encodec48_bundle: Path, encodec24_bundle: Path, tmp_path: Path) -> None:
+    for weights, name, wave in (
+        (encodec48_bundle, "second", GOLDENS_48K["second.wav"]),
+        (encodec24_bundle, "v60", GOLDENS["v60.wav"]),
+    ):
+        rate = 48_000 if weights == encodec48_bundle else 24_000
         _save_float_wav(tmp_path / "in.wav", wave.T, rate)
-        golden = path_of(name) if weights == folder else REFERENCE / "v60.raw.24k.ecdc"
+        golden = path_of(name) if weights == encodec48_bundle else REFERENCE / "v60.raw.24k.ecdc"
         code, out, said = call_tool(
             "encode", tmp_path / "in.wav", tmp_path / "out.ecdc", "--weights", weights, "--json"
         )
         assert code == ExitStatus.DONE, said
         assert (tmp_path / "out.ecdc").read_bytes() == golden.read_bytes()
         assert json.loads(out)["file_bytes"] == golden.stat().st_size
-    code, _, said = call_tool("encode", tmp_path / "in.wav", tmp_path / "out.mossnano", "--weights", folder)
+    code, _, said = call_tool("encode", tmp_path / "in.wav", tmp_path / "out.mossnano", "--weights", encodec48_bundle)
     assert (code, "an .ecdc alone holds" in said) == (ExitStatus.USAGE, True)
 
 
@@ -366,14 +353,16 @@ def _save_float_wav(path: Path, audio: Sound, sample_rate: int) -> None:
     soundfile.write(path, audio, sample_rate, subtype="FLOAT")
 
 
-def test_tools_that_know_frames_or_transformers_only(folder: Path, causal: Path, tmp_path: Path) -> None:
-    code, out, _ = call_tool("info", folder, "--json")
+def test_tools_that_know_frames_or_transformers_only(
+    encodec48_bundle: Path, encodec24_bundle: Path, tmp_path: Path
+) -> None:
+    code, out, _ = call_tool("info", encodec48_bundle, "--json")
     assert (code, json.loads(out)["caches"]) == (ExitStatus.DONE, 0)
-    code, _, said = call_tool("bench", "--weights", folder, "--steps")
+    code, _, said = call_tool("bench", "--weights", encodec48_bundle, "--steps")
     assert (code, "segments of a second" in said) == (ExitStatus.NO_WEIGHTS, True)
     np.save(tmp_path / "codes.npy", np.zeros((9, 8), np.uint16))
     _save_float_wav(tmp_path / "other.wav", np.zeros((9 * 320, 1), np.float32), 24_000)
-    code, _, said = call_tool("diagnose", "--weights", causal, tmp_path / "codes.npy", tmp_path / "other.wav")
+    code, _, said = call_tool("diagnose", "--weights", encodec24_bundle, tmp_path / "codes.npy", tmp_path / "other.wav")
     assert (code, "is known here of those with transformers" in said) == (ExitStatus.USAGE, True)
 
 
@@ -401,11 +390,11 @@ def test_frame_as_tokens(tmp_path: Path) -> None:
     assert code == ExitStatus.DONE
 
 
-def test_flags_that_mean_nothing_to_segments(folder: Path) -> None:
+def test_flags_that_mean_nothing_to_segments(encodec48_bundle: Path) -> None:
     for words in (["--chunk-frames", "8"], ["--stop-on-zero-frame"]):
-        code, _, said = call_tool("decode", path_of("few"), "-", "--weights", folder, *words)
+        code, _, said = call_tool("decode", path_of("few"), "-", "--weights", encodec48_bundle, *words)
         assert (code, "means nothing to a codec with segments" in said) == (ExitStatus.USAGE, True)
-    ended = run([*PROCESS, "--weights", str(folder), "--stop-on-zero-frame"])
+    ended = run([*PROCESS, "--weights", str(encodec48_bundle), "--stop-on-zero-frame"])
     assert ended.returncode == ExitStatus.USAGE
 
 
@@ -417,12 +406,12 @@ def test_check_and_stand_in(tmp_path: Path) -> None:
     assert b"frames of codes, their scale" in out
 
 
-def test_artifacts_have_no_scales_either(folder: Path, tmp_path: Path) -> None:
+def test_artifacts_have_no_scales_either(encodec48_bundle: Path, tmp_path: Path) -> None:
     recording = loaded(path_of("few")).as_artifact()
     from mossnano_stdio.tokens import build_artifact
 
     (tmp_path / "few.mossnano").write_bytes(build_artifact(recording))
-    code, _, said = call_tool("decode", tmp_path / "few.mossnano", "-", "--weights", folder)
+    code, _, said = call_tool("decode", tmp_path / "few.mossnano", "-", "--weights", encodec48_bundle)
     assert (code, "each with a scale" in said) == (ExitStatus.BAD_INPUT, True)
     data: Any = io.BytesIO(build_artifact(recording))
     assert load_recording(data, "few").original_samples == 700
@@ -432,9 +421,9 @@ def test_artifacts_have_no_scales_either(folder: Path, tmp_path: Path) -> None:
     ("model", "quantizers"), [("encodec-24k", None), ("encodec-48k", 2), ("mimi", None), ("nano", 3)]
 )
 def test_a_round_trip_is_encode_and_decode(
-    folder: Path, causal: Path, tmp_path: Path, model: str, quantizers: int | None
+    encodec48_bundle: Path, encodec24_bundle: Path, tmp_path: Path, model: str, quantizers: int | None
 ) -> None:
-    weights = {"encodec-24k": causal, "encodec-48k": folder}.get(model, tmp_path / "weights")
+    weights = {"encodec-24k": encodec24_bundle, "encodec-48k": encodec48_bundle}.get(model, tmp_path / "weights")
     if model in ("mimi", "nano"):
         build_standin(weights, "tiny", 1, model=model, trial=False)
     codec = load_bundle(weights).format
@@ -462,20 +451,20 @@ def test_a_round_trip_is_encode_and_decode(
     assert abs(facts["snr_db"] - snr) < 0.01
 
 
-def test_a_round_trip_of_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_round_trip_of_nothing(encodec48_bundle: Path, tmp_path: Path) -> None:
     _save_float_wav(tmp_path / "in.wav", np.zeros((0, 2), np.float32), 48_000)
-    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", tmp_path / "out.wav", "--weights", folder)
+    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", tmp_path / "out.wav", "--weights", encodec48_bundle)
     assert (code, "is empty" in said) == (ExitStatus.BAD_INPUT, True)
-    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", "-", "--weights", folder, "--json")
+    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", "-", "--weights", encodec48_bundle, "--json")
     assert (code, "both want stdout" in said) == (ExitStatus.USAGE, True)
 
 
 @pytest.mark.parametrize(("rate", "channels", "error"), [(999, 2, "has 999 Hz"), (48_000, 3, "has 3 channels")])
 def test_a_round_trip_of_what_no_codec_hears(
-    rate: int, channels: int, error: str, folder: Path, tmp_path: Path
+    rate: int, channels: int, error: str, encodec48_bundle: Path, tmp_path: Path
 ) -> None:
     _save_float_wav(tmp_path / "in.wav", np.zeros((9, channels), np.float32), rate)
-    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", "-", "--weights", folder)
+    code, _, said = call_tool("roundtrip", tmp_path / "in.wav", "-", "--weights", encodec48_bundle)
     assert (code, error in said) == (ExitStatus.BAD_INPUT, True)
 
 
@@ -490,8 +479,8 @@ def test_fetch_says_why_it_does_not(model: str) -> None:
 # --- whose codes they are -----------------------------------------------------------------------------------------
 
 
-def test_codecs_with_the_same_numbers_are_told_apart(causal: Path) -> None:
-    runtime = codecs.load_runtime(load_bundle(causal), threads=1)
+def test_codecs_with_the_same_numbers_are_told_apart(encodec24_bundle: Path) -> None:
+    runtime = codecs.load_runtime(load_bundle(encodec24_bundle), threads=1)
     connection = Connection(DECODE, runtime.new_decoder, Ramp(), {"codec": "encodec, tiny"})
     same: dict[str, Any] = {"sample_rate": 24_000, "channels": 1, "quantizers": 8, "codebook_size": 1024}
     misfits: list[tuple[dict[str, Any], str]] = [
@@ -588,8 +577,8 @@ def save_frame_graphs(folder: Path, built: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def frame_graphs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    source = save_frame_graphs(tmp_path_factory.mktemp("wrapped"), folder)
+def frame_graphs(tmp_path_factory: pytest.TempPathFactory, encodec48_bundle: Path) -> Path:
+    source = save_frame_graphs(tmp_path_factory.mktemp("wrapped"), encodec48_bundle)
     build_from_checkpoint(source, source / "built")
     for name in ("decode_frame.onnx", "encode_frame.onnx"):
         assert (source / "built" / name).read_bytes() == (source / name).read_bytes()

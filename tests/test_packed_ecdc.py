@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mossnano_stdio import codecs
-from mossnano_stdio.build.bundle import build_from_checkpoint
 from mossnano_stdio.errors import ArtifactError, BundleError, ExitStatus
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.tokens import packed_ecdc as room
@@ -36,9 +35,7 @@ from mossnano_stdio.tokens.packed_ecdc import (
     load_packed_ecdc,
 )
 from mossnano_stdio.weights import load_bundle
-from tests.conftest import skip_if_nothing_can_be_built
 from tests.packed_writer import IntervalEncoder, bundle_values, lm_file, metadata_of, packed_file, packed_payload
-from tests.test_encodec import save_checkpoint
 from tests.tool import call_tool
 
 REFERENCE = Path(__file__).parent / "reference" / "encodec"
@@ -617,14 +614,6 @@ def test_what_unpack_refuses(stdin: bytes, options: list[str], status: int, said
 # --- decode -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    skip_if_nothing_can_be_built()
-    built = tmp_path_factory.mktemp("encodec48")
-    build_from_checkpoint(save_checkpoint(built / "checkpoint", "model48"), built)
-    return built
-
-
 def decoded_wav(*arguments: Any, status: int = ExitStatus.DONE) -> Any:
     outcome = call_tool("decode", *arguments)
     assert outcome.status == status, outcome.err
@@ -646,40 +635,42 @@ def overlapped(weights: Path, scales: Sequence[float]) -> Any:
     return np.clip(sound / weight, -1, 1) * 32767
 
 
-def test_decode_fades_from_chunk_to_chunk(folder: Path, weights: Path) -> None:
+def test_decode_fades_from_chunk_to_chunk(folder: Path, encodec48_bundle: Path) -> None:
     (folder / "x.ecdc").write_bytes(SMALL)
-    found, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", weights, "--bundle", folder)
+    found, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", encodec48_bundle, "--bundle", folder)
     assert found.shape == (SAMPLES, 2)
-    assert np.abs(found - overlapped(weights, (0.5, 1, 2))).max() <= 1
+    assert np.abs(found - overlapped(encodec48_bundle, (0.5, 1, 2))).max() <= 1
     start = ("--start", "0.02", "--duration", "0.005")
-    part, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", weights, "--bundle", folder, *start)
+    part, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", encodec48_bundle, "--bundle", folder, *start)
     assert np.array_equal(part, found[960:1200])
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_damaged_chunk_is_silent_and_the_others_are_as_they_were(number: int, folder: Path, weights: Path) -> None:
+def test_a_damaged_chunk_is_silent_and_the_others_are_as_they_were(
+    number: int, folder: Path, encodec48_bundle: Path
+) -> None:
     place = BODY_START + sum(8 + len(payload) for payload in PAYLOADS[:number]) + 10
     (folder / "x.ecdc").write_bytes(flipped(SMALL, place))
-    command = (folder / "x.ecdc", "-", "--weights", weights, "--bundle", folder)
+    command = (folder / "x.ecdc", "-", "--weights", encodec48_bundle, "--bundle", folder)
     silent, said = decoded_wav(*command, status=ExitStatus.BAD_INPUT)
     assert silent.size == 0
     assert f"chunk {number} of the .ecdc: its CRC-32 is" in said
     found, said = decoded_wav(*command, "--salvage", status=ExitStatus.BAD_INPUT)
     assert f"chunk {number} of the .ecdc: its CRC-32 is" in said
     scales = [scale * (at != number) for at, scale in enumerate((0.5, 1, 2))]
-    assert np.abs(found - overlapped(weights, scales)).max() <= 1
+    assert np.abs(found - overlapped(encodec48_bundle, scales)).max() <= 1
     assert (found[600 * number + 40 : 600 * (number + 1)] == 0).all()
     assert (found != 0).any()
 
 
-def test_fixed_context_is_cut_off(tmp_path: Path, weights: Path) -> None:
+def test_fixed_context_is_cut_off(tmp_path: Path, encodec48_bundle: Path) -> None:
     stride, frames = 64_000, 203
     bundle_in(tmp_path, segment_samples=stride + 960, segment_stride=stride, frame_length=frames)
     chunks = [np.full((frames, 2), code, np.uint16) for code in (3, 4)]
     payloads = [packed_payload(WEIGHTS, codes, maybe_scale=1.0) for codes in chunks]
     (tmp_path / "x.ecdc").write_bytes(packed_file(metadata_of(LM, stride + 1000, fl=frames), payloads))
-    found, _ = decoded_wav(tmp_path / "x.ecdc", "-", "--weights", weights, "--bundle", tmp_path)
-    decoder = codecs.load_decoder(load_bundle(weights), threads=1)
+    found, _ = decoded_wav(tmp_path / "x.ecdc", "-", "--weights", encodec48_bundle, "--bundle", tmp_path)
+    decoder = codecs.load_decoder(load_bundle(encodec48_bundle), threads=1)
     assert isinstance(decoder, codecs.SegmentDecoder)
     first, second = (decoder.decode_segment(codes, 1.0)[480:] for codes in chunks)
     expected = np.clip(np.concatenate([first[:stride], second[:1000]]), -1, 1) * 32767
@@ -693,9 +684,9 @@ def test_fixed_context_is_cut_off(tmp_path: Path, weights: Path) -> None:
         ([], ExitStatus.BAD_INPUT, "`decode --bundle` and `unpack --bundle` know"),
     ],
 )
-def test_what_decode_refuses(options: list[str], status: int, said: str, folder: Path, weights: Path) -> None:
+def test_what_decode_refuses(options: list[str], status: int, said: str, folder: Path, encodec48_bundle: Path) -> None:
     (folder / "x.ecdc").write_bytes(SMALL)
-    outcome = call_tool("decode", folder / "x.ecdc", "-", "--weights", weights, *options)
+    outcome = call_tool("decode", folder / "x.ecdc", "-", "--weights", encodec48_bundle, *options)
     assert (outcome.status, outcome.out) == (status, b"")
     assert said in outcome.err
 
