@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mossnano_stdio import codecs
+from mossnano_stdio.codecs.encodec import EncodecDecoder
 from mossnano_stdio.errors import ArtifactError, BundleError, ExitStatus
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.tokens import packed_ecdc as room
@@ -643,6 +644,22 @@ def test_decode_fades_from_chunk_to_chunk(folder: Path, encodec48_bundle: Path) 
     start = ("--start", "0.02", "--duration", "0.005")
     part, _ = decoded_wav(folder / "x.ecdc", "-", "--weights", encodec48_bundle, "--bundle", folder, *start)
     assert np.array_equal(part, found[960:1200])
+
+
+def test_sound_of_the_causal_model_that_is_none_is_an_error(
+    folder: Path, encodec24_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle_in(folder, model_name="encodec_24khz", sample_rate=24_000, channels=1, normalize=False)
+    payloads = [packed_payload(WEIGHTS, codes, maybe_scale=None) for codes in CHUNKS]
+    (folder / "x.ecdc").write_bytes(packed_file({**METADATA, "m": "encodec_24khz"}, payloads))
+    command = (folder / "x.ecdc", "-", "--weights", encodec24_bundle, "--bundle", folder)
+    outcome = call_tool("decode", *command)
+    assert (outcome.status, len(outcome.out)) == (ExitStatus.DONE, 2 * SAMPLES)
+    genuine = EncodecDecoder.step
+    monkeypatch.setattr(EncodecDecoder, "step", lambda self, codes: genuine(self, codes) * np.nan)
+    outcome = call_tool("decode", *command)
+    assert (outcome.status, outcome.out) == (ExitStatus.BUG, b"")
+    assert "sample 0 of channel 0 is nan" in outcome.err
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -214,7 +214,7 @@ class _ChunkDecoder:
             chunks.reset()
             chunks.push(codes)
             chunks.finish()
-            audio = np.float32(scale) * np.concatenate([chunk.audio for chunk in iter(chunks.step, None)])
+            audio = np.float32(scale) * np.concatenate([chunk.audio for chunk in chunks.finite_chunks()])
         context_samples = self._layout.context_samples
         return audio[context_samples : context_samples + samples]
 
