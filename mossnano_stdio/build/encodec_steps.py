@@ -95,46 +95,30 @@ class _MirroringGraph(StepGraph):
                     case ShortcutBlock():
                         x = self._block(x, name, module)
                     case MirroredConv():
-                        x = self._conv(self.op("Elu", x) if index else x, name, module)
+                        x = self._conv(self.elu(x) if index else x, name, module)
                     case SpreadingConv():
-                        x = self.transposed(self.op("Elu", x), name, module)
+                        x = self.transposed(self.elu(x), name, module)
                     case LstmStack():
                         x = self._remembered(x, name, module)
         return x
 
     def _block(self, x: str, name: str, block: ShortcutBlock) -> str:
-        narrow = self._conv(self.op("Elu", x), f"{name}.narrow", block.narrow)
+        narrow = self._conv(self.elu(x), f"{name}.narrow", block.narrow)
         short = self.product(
             x, f"{name}.shortcut", block.shortcut.weight[:, :, 0], block.shortcut.bias + block.widen.bias
         )
         widen = self.weight(f"{name}.widen.weight", block.widen.weight[:, :, 0])
-        return self.op("Gemm", self.op("Elu", narrow), widen, short, transB=1)
+        return self.op("Gemm", self.elu(narrow), widen, short, transB=1)
 
     def _conv(self, x: str, name: str, conv: MirroredConv) -> str:
         outputs, inputs, kernel = conv.weight.shape
-        matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
         together = self._after_mirror(x, conv.past_columns, inputs, f"{name}.past")
-        if conv.stride == 1 and outputs < inputs // kernel:
-            return self._narrowed(together, name, conv)
         if conv.stride == 1:
-            return self.product(self.windows(together, kernel), name, matrix, conv.bias)
+            return self.product_of_windows(together, name, conv)
+        matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
         completed = self._completed(x, together, conv.stride, inputs)
         blocks = self.op("Reshape", completed, self.constant([-1, conv.stride * inputs]))
         return self.product(self.windows(blocks, 2), name, matrix, conv.bias)
-
-    def _narrowed(self, together: str, name: str, conv: MirroredConv) -> str:
-        """The same where few channels come of many: the taps of each column first, then their sum along the columns.
-
-        There side by side are fewer values than columns of the input would be.
-        """
-        outputs, inputs, kernel = conv.weight.shape
-        taps = self.weight(f"{name}.weight", conv.weight.transpose(2, 0, 1).reshape(kernel * outputs, inputs))
-        apart = self.op("Gemm", together, taps, transB=1)
-        parts = []
-        for tap in range(kernel):
-            place = [tap, tap * outputs], [tap + 1 - kernel or ALL, (tap + 1) * outputs]
-            parts.append(self.op("Slice", apart, *map(self.constant, place), self.constant([0, 1])))
-        return self.op("Add", self.op("Sum", *parts), self.weight(f"{name}.bias", conv.bias))
 
     def _after_mirror(self, x: str, columns: int, channels: int, name: str) -> str:
         """x behind the `columns` columns before it: what the run before has left, or x itself, mirrored."""

@@ -159,7 +159,9 @@ class FloatGraph:
                             transformers.append(place["transformer"])
                         tokens = transformer_tokens[len(transformers) - 1]
                         yield node.input[1], Product(f"{place['transformer']}.{place['kind']}", tokens)
-                case "Gemm":
+                # A convolution that is done column by column of its kernel is not chosen: there are several products of
+                # small weights, and what they read and write takes the time.
+                case "Gemm" if node.input[1].endswith(".weight"):
                     yield node.input[1], Product(node.input[1].removesuffix(".weight"), tokens)
                     widths[node.output[0]] = self._tensors[node.input[1]].dims[0]
                 case "Reshape" if node.input[0] in widths:  # each column becomes several

@@ -136,22 +136,22 @@ def _convolved(graph: StepGraph, x: str, stack: str, modules: tuple[ConvModule, 
         with graph.scope(name):
             match module:
                 case Residual():
-                    narrow = _conv(graph, graph.op("Elu", x), f"{name}.narrow", module.narrow)
-                    x = graph.op("Add", x, _conv(graph, graph.op("Elu", narrow), f"{name}.widen", module.widen))
+                    narrow = _conv(graph, graph.elu(x), f"{name}.narrow", module.narrow)
+                    x = graph.op("Add", x, _conv(graph, graph.elu(narrow), f"{name}.widen", module.widen))
                 case Conv():
-                    x = _conv(graph, graph.op("Elu", x) if index else x, name, module)
+                    x = _conv(graph, graph.elu(x) if index else x, name, module)
                 case TransposedConv():
-                    x = graph.transposed(graph.op("Elu", x), name, module)
+                    x = graph.transposed(graph.elu(x), name, module)
     return x
 
 
 def _conv(graph: StepGraph, x: str, name: str, conv: Conv) -> str:
     outputs, inputs, kernel = conv.weight.shape
-    matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
     if conv.stride > 1:
         blocks = graph.op("Reshape", x, graph.constant([-1, conv.stride * inputs]))
         together = graph.after_past(blocks, 1, conv.stride * inputs, f"{name}.past")
+        matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
         return graph.product(graph.windows(together, 2), name, matrix, conv.bias)
     if conv.past_columns:
-        x = graph.windows(graph.after_past(x, conv.past_columns, inputs, f"{name}.past"), kernel)
-    return graph.product(x, name, matrix, conv.bias)
+        x = graph.after_past(x, conv.past_columns, inputs, f"{name}.past")
+    return graph.product_of_windows(x, name, conv)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from mossnano_stdio.build.builder import DataFile, GraphBuilder
-from mossnano_stdio.build.convolutions import TransposedConv
+from mossnano_stdio.build.convolutions import Conv, TransposedConv
 from mossnano_stdio.build.model import Array
 from mossnano_stdio.weights import StateSpec
 
@@ -60,6 +60,29 @@ class StepGraph(GraphBuilder):
         weight = self.weight(f"{name}.weight", matrix.astype(np.float32))
         return self.op("Gemm", x, weight, self.weight(f"{name}.bias", bias.astype(np.float32)), transB=1)
 
+    def product_of_windows(self, x: str, name: str, conv: Conv) -> str:
+        """A convolution of stride 1: its product with each column and those behind it that the kernel covers."""
+        outputs, inputs, width = conv.weight.shape
+        if width == 1 or outputs >= inputs:
+            matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, width * inputs)
+            return self.product(self.windows(x, width), name, matrix, conv.bias)
+        # Windows would write more than the output is. So each column of the kernel is multiplied by itself, and what
+        # comes of it is added up: behind one product of all where that is small, or else by products that add.
+        taps = conv.weight.transpose(2, 0, 1)
+        if width * outputs < inputs:
+            bias_once = np.pad(conv.bias, (0, (width - 1) * outputs))
+            side_by_side = self.product(x, name, taps.reshape(width * outputs, inputs), bias_once)
+            parts = []
+            for tap in range(width):
+                place = [tap, tap * outputs], [tap + 1 - width or ALL, (tap + 1) * outputs]
+                parts.append(self.op("Slice", side_by_side, *map(self.constant, place), self.constant([0, 1])))
+            return self.op("Sum", *parts)
+        total = self.weight(f"{name}.bias", conv.bias)
+        for tap, matrix in enumerate(taps):
+            columns = self.columns(x, tap, tap + 1 - width or ALL)
+            total = self.op("Gemm", columns, self.weight(f"{name}.tap_{tap}", matrix), total, transB=1)
+        return total
+
     def transposed(self, x: str, name: str, conv: TransposedConv) -> str:
         """One product over each column and the one before it, as the kernel is two strides long."""
         inputs, outputs, _ = conv.weight.shape
@@ -89,3 +112,9 @@ class StepGraph(GraphBuilder):
                 rest = self.op("Sub", rest, self.op("Gather", f"{name}.{index}.weight", found, axis=0))
             codes.append(self.op("Unsqueeze", found, self.constant([1])))
         return codes
+
+    def elu(self, x: str) -> str:
+        """x where that is positive, else exp(x) - 1."""
+        # The runtime's node of this name computes value by value, and takes three times as long as these four.
+        exp = self.op("Exp", self.op("Min", x, self.constant(0, np.float32)))
+        return self.op("Max", x, self.op("Sub", exp, self.constant(1, np.float32)))

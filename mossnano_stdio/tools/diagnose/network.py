@@ -317,17 +317,13 @@ def _gelu(x: Array) -> Array:
     return result
 
 
-def _elu(x: Array) -> Array:
-    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
-
-
 def _reshaped(x: Array, shape: Numbers) -> Array:
     return x.reshape([x.shape[axis] if size == 0 else int(size) for axis, size in enumerate(shape)])
 
 
 def _sliced(x: Array, starts: Numbers, ends: Numbers, axes: Numbers) -> Array:
-    assert axes.tolist() == [0]  # our graphs slice columns only
-    return x[int(starts[0]) : min(int(ends[0]), len(x))]
+    bounds = dict(zip(axes.tolist(), zip(starts.tolist(), ends.tolist(), strict=True), strict=True))
+    return x[tuple(slice(*bounds.get(axis, (None,))) for axis in range(x.ndim))]
 
 
 _PLAIN: dict[str, Callable[..., Any]] = {
@@ -337,7 +333,11 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "Reshape": _reshaped,
     "LayerNormalization": _normed,
     "Gelu": _gelu,
-    "Elu": _elu,
+    "Min": np.minimum,
+    "Max": np.maximum,
+    "Exp": np.exp,
+    "Sub": np.subtract,
+    "Sum": lambda *parts: sum(parts[1:], parts[0]),
     "Slice": _sliced,
     "Identity": lambda x: x,
     "Unsqueeze": lambda x, axes: np.expand_dims(x, int(axes[0])),
