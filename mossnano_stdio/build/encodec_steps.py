@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mossnano_stdio.build.blocks import INT32, lstm_weights
+from mossnano_stdio.build.blocks import INT32, elu, lstm_weights
 from mossnano_stdio.build.builder import DataFile, open_data
 from mossnano_stdio.build.encodec_model import (
     EncodecModule,
@@ -95,20 +95,20 @@ class _MirroringGraph(StepGraph):
                     case ShortcutBlock():
                         x = self._block(x, name, module)
                     case MirroredConv():
-                        x = self._conv(self.elu(x) if index else x, name, module)
+                        x = self._conv(elu(self, x) if index else x, name, module)
                     case SpreadingConv():
-                        x = self.transposed(self.elu(x), name, module)
+                        x = self.transposed(elu(self, x), name, module)
                     case LstmStack():
                         x = self._remembered(x, name, module)
         return x
 
     def _block(self, x: str, name: str, block: ShortcutBlock) -> str:
-        narrow = self._conv(self.elu(x), f"{name}.narrow", block.narrow)
+        narrow = self._conv(elu(self, x), f"{name}.narrow", block.narrow)
         short = self.product(
             x, f"{name}.shortcut", block.shortcut.weight[:, :, 0], block.shortcut.bias + block.widen.bias
         )
         widen = self.weight(f"{name}.widen.weight", block.widen.weight[:, :, 0])
-        return self.op("Gemm", self.elu(narrow), widen, short, transB=1)
+        return self.op("Gemm", elu(self, narrow), widen, short, transB=1)
 
     def _conv(self, x: str, name: str, conv: MirroredConv) -> str:
         outputs, inputs, kernel = conv.weight.shape

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mossnano_stdio.build.blocks import INT32, lstm_weights
+from mossnano_stdio.build.blocks import INT32, elu, lstm_weights
 from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
 from mossnano_stdio.build.encodec_model import (
     EncodecModule,
@@ -169,13 +169,13 @@ class _Whole(GraphBuilder):
             name = f"{stack}.{index}"
             match module:
                 case ShortcutBlock():
-                    narrow = self._conv(self.op("Elu", x), f"{name}.narrow", module.narrow)
-                    wide = self._conv(self.op("Elu", narrow), f"{name}.widen", module.widen)
+                    narrow = self._conv(elu(self, x), f"{name}.narrow", module.narrow)
+                    wide = self._conv(elu(self, narrow), f"{name}.widen", module.widen)
                     x = self.op("Add", self._conv(x, f"{name}.shortcut", module.shortcut), wide)
                 case MirroredConv():
-                    x = self._conv(self.op("Elu", x) if index else x, name, module)
+                    x = self._conv(elu(self, x) if index else x, name, module)
                 case SpreadingConv():
-                    x = self._spread(self.op("Elu", x), name, module)
+                    x = self._spread(elu(self, x), name, module)
                 case LstmStack():
                     x = self._remembered(x, name, module)
         return x

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mossnano_stdio.build.blocks import INT32
+from mossnano_stdio.build.blocks import INT32, elu
 from mossnano_stdio.build.builder import open_data
 from mossnano_stdio.build.convolutions import Conv, TransposedConv
 from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
@@ -136,12 +136,12 @@ def _convolved(graph: StepGraph, x: str, stack: str, modules: tuple[ConvModule, 
         with graph.scope(name):
             match module:
                 case Residual():
-                    narrow = _conv(graph, graph.elu(x), f"{name}.narrow", module.narrow)
-                    x = graph.op("Add", x, _conv(graph, graph.elu(narrow), f"{name}.widen", module.widen))
+                    narrow = _conv(graph, elu(graph, x), f"{name}.narrow", module.narrow)
+                    x = graph.op("Add", x, _conv(graph, elu(graph, narrow), f"{name}.widen", module.widen))
                 case Conv():
-                    x = _conv(graph, graph.elu(x) if index else x, name, module)
+                    x = _conv(graph, elu(graph, x) if index else x, name, module)
                 case TransposedConv():
-                    x = graph.transposed(graph.elu(x), name, module)
+                    x = graph.transposed(elu(graph, x), name, module)
     return x
 
 

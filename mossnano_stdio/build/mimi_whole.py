@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mossnano_stdio.build.blocks import INT32
+from mossnano_stdio.build.blocks import INT32, elu
 from mossnano_stdio.build.builder import DataFile, GraphBuilder, open_data
 from mossnano_stdio.build.convolutions import Conv, TransposedConv
 from mossnano_stdio.build.mimi_model import RESAMPLED_BY, CodebookChain, ConvModule, MimiWeights, Residual
@@ -140,12 +140,12 @@ def _convolved(graph: GraphBuilder, x: str, stack: str, modules: tuple[ConvModul
         name = f"{stack}.{index}"
         match module:
             case Residual():
-                narrow = _biased(graph, graph.op("Elu", x), f"{name}.narrow", module.narrow)
-                x = graph.op("Add", x, _biased(graph, graph.op("Elu", narrow), f"{name}.widen", module.widen))
+                narrow = _biased(graph, elu(graph, x), f"{name}.narrow", module.narrow)
+                x = graph.op("Add", x, _biased(graph, elu(graph, narrow), f"{name}.widen", module.widen))
             case Conv():
-                x = _biased(graph, graph.op("Elu", x) if index else x, name, module)
+                x = _biased(graph, elu(graph, x) if index else x, name, module)
             case TransposedConv():
-                x = _transposed(graph, graph.op("Elu", x), name, module.weight, module.bias)
+                x = _transposed(graph, elu(graph, x), name, module.weight, module.bias)
     return x
 
 

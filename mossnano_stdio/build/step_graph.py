@@ -112,9 +112,3 @@ class StepGraph(GraphBuilder):
                 rest = self.op("Sub", rest, self.op("Gather", f"{name}.{index}.weight", found, axis=0))
             codes.append(self.op("Unsqueeze", found, self.constant([1])))
         return codes
-
-    def elu(self, x: str) -> str:
-        """x where that is positive, else exp(x) - 1."""
-        # The runtime's node of this name computes value by value, and takes three times as long as these four.
-        exp = self.op("Exp", self.op("Min", x, self.constant(0, np.float32)))
-        return self.op("Max", x, self.op("Sub", exp, self.constant(1, np.float32)))
