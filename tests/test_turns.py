@@ -75,9 +75,17 @@ def test_urgency_decides_among_those_that_hold_little_only() -> None:
     assert bulk.next() == [(1, 8)]
 
 
-@pytest.mark.parametrize(("left", "frames"), [(0.21, 8), (0.19, 4), (0.09, 2), (0.04, 1), (0.01, 1)])
-def test_a_chunk_is_cut_so_that_no_other_runs_dry(left: float, frames: int) -> None:
+@pytest.mark.parametrize(("left", "frames"), [(0.25, 8), (0.24, 4), (0.15, 4), (0.14, 2), (0.09, 1), (0.01, 1)])
+def test_a_chunk_is_cut_so_that_no_other_runs_dry_before_its_own_frame_is_there(left: float, frames: int) -> None:
     table = Table({1: 0.0, 2: left})
+    assert table.next(costing(0.025)) == [(1, frames)]
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "frames"), [(0.25, 0.28, 8), (0.25, 0.26, 4), (0.15, 0.18, 4), (0.15, 0.16, 2)]
+)
+def test_nor_does_one_that_waits_behind_another(second: float, third: float, frames: int) -> None:
+    table = Table({1: 0.0, 2: second, 3: third})
     assert table.next(costing(0.025)) == [(1, frames)]
 
 
@@ -150,6 +158,7 @@ def test_lateness_counts_from_when_a_chunk_was_due_and_the_listener_had_nothing(
 # --- in real time, by a clock of its own -----------------------------------------------------------------------
 
 STEP_SECONDS = {frames: (2.5 + 3.5 * frames) / 1000 for frames in range(1, 9)}  # nano on two cores, see README
+MIMI_STEP_SECONDS = {frames: (8.7 + 2.8 * frames) / 1000 for frames in range(1, 9)}  # in ones and twos too slow for 16
 RATE = NANO.sample_rate
 
 
@@ -185,15 +194,15 @@ class Voice:
 
 
 class RealTime:
-    """A process whose steps take STEP_SECONDS, and voices that speak to it."""
+    """A process whose steps take so long, and voices that speak to it."""
 
-    def __init__(self, slowness: float = 1.0) -> None:
+    def __init__(self, slowness: float = 1.0, step_seconds: Mapping[int, float] = STEP_SECONDS) -> None:
         self.connection = Connection(DECODE, lambda: SilentDecoder(NANO), Ramp(), {}, max_streams=100)
         self.turns = Turns(FRAME_SECONDS)
         self.now = 0.0
         self.busy_seconds = 0.0
         self.voices: dict[int, Voice] = {}
-        self._slowness = slowness
+        self._step_seconds = {frames: seconds * slowness for frames, seconds in step_seconds.items()}
         self._told: list[tuple[float, int, Message]] = []  # a heap: when, to which stream, what
 
     def tell(self, at: float, number: int, message: Message) -> None:
@@ -228,7 +237,7 @@ class RealTime:
                 self.now = max(self.now, min(told_at, self.turns.wakes_at(due), until))
                 continue
             ((lane, frames),) = turns
-            step_seconds = STEP_SECONDS[frames] * self._slowness
+            step_seconds = self._step_seconds[frames]
             self.now += step_seconds
             self.busy_seconds += step_seconds
             self.turns.note_cost(frames, step_seconds)
@@ -250,6 +259,15 @@ def test_sixteen_voices_whose_tokens_come_ahead_never_pause_and_leave_cores_idle
     scene.run(times - 1)
     assert [voice.gap_seconds for voice in scene.voices.values()] == [0.0] * 16
     assert (scene.busy_seconds - until_then) / (times - 6) < 0.8
+
+
+def test_sixteen_voices_that_open_at_once_never_pause_where_small_chunks_could_not_go_on() -> None:
+    scene = RealTime(step_seconds=MIMI_STEP_SECONDS)
+    for number in range(16):
+        scene.ahead(number, 0, 5)
+    scene.run(7)
+    assert [round(voice.gap_seconds, 3) for voice in scene.voices.values()] == [0.0] * 16
+    assert max(voice.heard_at[0] for voice in scene.voices.values()) < 0.2
 
 
 def test_a_sixteenth_voice_that_joins_fifteen_is_heard_at_once() -> None:

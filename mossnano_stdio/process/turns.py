@@ -4,8 +4,9 @@ Rules of this room:
 
 - The stream whose listener has the least left to hear goes first; one that has sent nothing yet goes before all others,
   with the fewest frames that it can begin with. Urgency decides only among those that hold less than URGENT_SECONDS.
-- A chunk is cut so that no other due stream runs dry while it is computed; but not to a size at which all that are due
-  could not go on in real time: more streams make chunks grow, as a frame of a larger one costs less.
+- A chunk is cut so that no other due stream runs dry until its own next one is there, one after the other; but not to a
+  size at which all that are due could not go on in real time, and a ramp passes over such a size: more streams make
+  chunks grow, as a frame of a larger one costs less.
 - A chunk that its credit cuts short waits for more of it, as a whole one costs less a frame, but no longer than until
   its listener has only URGENT_SECONDS left. One that does not play yet may need just that chunk.
 - A chunk costs what such chunks took lately. No clock is read here: who asks says when it is.
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Final
 
 from mossnano_stdio.protocol.connection import Turn
 from mossnano_stdio.protocol.stream import Lane, Stream, smaller_chunks
 
 URGENT_SECONDS: Final = 0.5
+STALE_SECONDS: Final = 0.02  # how old a CREDIT may be, as sound cards ask 50 times a second
 LATELY: Final = 0.2  # how much the newest cost counts
 
 
@@ -50,7 +53,7 @@ class Turns:
         }
         order = sorted(streams, key=lambda lane: _precedence(streams[lane], seconds))
         chosen = order[: self._at_once]
-        others_hold = [streams[lane].held_seconds(seconds) for lane in order[self._at_once :]]
+        others_hold = sorted(streams[lane].held_seconds(seconds) for lane in order[self._at_once :])
         return [Turn(lane, self._frames(streams[lane], others_hold)) for lane in chosen]
 
     def wakes_at(self, due: Sequence[Lane]) -> float:
@@ -64,13 +67,20 @@ class Turns:
         if stream.heard_until_seconds is None:
             return min(frames, stream.chunks.least_frames)
         all_due = (self._at_once + len(others_hold)) / self._at_once
-        for fewer in smaller_chunks(frames, stream.chunks.least_frames):
-            if all_due * self.cost_seconds(fewer) > fewer * self._frame_seconds:
-                break
-            if self.cost_seconds(frames) <= min(others_hold):
-                break
-            frames = fewer
-        return frames
+
+        def falls_behind(chunk_frames: int) -> bool:
+            return all_due * self.cost_seconds(chunk_frames) > chunk_frames * self._frame_seconds
+
+        if falls_behind(frames):
+            stream.chunks.schedule.advance()  # a ramp goes on to the next size; one that is at its end stays there
+            frames = stream.allowed_frames
+        smaller = takewhile(lambda fewer: not falls_behind(fewer), smaller_chunks(frames, stream.chunks.least_frames))
+        sizes = [frames, *smaller]
+        turn_seconds = self.cost_seconds(sizes[-1])  # of each of the others, if all hurry
+        spare_seconds = -STALE_SECONDS + min(
+            held - (1 + index // self._at_once) * turn_seconds for index, held in enumerate(others_hold)
+        )
+        return next((size for size in sizes if self.cost_seconds(size) <= spare_seconds), sizes[-1])
 
 
 def _waits_until(stream: Stream) -> float:
