@@ -32,9 +32,28 @@ from mossnano_stdio.tools.bench.sides import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
 from mossnano_stdio.tools.bench.worker import Worker as RealWorker
 from mossnano_stdio.weights import DECODE_STEP_FILE, DEMO_FOLDER, load_bundle
-from tests.tool import COMMAND, call_tool
+from tests.tool import COMMAND, Outcome, call_tool
 
 SIDES = {"official loop", "our runtime, official graph"}
+
+
+QUICK = ("--threads", "1", "--turns", "1", "--json")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plot") / "steps.png"
+
+
+@pytest.fixture(scope="module")
+def graphs_measured(tiny_bundle: Path, picture: Path) -> Outcome:
+    plot = ["--plot", picture] if find_spec("matplotlib") else []
+    return call_tool("bench", "--weights", tiny_bundle, "--chunks", "1,3", *QUICK, *plot)
+
+
+@pytest.fixture(scope="module")
+def process_measured() -> Outcome:
+    return call_tool("bench", "--weights", "demo", "--process", *QUICK)
 
 
 def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -49,10 +68,8 @@ def test_an_hour_of_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["unpack_ms"] > 0
 
 
-def test_graphs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path) -> None:
-    plot = ["--plot", str(tmp_path / "steps.png")] if find_spec("matplotlib") else []
-    arguments = ["--weights", str(tiny_bundle), "--threads", "1", "--chunks", "1,3", "--turns", "1"]
-    figures = json.loads(bench(capsys, *arguments, "--json", *plot))["threads"]["1"]
+def test_graphs_side_by_side(graphs_measured: Outcome, picture: Path) -> None:
+    figures = json.loads(graphs_measured.out)["threads"]["1"]
     assert set(figures["steps_ms"]) == {"1", "3"}
     assert set(figures["utterances_ms"]) == {"0.08", "1", "3", "10"}
     for cells in (figures["steps_ms"]["3"], figures["starts"]["load_ms"], figures["real_time_streams"]["8"]):
@@ -63,7 +80,7 @@ def test_graphs_side_by_side(capsys: pytest.CaptureFixture[str], tiny_bundle: Pa
     assert starts["start_to_first_audio_ms"] > starts["import_ms"] + starts["load_ms"] + starts["first_step_ms"]
     assert figures["limit_ms_per_frame"] > 0
     assert figures["reading_ms_per_step"] > 0
-    assert not plot or Path(plot[1]).read_bytes()[:4] == b"\x89PNG"
+    assert find_spec("matplotlib") is None or picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_one_graph_is_measured_alone_and_beside_others(tmp_path: Path, tiny_bundle: Path) -> None:
@@ -103,9 +120,9 @@ def test_a_family_with_a_single_graph_is_measured(tmp_path: Path) -> None:
 # --- how long it takes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", [[], ["--process"]], ids=["graphs", "process"])
-def test_it_says_first_how_long_it_takes_and_then_how_far_it_is(tiny_bundle: Path, what: list[str]) -> None:
-    outcome = call_tool("bench", "--weights", tiny_bundle, "--threads", "1", "--chunks", "1", "--turns", "1", *what)
+@pytest.mark.parametrize("what", ["graphs_measured", "process_measured"])
+def test_it_says_first_how_long_it_takes_and_then_how_far_it_is(what: str, request: pytest.FixtureRequest) -> None:
+    outcome: Outcome = request.getfixturevalue(what)
     assert outcome.status == 0
     lines = outcome.err.splitlines()
     begin = next(number for number, line in enumerate(lines) if re.fullmatch(r"this takes about \d+ (s|min)", line))
@@ -268,6 +285,13 @@ def test_many_streams_are_measured_of_our_own_sides(tiny_bundle: Path) -> None:
     assert found["real_time_streams_per_core"]["8"]["ours"]["median"] == 1
 
 
+def test_what_was_measured_is_shown_as_a_table(graphs_measured: Outcome) -> None:
+    text = "\n".join(bench_tool._tables(json.loads(graphs_measured.out)))
+    for words in ("step of 3, caches full, ms", "10 s from a reset", "8 streams at once", "GFLOP/s"):
+        assert words in text
+    assert re.search(r"^    official loop +[\d.]+  \([\d.]+ to [\d.]+\)  x 1\.00$", text, re.MULTILINE), text
+
+
 @pytest.mark.parametrize(
     "figures",
     [
@@ -307,10 +331,8 @@ def test_a_start_loads_nothing_that_decoding_does_not_need() -> None:
     assert not {"decimal", "wave", "asyncio", "subprocess", "tempfile", "socket", "urllib.request"} & set(loaded)
 
 
-def test_the_process_against_a_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
-    (figures,) = json.loads(
-        bench(capsys, "--weights", "demo", "--process", "--threads", "1", "--turns", "1", "--json")
-    )["process"]
+def test_the_process_against_a_bare_loop(process_measured: Outcome) -> None:
+    (figures,) = json.loads(process_measured.out)["process"]
     assert figures["overhead"]["8"]["process_over_bare"] > 0
     assert figures["first_audio"]["first_byte_p95_ms"] >= figures["first_audio"]["first_byte_p50_ms"]
     assert figures["start"]["handshake_ms"] > 0
