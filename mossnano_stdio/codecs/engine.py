@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def translated_errors(graph: Graph) -> Iterator[None]:
         raise DecodeError(f"{graph.path}: the graph failed: {_first_line(error)}") from error
 
 
+@cache
 def import_onnxruntime() -> Any:
     """The package, which says nothing to anybody.
 

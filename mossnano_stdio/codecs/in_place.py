@@ -7,7 +7,7 @@ Rules of this room:
 
 - The state of a stream is its position, `next_frame`, and the rings behind it. Advancing the position is what makes a
   run count: a step that fails leaves the stream where it was.
-- A state has two places. A run reads the one and writes the other, and they are exchanged once it succeeded.
+- A state has two places. A run reads the one and writes the other, which is copied into the first once it succeeded.
 - A step of more frames than one run takes is run after run. What these write over is put aside first.
 - Nothing of the graph's contract is assumed: the dimensions come from `mossnano.json`, and the graph is checked
   against them.
@@ -170,16 +170,14 @@ class _States:
 
     def __init__(self, specs: Sequence[StateSpec], binding: Any) -> None:
         self._specs = specs
-        self._binding = binding
         self._now, self._next = ([spec.initial_value() for spec in specs] for _ in range(2))
-        self._natives_now, self._natives_next = ([*map(native_value, place)] for place in (self._now, self._next))
-        self._bind()
+        for spec, now, left in zip(specs, self._now, self._next, strict=True):
+            binding.bind_ortvalue_input(spec.input_name, native_value(now))
+            binding.bind_ortvalue_output(spec.output_name, native_value(left))
 
     def commit(self) -> None:
         """The run succeeded."""
-        self._now, self._next = self._next, self._now
-        self._natives_now, self._natives_next = self._natives_next, self._natives_now
-        self._bind()
+        self.restore(self._next)
 
     def reset(self) -> None:
         for spec, array in zip(self._specs, self._now, strict=True):
@@ -188,14 +186,9 @@ class _States:
     def copied(self) -> tuple[Array, ...]:
         return tuple(array.copy() for array in self._now)
 
-    def restore(self, copies: tuple[Array, ...]) -> None:
+    def restore(self, copies: Sequence[Array]) -> None:
         for array, copy in zip(self._now, copies, strict=True):
             array[...] = copy
-
-    def _bind(self) -> None:
-        for spec, native_now, native_next in zip(self._specs, self._natives_now, self._natives_next, strict=True):
-            self._binding.bind_ortvalue_input(spec.input_name, native_now)
-            self._binding.bind_ortvalue_output(spec.output_name, native_next)
 
 
 def _ring_specs(graph: Graph, rounded_frames: int) -> Iterator[RingSpec]:
