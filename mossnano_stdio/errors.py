@@ -58,6 +58,10 @@ class CheckFailedError(MossnanoError):
     exit_status = ExitStatus.CHECK_FAILED
 
 
+class NoPlanError(CheckFailedError):
+    """Nothing of a graph can be in 8 bits at the bar that was set."""
+
+
 class InputError(MossnanoError):
     """The bytes that came in are not what they should be."""
 

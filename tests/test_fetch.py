@@ -465,6 +465,13 @@ def test_an_int8_graph_is_built_where_it_is_asked_for(tiny_place: Place) -> None
     )
 
 
+def test_float32_is_built_alone_where_int8_cannot_keep_its_bar(tiny_place: Place) -> None:
+    result = tiny_place.run(tiny_place.command("--to", "there", "--precision", "float32,int8", "--int8-db", "150"))
+    assert result.returncode == 0, result.stderr
+    assert "int8 is left out: no part of this graph can be in 8 bits at 150 dB" in result.stderr
+    assert {"fast", "fast_int8"} & set(load_bundle(tiny_place.root / "there").graphs) == {"fast"}
+
+
 def test_an_encoder_alone_is_fetched_without_graphs_of_our_own(tiny_place: Place) -> None:
     result = tiny_place.run(tiny_place.command("--what", "encode", "--to", "there"))
     assert (result.returncode, "building" in result.stderr) == (0, False)

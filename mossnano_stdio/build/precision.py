@@ -27,7 +27,7 @@ from mossnano_stdio.build.builder import DataFile, open_data
 from mossnano_stdio.build.int8 import FloatGraph, Part
 from mossnano_stdio.chunks import first_chunk_frames_of
 from mossnano_stdio.codecs import INT8, SeekingDecoder, int8_name, load_decoder
-from mossnano_stdio.errors import CheckFailedError, InputError
+from mossnano_stdio.errors import InputError, NoPlanError
 from mossnano_stdio.files import open_input
 from mossnano_stdio.tokens import CodecFormat, Codes, load_artifact
 from mossnano_stdio.tokens.plain import form_of, load_codes
@@ -189,9 +189,9 @@ def _choose(parts: Sequence[Part], trials: _Trials, data: DataFile, bar_db: floa
             reached = tried
     if not chosen:
         best_db = max(map(worst_db, noises.values()))
-        raise CheckFailedError(
+        raise NoPlanError(
             f"no part of this graph can be in 8 bits at {bar_db:g} dB, the best one alone reaches {best_db:.1f} dB; "
-            "nothing is kept; leave int8 out or lower the bar with --int8-db"
+            "leave int8 out or lower the bar with --int8-db"
         )
     return chosen, reached
 

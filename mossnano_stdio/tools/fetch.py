@@ -21,6 +21,7 @@ checkpoint that are needed (7.1 GB of 24k, up to 8.5 GB of v2), and graphs are b
 takes as much again.
 
 --precision, --int8-db and --codes are those of `mossnano build`: --precision float32,int8 makes an int8 graph, too.
+Where no part of a graph can be in 8 bits at that bar, it says so, and float32 is there all the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import Final, Literal
 
-from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, UsageError
+from mossnano_stdio.errors import BundleError, ExitStatus, MossnanoError, NoPlanError, UsageError
 from mossnano_stdio.process.flags import add_build_precision_arguments, check_build_precision
 from mossnano_stdio.weights import METADATA_NAME, MODELS, SIDECAR_NAME, UNPINNED_MODELS, Bundle, load_bundle
 from mossnano_stdio.weights.hub import fetch, selections, tensor_files
@@ -69,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
         _say(attribution)
     if args.what != "checkpoint" and not args.no_build:
         try:
-            if MODELS[args.model].maybe_bundle:
-                _build_own_graphs(folder, maybe_int8, are_files_new=bool(placed))
-            else:
-                _build_of_checkpoint(folder, args.model, args.what, maybe_int8, are_files_new=bool(placed))
+            _build(folder, args, maybe_int8, are_files_new=bool(placed))
         except MossnanoError as error:  # what was asked for is there, and decodes without
             _say(f"our own graphs are left out: {error}")
     print(folder)
@@ -86,6 +84,18 @@ def _unpinned(model: str) -> BundleError:
         f"get its config.json and model.safetensors yourself (`hf download {repository} --local-dir DIR`), then "
         "`mossnano build DIR OUT_DIR`"
     )
+
+
+def _build(folder: Path, args: argparse.Namespace, maybe_int8: Int8Choice | None, *, are_files_new: bool) -> None:
+    """Graphs of our own, in float32 alone where none in int8 keeps the bar."""
+    try:
+        if MODELS[args.model].maybe_bundle:
+            _build_own_graphs(folder, maybe_int8, are_files_new=are_files_new)
+        else:
+            _build_of_checkpoint(folder, args.model, args.what, maybe_int8, are_files_new=are_files_new)
+    except NoPlanError as error:
+        _say(f"int8 is left out: {error}")
+        _build(folder, args, None, are_files_new=are_files_new)
 
 
 def _build_own_graphs(folder: Path, maybe_int8: Int8Choice | None, *, are_files_new: bool) -> None:
