@@ -297,6 +297,14 @@ def test_twelve_voices_whose_tokens_come_live_are_on_time() -> None:
     assert late[round(0.99 * len(late))] < 0.16
 
 
+def test_fourteen_voices_that_speak_in_step_are_on_time() -> None:
+    scene = RealTime()
+    for number in range(14):
+        scene.live(number, 0, 200)
+    scene.run(17)
+    assert max(late for voice in scene.voices.values() for late in lateness(voice, 0)) < 0.12
+
+
 def test_overload_comes_to_all_alike_and_goes_when_its_cause_goes() -> None:
     scene = RealTime()
     for number in range(24):

@@ -4,9 +4,10 @@ Rules of this room:
 
 - The stream whose listener has the least left to hear goes first; one that has sent nothing yet goes before all others,
   with the fewest frames that it can begin with. Urgency decides only among those that hold less than URGENT_SECONDS.
-- A chunk is cut so that no other due stream runs dry until its own next one is there, one after the other; but not to a
-  size at which all that are due could not go on in real time, and a ramp passes over such a size: more streams make
-  chunks grow, as a frame of a larger one costs less.
+- A chunk is cut so that no other due stream runs dry while it is computed; but not to a size at which all that are due
+  could not go on in real time, and a ramp passes over such a size: more streams make chunks grow, as a frame of a
+  larger one costs less. Where more waits than one chunk takes, it leaves all others time for a chunk of their own, too,
+  one after the other. Where tokens come as they are spoken, that would only make small chunks, and all of them late.
 - A chunk that its credit cuts short waits for more of it, as a whole one costs less a frame, but no longer than until
   its listener has only URGENT_SECONDS left. One that does not play yet may need just that chunk.
 - A chunk costs what such chunks took lately. No clock is read here: who asks says when it is.
@@ -76,10 +77,12 @@ class Turns:
             frames = stream.allowed_frames
         smaller = takewhile(lambda fewer: not falls_behind(fewer), smaller_chunks(frames, stream.chunks.least_frames))
         sizes = [frames, *smaller]
-        turn_seconds = self.cost_seconds(sizes[-1])  # of each of the others, if all hurry
-        spare_seconds = -STALE_SECONDS + min(
-            held - (1 + index // self._at_once) * turn_seconds for index, held in enumerate(others_hold)
-        )
+        spare_seconds = others_hold[0]
+        if stream.chunks.is_sated:
+            turn_seconds = self.cost_seconds(sizes[-1])  # of each of the others, if all hurry
+            spare_seconds = -STALE_SECONDS + min(
+                held - (1 + index // self._at_once) * turn_seconds for index, held in enumerate(others_hold)
+            )
         return next((size for size in sizes if self.cost_seconds(size) <= spare_seconds), sizes[-1])
 
 
