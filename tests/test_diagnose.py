@@ -20,7 +20,8 @@ from mossnano_stdio.build.checkpoint import load_checkpoint
 from mossnano_stdio.build.mimi_checkpoint import load_mimi
 from mossnano_stdio.build.mimi_model import MimiWeights
 from mossnano_stdio.build.model import DecoderWeights
-from mossnano_stdio.build.nodes import read_decoder
+from mossnano_stdio.build.nodes import PlainNode, read_decoder
+from mossnano_stdio.errors import BundleError
 from mossnano_stdio.pcm import to_pcm16
 from mossnano_stdio.tokens import Artifact, Codes, build_artifact
 from mossnano_stdio.tokens.plain import save_codes
@@ -546,3 +547,10 @@ def test_what_cannot_be(files: dict[str, Path], tmp_path: Path, arguments: list[
     assert outcome.status == status
     assert outcome.out == b""
     assert words in outcome.error_line
+
+
+def test_a_graph_with_nodes_of_another_version_is_refused(mimi_standin: Path) -> None:
+    graph = read_decoder(load_bundle(mimi_standin))
+    older = replace(graph, nodes=(*graph.nodes, PlainNode("Elu", ("audio",), ("louder",), {})))
+    with pytest.raises(BundleError, match=r"nodes that are not known here \(Elu\).*build it anew"):
+        Network(older, 2048)

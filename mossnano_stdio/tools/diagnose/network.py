@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.build.nodes import PlainGraph, PlainNode
+from mossnano_stdio.errors import BundleError
 
 Array = NDArray[np.float32]
 Numbers = NDArray[np.int64]  # of tokens, of frames
@@ -98,6 +99,12 @@ class Network:
     """A graph that can be run in any manner."""
 
     def __init__(self, graph: PlainGraph, codebook_size: int) -> None:
+        unknown = {node.kind for node in graph.nodes} - _KINDS
+        if unknown:
+            raise BundleError(
+                f"the graph that decodes has nodes that are not known here ({', '.join(sorted(unknown))}), so another "
+                "version built it; build it anew with `mossnano build`"
+            )
         self._graph = graph
         self._codebook_size = codebook_size
         self.transformers = tuple(_transformers(graph.facts))
@@ -343,6 +350,8 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "Unsqueeze": lambda x, axes: np.expand_dims(x, int(axes[0])),
     "Squeeze": lambda x, axes: np.squeeze(x, int(axes[0])),
 }
+
+_KINDS = {*_PLAIN, "GroupQueryAttention", "Gather", "Concat", "Gemm", "FusedMatMul"}
 
 
 # --- what a graph says of itself -----------------------------------------------------------------------------------
