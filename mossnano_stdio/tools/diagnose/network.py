@@ -99,12 +99,6 @@ class Network:
     """A graph that can be run in any manner."""
 
     def __init__(self, graph: PlainGraph, codebook_size: int) -> None:
-        unknown = {node.kind for node in graph.nodes} - _KINDS
-        if unknown:
-            raise BundleError(
-                f"the graph that decodes has nodes that are not known here ({', '.join(sorted(unknown))}), so another "
-                "version built it; build it anew with `mossnano build`"
-            )
         self._graph = graph
         self._codebook_size = codebook_size
         self.transformers = tuple(_transformers(graph.facts))
@@ -194,8 +188,13 @@ class _Run:
                 return self._convolved(node, *values)
             case "FusedMatMul":
                 return values[0] @ values[1].T
-            case _:
-                return _PLAIN[node.kind](*values, **node.attributes)
+            case kind if kind in _PLAIN:
+                return _PLAIN[kind](*values, **node.attributes)
+            case kind:
+                raise BundleError(
+                    f"the graph that decodes has nodes that are not known here ({kind}), so another version built it; "
+                    "build it anew with `mossnano build`"
+                )
 
     def _looked_up(self, table: Array, rows: NDArray[Any]) -> Array:
         found: Array = table[rows]
@@ -350,8 +349,6 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "Unsqueeze": lambda x, axes: np.expand_dims(x, int(axes[0])),
     "Squeeze": lambda x, axes: np.squeeze(x, int(axes[0])),
 }
-
-_KINDS = {*_PLAIN, "GroupQueryAttention", "Gather", "Concat", "Gemm", "FusedMatMul"}
 
 
 # --- what a graph says of itself -----------------------------------------------------------------------------------
