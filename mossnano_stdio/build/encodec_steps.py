@@ -111,14 +111,12 @@ class _MirroringGraph(StepGraph):
         return self.op("Gemm", elu(self, narrow), widen, short, transB=1)
 
     def _conv(self, x: str, name: str, conv: MirroredConv) -> str:
-        outputs, inputs, kernel = conv.weight.shape
-        together = self._after_mirror(x, conv.past_columns, inputs, f"{name}.past")
+        together = self._after_mirror(x, conv.past_columns, conv.inputs, f"{name}.past")
         if conv.stride == 1:
             return self.product_of_windows(together, name, conv)
-        matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
-        completed = self._completed(x, together, conv.stride, inputs)
-        blocks = self.op("Reshape", completed, self.constant([-1, conv.stride * inputs]))
-        return self.product(self.windows(blocks, 2), name, matrix, conv.bias)
+        completed = self._completed(x, together, conv.stride, conv.inputs)
+        blocks = self.op("Reshape", completed, self.constant([-1, conv.stride * conv.inputs]))
+        return self.product_of_blocks(blocks, name, conv)
 
     def _after_mirror(self, x: str, columns: int, channels: int, name: str) -> str:
         """x behind the `columns` columns before it: what the run before has left, or x itself, mirrored."""

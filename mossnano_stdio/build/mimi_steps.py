@@ -146,12 +146,10 @@ def _convolved(graph: StepGraph, x: str, stack: str, modules: tuple[ConvModule, 
 
 
 def _conv(graph: StepGraph, x: str, name: str, conv: Conv) -> str:
-    outputs, inputs, kernel = conv.weight.shape
     if conv.stride > 1:
-        blocks = graph.op("Reshape", x, graph.constant([-1, conv.stride * inputs]))
-        together = graph.after_past(blocks, 1, conv.stride * inputs, f"{name}.past")
-        matrix = conv.weight.transpose(0, 2, 1).reshape(outputs, kernel * inputs)
-        return graph.product(graph.windows(together, 2), name, matrix, conv.bias)
+        block = conv.stride * conv.inputs
+        blocks = graph.op("Reshape", x, graph.constant([-1, block]))
+        return graph.product_of_blocks(graph.after_past(blocks, 1, block, f"{name}.past"), name, conv)
     if conv.past_columns:
-        x = graph.after_past(x, conv.past_columns, inputs, f"{name}.past")
+        x = graph.after_past(x, conv.past_columns, conv.inputs, f"{name}.past")
     return graph.product_of_windows(x, name, conv)

@@ -83,6 +83,11 @@ class StepGraph(GraphBuilder):
             total = self.op("Gemm", columns, self.weight(f"{name}.tap_{tap}", matrix), total, transB=1)
         return total
 
+    def product_of_blocks(self, blocks: str, name: str, conv: Conv) -> str:
+        """A convolution that strides: one product over each stride's columns, side by side, and those behind them."""
+        matrix = conv.weight.transpose(0, 2, 1).reshape(conv.outputs, -1)
+        return self.product(self.windows(blocks, 2), name, matrix, conv.bias)
+
     def transposed(self, x: str, name: str, conv: TransposedConv) -> str:
         """One product over each column and the one before it, as the kernel is two strides long."""
         inputs, outputs, _ = conv.weight.shape
