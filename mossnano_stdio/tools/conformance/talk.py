@@ -94,8 +94,8 @@ class Talk:
         return maybe_message
 
     def decode_beside(self, keep: Callable[[Message], None]) -> None:
-        """Put a plain stream through, which takes its turn with what is due in others; `keep` gets all answers."""
-        self.say(self.tokens(self.frames(1)), END)
+        """Put a plain stream of several chunks through, beside what is due in others; `keep` gets all answers."""
+        self.say(self.tokens(self.frames(8)), END)
         while (message := self.next_of_any_stream("END of a plain stream beside others")).kind != Kind.END:
             keep(message)
 
