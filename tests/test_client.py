@@ -813,6 +813,21 @@ def test_a_process_that_does_not_start_says_why(
     assert caught.value.status in (status, 0)  # who talks nonsense may have ended by itself
 
 
+def test_a_status_that_a_signal_has_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio says 255 where a signal that it sent found the process at its end, on a busy machine only."""
+    wait = asyncio.subprocess.Process.wait
+
+    async def wait_in_vain(process: asyncio.subprocess.Process) -> int:
+        await wait(process)
+        return 255
+
+    monkeypatch.setattr(asyncio.subprocess.Process, "wait", wait_in_vain)
+    for status in (127, 255):
+        with pytest.raises(DecoderDiedError, match=f"status {status}") as caught:
+            start("AsyncDecoder", [sys.executable, "-c", f"raise SystemExit({status})"])
+        assert caught.value.status == status
+
+
 @both
 def test_a_program_that_is_not_there(client: str) -> None:
     with pytest.raises(DecoderError, match="/nowhere/at/all cannot be started") as caught:

@@ -33,6 +33,8 @@ from mossnano_stdio.client.launch import (
 from mossnano_stdio.client.state import NotReadyError
 from mossnano_stdio.errors import UsageError
 
+UNKNOWN_STATUS = 255  # of a process that somebody else has waited for, or of one that ended so
+
 Found = TypeVar("Found")
 
 
@@ -416,12 +418,16 @@ class _AsyncLink:
 
     async def _wait_or_kill(self) -> int:
         try:
-            return await asyncio.wait_for(self.process.wait(), STOP_SECONDS)
+            status = await asyncio.wait_for(self.process.wait(), STOP_SECONDS)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
             self._close_pipes()
-            return await self.process.wait()
+            status = await self.process.wait()
+        # A signal of ours that finds the process at its end takes the status with it. Then asyncio says UNKNOWN_STATUS,
+        # and the Popen beneath it knows.
+        maybe_popen = self._transport.get_extra_info("subprocess") if status == UNKNOWN_STATUS else None
+        return status if maybe_popen is None else int(maybe_popen.returncode)
 
     def _close_pipes(self) -> None:
         """End what waits for them. Without this it waits for whoever was started by the process, holds their other ends
