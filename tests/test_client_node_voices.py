@@ -466,6 +466,7 @@ def test_a_process_that_dies_ends_every_voice_with_the_reason() -> None:
         await until(() => voices.every((each) => each.pull(1).some(Boolean)));
         const pcm = [];
         while (voices[2].isSpeaking) pcm.push(...voices[2].pull(80)), await sleep(1); // heard to its end
+        await until(() => voices[1]._current === 1); // its first stream came to its end
         process.kill(voice.pid, "SIGKILL");
         await until(() => voice.restarts === 1);
         await voice.whenReady();

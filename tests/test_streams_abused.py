@@ -210,7 +210,7 @@ def test_a_flooded_stream_goes_bad_and_nobody_else_notices(what: str, voices: Vo
     flood, frames = FLOODS[what], some_frames(64, seed=5)
     voices.say(1, window(SMALL.frame_samples), tokens(some_frames(3)))
     voices.say(2, tokens(frames[:1]))
-    voices.fence()
+    voices.until_samples_of(1, SMALL.frame_samples)
     burst = encoded(*[in_stream(1, flood)] * (MIB // len(flood.payload)))
     with grows_by_less_than(8 * MIB, voices.child):
         for turn in range(16):
@@ -401,6 +401,7 @@ def test_the_last_number_of_all(voices: Voices) -> None:
     for number in (0, 1, LAST_NUMBER - 2):
         voices.say(number, tokens(frames), END)
     voices.say(LAST_NUMBER, tokens(frames[3:]), END)
+    voices.until_end_of(LAST_NUMBER - 1)
     mine = voices.until_end_of(LAST_NUMBER)
     assert sound_of(mine) == expected_pcm(frames, SMALL)
     assert ends_of(mine)[0]["stream"] == LAST_NUMBER
