@@ -470,6 +470,23 @@ def sent_by(exchange: Exchange) -> list[Message]:
     return list(MessageReader().feed(wire))
 
 
+def test_an_end_that_a_fatal_error_brings_is_no_end() -> None:
+    """It says how much was sent, which is less than all. So it ends no row of crashes either."""
+    exchange = conversation()
+    stream = exchange.open()
+    exchange.feed(stream, FRAMES)
+    sent_by(exchange)
+    fatal = {"code": "framing_lost", "message": "no more", "stream": None, "fatal": True}
+    end = {"stream": 0, "frames": 0, "samples": 0, "errors": 0, "cancelled": False}
+    for message in (json_message(Kind.ERROR, fatal), json_message(Kind.END, end)):
+        exchange.receive(encode_message(*message))
+    assert exchange.maybe_take(stream) is None
+    exchange.end(76)
+    with pytest.raises(DecoderDiedError, match="framing_lost") as caught:
+        exchange.maybe_take(stream)
+    assert (caught.value.lost, caught.value.lost_frames, exchange.ended_streams) == ((0,), 20, 0)
+
+
 def test_all_that_is_queued_counts_until_it_is_sent_or_dropped() -> None:
     exchange = conversation(queue_bytes=1000)
     stream = exchange.open()

@@ -701,6 +701,34 @@ def test_a_long_line_comes_in_pieces(tmp_path: Path) -> None:
     assert said[2:4] == ["line short", "line loading"]
 
 
+def test_an_end_that_a_fatal_error_brings_is_no_end(tmp_path: Path) -> None:
+    """It says how much was sent, which is less than all. So it ends no row of restarts either."""
+    said = play(
+        tmp_path,
+        """
+        static const uint8_t zeros[400];
+        mossnano *voice = start((mossnano_options){
+            .command = command, .restart = 1, .on_lost = say_lost, .on_error = say_error});
+        for (int restarts = 1; restarts <= 2; restarts++) {
+            mossnano_feed(voice, zeros, 1);
+            mossnano_feed(voice, zeros, 20);
+            UNTIL(voice->is_over || (mossnano_restarts(voice) == restarts && mossnano_state(voice) == MOSSNANO_READY));
+        }
+        say("restarts %d", mossnano_restarts(voice));
+        mossnano_stop(voice);
+        """,
+        [*DEMO, "--max-message-bytes", "300"],
+    )
+    assert [" ".join(line.split()[:3]) for line in said] == [
+        "error framing_lost 0",
+        "lost 0 to",
+        "error process_ended 0",
+        "error framing_lost 1",
+        "lost 1 to",
+        "restarts 1",
+    ]
+
+
 def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(tmp_path: Path) -> None:
     *said, line, lost, last_error = play(
         tmp_path,

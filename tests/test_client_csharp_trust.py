@@ -586,6 +586,35 @@ def test_dispose_ends_a_launch(library: Path) -> None:
     assert said == ["Stopped False"]
 
 
+def test_an_end_that_a_fatal_error_brings_is_no_end(library: Path) -> None:
+    """It says how much was sent, which is less than all. So it ends no row of restarts either."""
+    said = play(
+        library,
+        """
+        var voice = Mossnano.Start(new MossnanoOptions {
+            Command = command, Restart = 1, OnLost = SayLost, OnError = SayError, Log = line => { } });
+        for (int restarts = 1; restarts <= 2; restarts++)
+        {
+            voice.Feed(new byte[20]);
+            voice.Feed(new byte[400]);
+            Until(() => voice.State == MossnanoState.Failed
+                || (voice.Restarts == restarts && voice.State == MossnanoState.Ready));
+        }
+        Say("restarts", voice.Restarts);
+        voice.Dispose();
+        """,
+        [*DEMO, "--max-message-bytes", "300"],
+    )
+    assert [" ".join(line.split()[:3]) for line in said] == [
+        "error framing_lost False",
+        "lost 0",
+        "error process_ended False",
+        "error framing_lost True",
+        "lost 1",
+        "restarts 1",
+    ]
+
+
 def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(library: Path) -> None:
     *said, line, lost, last_error, failed = play(
         library,

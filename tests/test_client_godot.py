@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,20 @@ def test_a_start_that_fails_is_not_tried_again(start: Start) -> None:
     until(voice, lambda: voice.said)
     assert [word for word, *_ in voice.said] == ["failed"]
     assert (voice.state, voice.restarts, voice.said[0][3]) == (FAILED, 0, True)
+
+
+def test_an_end_that_a_fatal_error_brings_is_no_end(start: Start) -> None:
+    """It says how much was sent, which is less than all. So it ends no row of restarts either."""
+    voice = start([*CHUNKED, "--max-message-bytes", "300"], restart=1)
+    for restarts in (1, 2):
+        until_ready(voice)
+        voice.said.clear()
+        voice.feed(PackedByteArray(bytes(20)))
+        voice.feed(PackedByteArray(bytes(400)))
+        until(voice, lambda: ("ready",) in voice.said or voice.state == FAILED)
+        until(voice, partial(voice.said.count, ("lost", [restarts - 1])))
+        fatal = [what[3] for what in voice.said if what[0] == "failed"]
+        assert (voice.said[0][:2], fatal[0], voice.restarts) == (("failed", "framing_lost"), restarts == 2, 1)
 
 
 def test_a_crash_is_survived_and_what_was_fed_is_reported_lost(start: Start) -> None:

@@ -376,6 +376,30 @@ def test_stop_while_it_starts_rejects_who_waits() -> None:
     assert said == [["rejected", "stopped"], ["state", "stopped"]]
 
 
+def test_an_end_that_a_fatal_error_brings_is_no_end() -> None:
+    """It says how much was sent, which is less than all. So it ends no row of restarts either."""
+    said = play(
+        """
+        const voice = await Mossnano.start({ command, restart: 1, log: () => {}, onError });
+        for (const next of ["ready", "failed"]) {
+          voice.feed(Buffer.alloc(20));
+          voice.feed(Buffer.alloc(400));
+          await until(() => voice.state !== "ready");
+          await until(() => voice.state === next);
+        }
+        say("restarts", voice.restarts);
+        await voice.stop();
+        """,
+        [*DEMO, "--max-message-bytes", "300"],
+    )
+    assert said == [
+        ["error", {"code": "framing_lost", "fatal": False, "lost": []}],
+        ["error", {"code": "process_ended", "fatal": False, "lost": [0]}],
+        ["error", {"code": "framing_lost", "fatal": True, "lost": []}],
+        ["restarts", 1],
+    ]
+
+
 def test_a_crash_is_survived_and_what_was_fed_is_reported_lost() -> None:
     said = play(
         STEADY_PRELUDE

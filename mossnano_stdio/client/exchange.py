@@ -457,6 +457,8 @@ class Exchange:
         return False
 
     def _take(self, message: Message) -> None:
+        if message.kind & ~NUMBERED == Kind.END and self._maybe_fatal is not None:
+            return  # it says what was sent, which is not all: the process dies, and its streams get its death
         if message.kind & NUMBERED:
             self._take_of_voice(*out_of_stream(message))
             return
@@ -531,7 +533,7 @@ class Exchange:
                 maybe_voice.marks_in_process_bytes -= message.cost_bytes - 8
             case Kind.ERROR:
                 self._take_error_of_voice(number, maybe_voice, parse_json(message))
-            case Kind.END if self._maybe_fatal is None:  # else the process dies, and the voice gets its death
+            case Kind.END:
                 fields = parse_json(message)
                 del self._voices[number]
                 if maybe_voice is not None and not fields["cancelled"]:

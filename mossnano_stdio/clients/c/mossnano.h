@@ -738,7 +738,6 @@ static bool mossnano__take_numbered(mossnano *c, int kind, size_t bytes) { /* is
     mossnano_voice *v = c->voices;
     while (v && v->number != number) v = v->next;
     bool is_there = v && bytes >= 4 && !mossnano__is_over(v);
-    is_there &= kind != MOSSNANO_END || !c->fatal_was_said; /* behind a fatal ERROR it says what was sent: not all */
     if (is_there) mossnano__take_of_voice(v, kind, c->message + 4, bytes - 4);
     mossnano__leave(c);
     return is_there;
@@ -762,6 +761,8 @@ static bool mossnano__take(mossnano *c, int kind, size_t bytes) {
     const char *json = (const char *)c->message; /* ends with a 0 */
     char code[64], text[2048];
     if (c->state == MOSSNANO_STARTING && kind == MOSSNANO_HANDSHAKE) return mossnano__shake_hands(c, json);
+    bool is_end = (kind & ~MOSSNANO_NUMBERED) == MOSSNANO_END;
+    if (is_end && c->fatal_was_said) return true; /* behind a fatal ERROR it says what was sent, which is not all */
     if (kind & MOSSNANO_NUMBERED) {
         kind &= ~MOSSNANO_NUMBERED;
         if (!mossnano__take_numbered(c, kind, bytes)) return true; /* it was closed */

@@ -479,6 +479,8 @@ public sealed class Mossnano : IDisposable
 
     bool Take(int kind, byte[] payload, int bytes) // unknown kinds and keys are passed over
     {
+        bool isEnd = (kind & ~Numbered) == End;
+        if (isEnd && fatalWasSaid) return true; // behind a fatal ERROR it says what was sent, which is not all
         if (kind >= Numbered) return TakeNumbered(kind & ~Numbered, payload, bytes);
         if (kind == Audio && hasRing) plain.Push(payload, 0, bytes / 2);
         if (kind != Handshake && kind != Error && kind != End) return true;
@@ -492,7 +494,6 @@ public sealed class Mossnano : IDisposable
     bool TakeNumbered(int kind, byte[] payload, int bytes) // whoever is not there any more was closed
     {
         if (bytes < NumberBytes) return true;
-        if (kind == End && fatalWasSaid) return true; // behind a fatal ERROR it says what was sent: not all
         uint number = BitConverter.ToUInt32(payload, 0);
         Dictionary<string, string> maybeError = null;
         lock (gate)

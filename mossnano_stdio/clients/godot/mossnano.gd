@@ -423,6 +423,8 @@ func _emit_log(line: String) -> void:
 
 
 func _take(kind: int, payload: PackedByteArray) -> void:  # unknown kinds and keys are passed over
+	if (kind == Kind.END or kind == NUMBERED + Kind.END) and _fatal_was_said:
+		return  # behind a fatal ERROR it says what was sent, which is not all
 	if kind >= NUMBERED:
 		_take_numbered(kind - NUMBERED, payload)
 		return
@@ -448,8 +450,6 @@ func _take(kind: int, payload: PackedByteArray) -> void:  # unknown kinds and ke
 
 
 func _take_numbered(kind: int, payload: PackedByteArray) -> void:
-	if kind == Kind.END and _fatal_was_said:
-		return  # behind a fatal ERROR it says what was sent, which is not all
 	var number := payload.decode_u32(0)
 	var rest := payload.slice(4)
 	var said: Dictionary = JSON.parse_string(rest.get_string_from_utf8()) if kind == Kind.ERROR else {}
@@ -458,7 +458,7 @@ func _take_numbered(kind: int, payload: PackedByteArray) -> void:
 	if voice != null:
 		voice.take(kind, rest, said)
 	_mutex.unlock()
-	if kind == Kind.END:
+	if kind == Kind.END and voice != null:  # one that was cancelled is not there any more
 		_restarts_in_a_row = 0
 	if kind == Kind.ERROR and voice != null:
 		_say(said["code"], said["message"], said["fatal"])

@@ -719,6 +719,8 @@ export class Mossnano extends Voice {
 
   #take(kind, payload) { // unknown kinds and keys are passed over
     if (this._isStopping) return;
+    // An END behind a fatal error says what was sent, which is not all.
+    if ((kind & ~NUMBERED) === Kind.END && this.#fatalWasSaid) return;
     if (kind & NUMBERED) this.#takeNumbered(kind & ~NUMBERED, payload.readUInt32LE(0), payload.subarray(NUMBER_BYTES));
     else if (kind === Kind.HANDSHAKE && this.#state === "starting") this.#shakeHands(JSON.parse(payload));
     else if (kind === Kind.ERROR) {
@@ -745,7 +747,7 @@ export class Mossnano extends Voice {
       const error = new MossnanoError(code, message, false);
       if (!voice._tell(error)) this.#onError(error);
     } else if (kind !== Kind.END) voice._take(kind, stream, payload);
-    else if (!this.#fatalWasSaid) { // an END behind a fatal error says what was sent, which is not all
+    else {
       this.#numbers.delete(number);
       if (!JSON.parse(payload).cancelled) this.#restartsInARow = 0;
       voice._take(kind, stream, payload);
