@@ -21,7 +21,7 @@ from mossnano_stdio.build import precision, trial
 from mossnano_stdio.build.bundle import Int8Wish, build_from_checkpoint
 from mossnano_stdio.build.int8 import BLOCK, MAX_PAIR, ZERO, in_blocks, in_columns
 from mossnano_stdio.codecs.engine import import_onnxruntime
-from mossnano_stdio.errors import BundleError, CheckFailedError, ExitStatus
+from mossnano_stdio.errors import BundleError, CheckFailedError, ExitStatus, InputError
 from mossnano_stdio.tokens import Artifact, Codes, build_artifact
 from mossnano_stdio.tools.bench.sides import float32_side, sides_of
 from mossnano_stdio.tools.bench.worker import Worker
@@ -241,6 +241,32 @@ def test_recorded_codes_count(
     streams = [precision.seeded_codes(bundle.format), recorded, recorded]
     assert built.facts["int8"]["codes_sha256"] == precision.digest_of(streams)
     assert alone.facts["int8"]["codes_sha256"] == precision.digest_of(streams[:1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (np.full((9, 17), 5), "holds 17 codes in each frame, allowed are 1 to 16"),
+        (np.full((9, 0), 5), "holds 0 codes in each frame, allowed are 1 to 16"),
+        (np.where(np.arange(144).reshape(9, 16) == 116, 1024, 5), "code 4 of frame 7 is 1024, allowed are 0 to 1023"),
+        (np.where(np.arange(144).reshape(9, 16) == 116, -1, 5), "code 4 of frame 7 is -1, codes are 0 to 65535"),
+        (np.full(9, 5), r"the .npy file holds int64 \[9\], allowed are integers \[frames, quantizers\]"),
+    ],
+)
+def test_recorded_codes_that_are_wrong_are_told_with_their_file(
+    bundle: Bundle, tmp_path: Path, wrong: NDArray[np.int64], words: str
+) -> None:
+    """The frame is that of the file, whatever chunks it would be decoded in."""
+    np.save(tmp_path / "recorded.npy", wrong)
+    with pytest.raises(InputError, match=f"recorded.npy: {words}"):
+        precision.load_recorded(tmp_path / "recorded.npy", bundle.format)
+
+
+def test_recorded_artifacts_of_another_codec_are_told_with_their_file(bundle: Bundle, tmp_path: Path) -> None:
+    artifact = Artifact(24_000, 1, 0, 32, 1, 2048, np.zeros((1, 32), np.uint16))
+    (tmp_path / "recorded.mossnano").write_bytes(build_artifact(artifact))
+    with pytest.raises(InputError, match=r"recorded.mossnano: the artifact's sample_rate is 24000"):
+        precision.load_recorded(tmp_path / "recorded.mossnano", bundle.format)
 
 
 def copied(source: Path, folder: Path) -> Path:

@@ -207,6 +207,17 @@ def test_codes_of_language_models_are_refused_with_what_they_mean(
         codec.decode(wrong)
 
 
+@pytest.mark.parametrize("code", [2048, -1, -2])
+def test_packing_such_codes_says_what_they_mean(codes: Codes, tmp_path: Path, code: int) -> None:
+    wrong = codes.astype(np.int64)
+    wrong[3, 5] = code
+    np.save(tmp_path / "codes.npy", wrong)
+    status, _, told = call_tool("pack", "--model", "mimi", tmp_path / "codes.npy", tmp_path / "out.mossnano")
+    assert status == ExitStatus.BAD_INPUT
+    assert f"code 5 of frame 3 is {code}, " in told
+    assert f"(language models put {code} where " in told
+
+
 def test_other_codecs_know_no_such_codes() -> None:
     with pytest.raises(TokenError, match=r"is 2048, allowed are 0 to 1023$"):
         pack_frames(np.full((1, 16), 2048), 1024)

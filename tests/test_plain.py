@@ -30,7 +30,7 @@ def test_the_forms_by_hand() -> None:
 def test_every_form_comes_back(form: str, frames: int, quantizers: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(0, 65535), min_size=frames * quantizers, max_size=frames * quantizers))
     codes = np.array(values, dtype=np.uint16).reshape(quantizers, frames).T  # a view, as an artifact gives it
-    loaded = load_codes(save_codes(codes, form), form, quantizers)
+    loaded = load_codes(save_codes(codes, form), form, quantizers, 1024)
     assert loaded.dtype == np.uint16
     assert loaded.shape == codes.shape
     assert np.array_equal(loaded, codes)
@@ -41,7 +41,7 @@ def test_every_form_comes_back(form: str, frames: int, quantizers: int, data: st
 def test_a_npy_of_any_integers(dtype: str, order: Any) -> None:
     file = io.BytesIO()
     np.save(file, np.array([[1, 2], [3, 4], [5, 6]]).astype(dtype, order=order))
-    assert load_codes(file.getvalue(), "npy", 16).tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert load_codes(file.getvalue(), "npy", 16, 1024).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
 def npy(value: Any) -> bytes:
@@ -92,7 +92,7 @@ HUGE_NPY = npy([[1]]).replace(b"(1, 1), }            ", b"(99999999999, 999), }"
 )
 def test_what_is_wrong_is_one_error(form: str, data: bytes, words: str) -> None:
     with pytest.raises(InputError) as caught:
-        load_codes(data, form, 16)
+        load_codes(data, form, 16, 1024)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

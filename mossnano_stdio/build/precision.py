@@ -29,7 +29,7 @@ from mossnano_stdio.chunks import first_chunk_frames_of
 from mossnano_stdio.codecs import INT8, SeekingDecoder, int8_name, load_decoder
 from mossnano_stdio.errors import InputError, NoPlanError
 from mossnano_stdio.files import open_input
-from mossnano_stdio.tokens import CodecFormat, Codes, load_artifact
+from mossnano_stdio.tokens import CodecFormat, Codes, first_outside, load_artifact, meaning_of
 from mossnano_stdio.tokens.plain import form_of, load_codes
 from mossnano_stdio.weights import Bundle, GraphSpec, WeightFile
 from mossnano_stdio.weights.checked_json import Entry
@@ -85,15 +85,38 @@ def seeded_codes(codec: CodecFormat) -> Codes:
 
 def load_recorded(path: Path, codec: CodecFormat) -> Codes:
     """The codes in a `.mossnano`, `.npy`, `.json` or `.u16le`, [frames, quantizers]."""
-    with open_input(path) as file:
-        if path.suffix == ".mossnano":
+    if path.suffix == ".mossnano":
+        with open_input(path) as file:
             artifact = load_artifact(file, str(path))
+        try:
             artifact.check_fits(codec, prefix_allowed=True)
-            codes = artifact.codes
-        else:
-            codes = load_codes(file.read(), form_of(str(path), None), codec.quantizers)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        codes = artifact.codes
+    else:
+        codes = _load_plain(path, codec)
     if not len(codes):
         raise InputError(f"{path}: has no frames, and nothing can be measured with it; name one that has")
+    return codes
+
+
+def _load_plain(path: Path, codec: CodecFormat) -> Codes:
+    form = form_of(str(path), None)
+    with open_input(path) as file:
+        data = file.read()
+    try:
+        codes = load_codes(data, form, codec.quantizers, codec.codebook_size)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    frame_codes = codes.shape[1]
+    if not 1 <= frame_codes <= codec.quantizers:
+        raise InputError(f"{path}: holds {frame_codes} codes in each frame, allowed are 1 to {codec.quantizers}")
+    if place := first_outside(codes, codec.codebook_size):  # here, as decoders count the frames of a chunk
+        frame, quantizer = place
+        raise InputError(
+            f"{path}: code {quantizer} of frame {frame} is {codes[place]}, allowed are 0 to {codec.codebook_size - 1}"
+            f"{meaning_of(int(codes[place]), codec.codebook_size)}"
+        )
     return codes
 
 

@@ -26,7 +26,7 @@ from mossnano_stdio.tokens.format import (
     to_graph,
     to_quantizer_major,
 )
-from mossnano_stdio.tokens.packing import meaning_of, pack_frames, unpack_frames
+from mossnano_stdio.tokens.packing import first_outside, meaning_of, pack_frames, unpack_frames
 
 __all__ = [
     "FIELD_LIMITS",
@@ -39,6 +39,7 @@ __all__ = [
     "Codes",
     "bits_per_code",
     "build_artifact",
+    "first_outside",
     "frame_bytes",
     "frames_before_zeros",
     "load_artifact",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.errors import InputError, UsageError
 from mossnano_stdio.tokens.format import Codes, to_quantizer_major
-from mossnano_stdio.tokens.packing import first_outside
+from mossnano_stdio.tokens.packing import first_outside, meaning_of
 
 FORMS: Final = ("u16le", "npy", "json")
 LARGEST_CODE: Final = 0xFFFF
@@ -64,25 +64,29 @@ def save_codes(codes: Codes, form: str) -> bytes:
             return b"[" + b", ".join(json.dumps(block.tolist())[1:-1].encode("ascii") for block in blocks) + b"]\n"
 
 
-def load_codes(data: bytes, form: str, quantizers: int) -> Codes:
-    """The bytes of a file -> [frames, quantizers]. `quantizers` is for the forms that do not hold it.
+def load_codes(data: bytes, form: str, quantizers: int, codebook_size: int) -> Codes:
+    """The bytes of a file -> [frames, quantizers]. `quantizers` is for the forms that do not hold it, `codebook_size`
+    only tells whose codes they are, so that an error can say what one below 0 means.
 
-    >>> load_codes(b"[[1, 2], [3, 4]]", "json", quantizers=16).tolist()
+    >>> load_codes(b"[[1, 2], [3, 4]]", "json", quantizers=16, codebook_size=1024).tolist()
     [[1, 2], [3, 4]]
     """
     match form:
         case "u16le":
             return _from_u16le(data, quantizers)
         case "npy":
-            return _checked(_from_npy(data))
+            return _checked(_from_npy(data), codebook_size)
         case _:
-            return _checked(_from_json(data, quantizers))
+            return _checked(_from_json(data, quantizers), codebook_size)
 
 
-def _checked(codes: NDArray[np.integer]) -> Codes:
+def _checked(codes: NDArray[np.integer], codebook_size: int) -> Codes:
     if place := first_outside(codes, LARGEST_CODE + 1):
         frame, quantizer = place
-        raise InputError(f"code {quantizer} of frame {frame} is {codes[place]}, codes are 0 to {LARGEST_CODE}")
+        raise InputError(
+            f"code {quantizer} of frame {frame} is {codes[place]}, codes are 0 to {LARGEST_CODE}"
+            f"{meaning_of(int(codes[place]), codebook_size)}"
+        )
     return codes.astype(np.uint16, copy=False)
 
 

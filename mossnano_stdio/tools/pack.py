@@ -19,7 +19,7 @@ import argparse
 from mossnano_stdio.errors import ExitStatus, UsageError
 from mossnano_stdio.files import open_input, open_output
 from mossnano_stdio.tokens import FIELD_LIMITS, Artifact, Codes, build_artifact
-from mossnano_stdio.tokens.ecdc import ECDC_MODELS, Ecdc, EcdcHeader, EcdcSegment, build_ecdc
+from mossnano_stdio.tokens.ecdc import CODEBOOK_SIZE, ECDC_MODELS, Ecdc, EcdcHeader, EcdcSegment, build_ecdc
 from mossnano_stdio.tokens.plain import FORMS, form_of, load_codes
 from mossnano_stdio.weights import MODELS
 
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _artifact(args: argparse.Namespace, form: str) -> bytes:
     model = MODELS[args.model or "nano"].format
-    codes = _load(args, form, model.quantizers)
+    codebook_size = args.codebook_size or model.codebook_size
+    codes = _load(args, form, model.quantizers, codebook_size)
     frames, quantizers = codes.shape
     return build_artifact(
         Artifact(
@@ -66,7 +67,7 @@ def _artifact(args: argparse.Namespace, form: str) -> bytes:
             frames * model.frame_samples if args.original_samples is None else args.original_samples,
             quantizers,
             frames,
-            args.codebook_size or model.codebook_size,
+            codebook_size,
             codes,
         )
     )
@@ -77,16 +78,16 @@ def _ecdc(args: argparse.Namespace, form: str) -> bytes:
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is fixed in an .ecdc of {ECDC_MODEL}; leave it out")
     model = ECDC_MODELS[ECDC_MODEL]
-    codes = _load(args, form, model.quantizers)
+    codes = _load(args, form, model.quantizers, CODEBOOK_SIZE)
     frames, quantizers = codes.shape
     samples = frames * model.frame_samples if args.original_samples is None else args.original_samples
     return build_ecdc(Ecdc(EcdcHeader(ECDC_MODEL, samples, quantizers), [EcdcSegment(codes, maybe_scale=None)]))
 
 
-def _load(args: argparse.Namespace, form: str, quantizers: int) -> Codes:
+def _load(args: argparse.Namespace, form: str, quantizers: int, codebook_size: int) -> Codes:
     """The codes, [frames, quantizers]. `quantizers` is for the form that does not hold it."""
     with open_input(args.codes) as file:
-        codes = load_codes(file.read(), form, args.quantizers or quantizers)
+        codes = load_codes(file.read(), form, args.quantizers or quantizers, codebook_size)
     if args.quantizers not in (None, codes.shape[1]):
         raise UsageError(
             f"--quantizers is {args.quantizers}, but {args.codes} has {codes.shape[1]} codes in each frame"

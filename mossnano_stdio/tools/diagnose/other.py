@@ -49,7 +49,7 @@ def read_codes(path: str, codec: CodecFormat) -> Given:
     if data.startswith(NUMPY_START):
         codes: NDArray[Any] = _array(data, path)
     else:
-        codes = load_codes(data, form_of(path, None), codec.quantizers)
+        codes = load_codes(data, form_of(path, None), codec.quantizers, codec.codebook_size)
     return Given(path, data, _frame_major(codes, path, codec), None)
 
 
