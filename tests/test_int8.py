@@ -421,6 +421,11 @@ def test_flags_that_make_no_sense(arguments: list[str], words: str) -> None:
     assert (outcome.status, words in outcome.err) == (ExitStatus.USAGE, True), outcome.err
 
 
+def test_codes_that_are_not_there_are_missed_before_anything_is_built() -> None:
+    outcome = call_tool("build", "no-checkpoint", "out", "--precision", "float32,int8", "--codes", "nowhere.npy")
+    assert (outcome.status, "nowhere.npy" in outcome.err) == (66, True), outcome.err
+
+
 def test_an_encoder_has_no_precision() -> None:
     done = run([*PROCESS, "--encode", "--precision", "int8"])
     assert done.returncode == ExitStatus.USAGE

@@ -21,6 +21,7 @@ from mossnano_stdio.chunks import (
     frames_for_seconds,
 )
 from mossnano_stdio.errors import UsageError
+from mossnano_stdio.files import open_input
 from mossnano_stdio.pcm import (
     FORM_SETTINGS,
     LEAST_GAIN_DB,
@@ -121,7 +122,8 @@ def add_build_precision_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "float32,int8"),
         default="float32",
-        help="float32,int8: beside the float32 graph one that does some layers in 8 bits (float32)",
+        metavar="WHICH",
+        help="float32, or float32,int8: beside that graph one that does some layers in 8 bits (float32)",
     )
     parser.add_argument(
         "--int8-db",
@@ -142,6 +144,9 @@ def add_build_precision_arguments(parser: argparse.ArgumentParser) -> None:
 def check_build_precision(options: argparse.Namespace) -> None:
     if options.precision == "float32" and (options.codes or options.int8_db != INT8_DB):
         raise UsageError("--codes and --int8-db are for --precision float32,int8, which is not given")
+    for path in options.codes:
+        with open_input(path):  # it is there: said before the float32 graph is built, which may take minutes
+            pass
 
 
 def add_zero_frame_argument(parser: argparse.ArgumentParser) -> None:
