@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -64,6 +65,8 @@ else:
     def stop(pid: int) -> None:
         """It does nothing any more, and is not gone."""
         os.kill(pid, signal.SIGSTOP)
+        while any(") T " not in (task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()):
+            time.sleep(0.001)
 
     def go_on(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)

@@ -55,6 +55,9 @@ static class Program
     static void Signal(string name, Mossnano voice)
     {
         using (Process kill = Process.Start("kill", "-" + name + " " + voice.Pid)) kill.WaitForExit();
+        string threads = "/proc/" + voice.Pid + "/task";
+        Func<string, bool> stands = thread => File.ReadAllText(thread + "/stat").Contains(") T ");
+        if (name == "STOP") Until(() => Directory.GetDirectories(threads).All(stands));
     }
 
     static T Inside<T>(Mossnano voice, string field)

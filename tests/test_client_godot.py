@@ -23,7 +23,7 @@ if sys.platform == "win32":
 
 from mossnano_stdio.protocol.messages import Kind, encode_message
 from mossnano_stdio.tokens import pack_frames
-from tests.child import DEMO, PROCESS, ROOT, run
+from tests.child import DEMO, PROCESS, ROOT, run, stop
 from tests.doubles import NANO, some_frames, tokens_payload
 from tests.gdscript import PackedByteArray, PackedInt32Array, Script
 
@@ -165,7 +165,7 @@ def test_a_process_that_hangs_holds_nobody_up(start: Start) -> None:
     packed, pcm = frames_and_pcm(30)
     voice = start()
     until_ready(voice)
-    os.kill(voice.pid, signal.SIGSTOP)
+    stop(voice.pid)
     many = PackedByteArray(8000 * 20)
     with at_most_a_minute(voice):
         assert voice.feed(many)
@@ -189,7 +189,7 @@ def test_a_process_that_hangs_holds_nobody_up(start: Start) -> None:
 def test_a_process_that_hangs_is_ended_by_stop(start: Start) -> None:
     voice = start()
     until_ready(voice)
-    os.kill(voice.pid, signal.SIGSTOP)
+    stop(voice.pid)
     assert voice.feed(PackedByteArray(8000 * 20))
     pid = voice.pid
     voice.stop()

@@ -23,6 +23,7 @@ from tests.doubles import NANO, some_frames, tokens_payload
 CLIENT = ROOT / "mossnano_stdio" / "clients" / "node" / "mossnano.mjs"
 
 PRELUDE = """
+import { readdirSync, readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 const { Mossnano, MossnanoError } = await import(process.argv[1]);
 const command = process.argv.slice(2);
@@ -33,6 +34,11 @@ async function until(condition) { // a minute is far more than anything here tak
     if (waited > 60000) throw new Error(`never: ${condition}`);
     await sleep(2);
   }
+}
+function hang(pid) { // returns when none of its threads runs
+  process.kill(pid, "SIGSTOP");
+  const runs = (thread) => !/\\) T /.test(readFileSync(`/proc/${pid}/task/${thread}/stat`, "latin1"));
+  while (readdirSync(`/proc/${pid}/task`).some(runs));
 }
 """
 
@@ -80,7 +86,7 @@ def test_a_process_that_hangs_holds_nobody_up() -> None:
         f"""
         const frames = Buffer.from("{frames.hex()}", "hex");
         const voice = await Mossnano.start({{ command, fadeMs: 0, onError }});
-        process.kill(voice.pid, "SIGSTOP");
+        hang(voice.pid);
         const many = Buffer.alloc(8000 * voice.format.frame_bytes);
         say("fed", voice.feed(many));
         say("finished", voice.finish());
@@ -123,7 +129,7 @@ def test_a_process_that_hangs_holds_nobody_up() -> None:
 def test_a_process_that_hangs_is_ended_by_stop() -> None:
     said = play("""
         const voice = await Mossnano.start({ command, onError });
-        process.kill(voice.pid, "SIGSTOP");
+        hang(voice.pid);
         voice.feed(Buffer.alloc(8000 * voice.format.frame_bytes));
         await voice.stop();
         try {

@@ -22,7 +22,6 @@ FRAME_SAMPLES = NANO.frame_samples
 
 VOICES_PRELUDE = """
 import { createHash } from "node:crypto";
-import { readFileSync } from "node:fs";
 const frames = (number) => readFileSync(`${folder}/${number}.tokens`);
 const sha256 = (pieces) => createHash("sha256").update(Buffer.concat(pieces)).digest("hex");
 /** Pulls from all in turn until none speaks, as one callback for each would; what each has said. */
@@ -557,7 +556,7 @@ def test_what_has_not_left_is_forgotten_and_the_rest_of_it_is_not(spoken: tuple[
         const first = await Mossnano.start({ command, fadeMs: 0, onError });
         const voices = Array.from({ length: 3 }, () => first.openVoice({ fadeMs: 0 }));
         voices[0].feed(frames(0));
-        process.kill(first.pid, "SIGSTOP");
+        hang(first.pid);
         for (let times = 0; times < 3; times++) first.feed(Buffer.alloc(20 * 8000));
         voices[1].feed(frames(1));
         voices[1].finish();

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import pytest
 
 from mossnano_stdio.protocol.messages import Kind, encode_message
-from tests.child import DEMO, ROOT, run
+from tests.child import DEMO, ROOT, run, stop
 from tests.doubles import NANO, some_frames, tokens_payload
 from tests.gdscript import PackedByteArray, PackedInt32Array, Script
 from tests.test_clients import assert_gone, needs
@@ -419,7 +419,7 @@ def test_a_voice_that_is_cancelled_before_it_left_was_never_there(
     folder, pcm = utterances
     driver = start([*CHUNKED, "--max-streams", "2"])
     assert driver.max_streams == 2
-    os.kill(driver.pid, signal.SIGSTOP)
+    stop(driver.pid)
     for _ in range(1000):
         assert driver.ask("open", 0, 0.1, *PLAIN[1:]) == "opened"
         assert driver.ask("feed", 0, folder / "0.tokens") == "1"
@@ -536,7 +536,7 @@ def test_one_voice_too_many_is_told_so_and_the_next_one_is_not(
 def test_what_waits_in_a_voice_is_bounded(start: Program, utterances: tuple[Path, list[bytes]], tmp_path: Path) -> None:
     (tmp_path / "many.tokens").write_bytes(bytes(10_000 * 20))
     driver = start(CHUNKED)
-    os.kill(driver.pid, signal.SIGSTOP)
+    stop(driver.pid)
     for voice in (0, 1):
         assert driver.ask("open", voice, *PLAIN) == "opened"
     assert [driver.ask("feed", 0, tmp_path / "many.tokens") for _ in range(4)] == ["1", "1", "1", "0"]
