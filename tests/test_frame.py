@@ -24,7 +24,7 @@ from mossnano_stdio.protocol.messages import (
     out_of_stream,
 )
 from mossnano_stdio.tokens import Artifact, build_artifact, pack_frames
-from tests.child import DEMO
+from tests.child import DEMO, PROCESS
 from tests.tool import COMMAND, call_tool, run_tool
 
 CODES = np.random.default_rng(9).integers(0, 1024, (7, 16)).astype(np.uint16)
@@ -593,6 +593,18 @@ def test_through_the_process(form: str) -> None:
     samples = 7 * 3840 - 100 if form == "artifact" else 7 * 3840
     assert len(raw.stdout) == 4 * samples
     assert np.any(np.frombuffer(raw.stdout, dtype="<i2"))
+
+
+def test_tokens_of_fewer_codebooks_need_their_number_set(mimi_standin: Path) -> None:
+    few = build_artifact(Artifact(24000, 1, 7 * 1920, 8, 7, 2048, CODES[:, :8]))
+    raw = [*PROCESS, "--weights", str(mimi_standin), "--chunk-frames", "4", "--output", "raw"]
+    whole = subprocess.run(raw, input=call_tool("frame", "-", stdin=few).out, capture_output=True, check=True)
+    tokens = ["frame", "-", "--as", "tokens"]
+    refused = subprocess.run(raw, input=call_tool(*tokens, stdin=few).out, capture_output=True, check=False)
+    assert (refused.returncode, refused.stdout) == (ExitStatus.BAD_INPUT, b"")
+    assert b"quantizers is 8 there and 32 here" in refused.stderr
+    stream = call_tool(*tokens, "--set", "quantizers=8", stdin=few).out
+    assert subprocess.run(raw, input=stream, stdout=subprocess.PIPE, check=True).stdout == whole.stdout
 
 
 @pytest.mark.parametrize("form", ["artifact", "tokens"])

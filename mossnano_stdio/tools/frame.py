@@ -3,7 +3,8 @@
   --as artifact   each one as it is, in ARTIFACT messages: trimmed to its true length, its END follows by itself
   --as tokens     its codes in TOKENS messages, closed by END, as a live encoder would send them; before the first,
                   and wherever the numbers change, a HANDSHAKE says what they are, so that a decoder with other
-                  weights refuses them instead of making noise
+                  weights refuses them instead of making noise. One whose weights have more codebooks takes them after
+                  --set quantizers=N
 
 An .ecdc of EnCodec is framed as an artifact is; as tokens only where it has no scales, at 24 kHz.
 
