@@ -301,9 +301,9 @@ def test_a_folder_without_official_graphs_has_no_weights_to_take_out(tmp_path: P
         assert f"`mossnano build CHECKPOINT_DIR {tmp_path / 'out'}` builds graphs" in outcome.error_line
 
 
-def test_ours_alone_run_on_the_cpu_alone(tmp_path: Path) -> None:
+def test_an_official_graph_that_is_not_there_is_missed(tmp_path: Path) -> None:
     assert call_tool("build", REFERENCES / "moss-24k", tmp_path, "--what", "decode", "--graphs", "fast").status == 0
-    with pytest.raises(BundleError, match="has no official graph, which alone runs elsewhere than on the CPU"):
+    with pytest.raises(BundleError, match="has no official graph; `mossnano build` makes one of a checkpoint"):
         load_runtime(load_bundle(tmp_path), graph="official")
 
 

@@ -19,7 +19,7 @@ from mossnano_stdio.build.decode_step import FAST_FILE, fast_decode_step
 from mossnano_stdio.build.model import DecoderWeights, transformers
 from mossnano_stdio.codecs import Engine, in_place, moss
 from mossnano_stdio.codecs.moss import FastDecoder, FastRuntime
-from mossnano_stdio.errors import BundleError, DecodeError, TokenError, UsageError
+from mossnano_stdio.errors import BundleError, DecodeError, TokenError
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.weights import Bundle, load_bundle
 from tests import oracle
@@ -189,6 +189,7 @@ def test_reset_is_a_fresh_decoder(runtime: FastRuntime, long_codes: Codes) -> No
 def test_nan_does_not_outlive_a_reset(runtime: FastRuntime, codes: Codes, audio: Sound) -> None:
     decoder = runtime.new_decoder()
     decoder.step(codes)
+    assert isinstance(decoder._stream, in_place.InPlaceStream)
     for ring in decoder._stream._rings:
         for layer in ring._memories[0]:
             layer[...] = np.nan
@@ -232,8 +233,8 @@ def test_a_step_that_fails_leaves_the_decoder_where_it_was(
     decoder, undisturbed = runtime.new_decoder(), runtime.new_decoder()
     for either in (decoder, undisturbed):
         in_chunks(either, long_codes[:41], 8)
-    native = runtime.in_place.session.native
-    monkeypatch.setattr(runtime.in_place.session, "native", FailingNative(native, fails_in_run))
+    native = runtime.stack.session.native
+    monkeypatch.setattr(runtime.stack.session, "native", FailingNative(native, fails_in_run))
     with pytest.raises(DecodeError, match="as it was told to"):
         decoder.step(long_codes[41 : 41 + frames])
     monkeypatch.undo()
@@ -326,11 +327,6 @@ def test_a_runtime_that_does_not_attend_runs_the_official_graph(
     assert "the official graph runs instead" in caplog.text
     with pytest.raises(BundleError, match="does not attend as this graph needs it"):
         codecs.load_runtime(bundle, graph="fast", threads=1)
-
-
-def test_other_providers_run_the_official_graph(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="runs on provider 'cpu' only"):
-        FastRuntime(bundle, Engine.of("cuda"))
 
 
 # --- the graph and its facts --------------------------------------------------------------------------------------

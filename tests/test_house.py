@@ -63,7 +63,7 @@ ONLY_IN = {
     "tqdm": {"tools"},
     "pyarrow": {"tools"},
     "ray": {"tools"},
-    "onnx": {"build", "demo"},
+    "onnx": {"build", "demo", "codecs"},  # codecs: for providers that want other nodes
     "google": {"build"},  # protobuf, which comes with onnx
     "safetensors": {"build"},
     "signal": {"process", "client", "tools", "cli"},

@@ -203,7 +203,7 @@ def load_encoder_runtime(
 
 def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> EncoderRuntime | FullEncoder:
     """Load what encodes: frame after frame where the bundle has such a graph, else recordings as a whole."""
-    if provider == "cpu" and bundle.has_graph("encode_step"):
+    if bundle.has_graph("encode_step"):
         try:
             return load_encoder_runtime(bundle, provider=provider, threads=threads)
         except UnfitRuntimeError as error:

@@ -13,11 +13,13 @@ Rules of this room:
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +40,9 @@ PROVIDERS = {
     "directml": "DmlExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+DEVICES = {"cuda": "cuda"}  # whose memory states stay in; of all others they come back to the CPU's
+# By itself CUDA rounds what it multiplies to 10 bits of mantissa (TF32), and leaves 62 dB of 120.
+OPTIONS = {"cuda": {"use_tf32": "0"}}
 MAX_DEFAULT_THREADS = 4  # more do not help graphs of this size
 MAX_THREADS = 1024
 
@@ -45,6 +50,7 @@ SPIN_US = 10
 BOUNDED_SPINNING_SINCE = (1, 26)  # of onnxruntime
 
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's severities
+MISSING_LIBRARY = re.compile(r"^Failed to load (.+?): ", re.MULTILINE)  # as onnxruntime's preload_dlls prints it
 MEMORY_WORDS = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
 
 NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"  # onnxruntime reads it while it is imported, and never again
@@ -58,6 +64,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 Array = NDArray[Any]
+BindRun = Callable[[int, int], Mapping[str, Array]]  # first and end frame of a run -> arrays by their names
 
 
 class UnfitRuntimeError(BundleError):
@@ -119,12 +126,14 @@ def default_threads() -> int:
     return min(MAX_DEFAULT_THREADS, usable)
 
 
-def open_session(graph: Graph, engine: Engine, *, optimise: bool = True) -> Session:
-    """Load `graph`. Its large files are hashed beside onnxruntime's own work; no verdict, no session."""
+def open_session(graph: Graph, engine: Engine, *, optimise: bool = True, maybe_model: bytes | None = None) -> Session:
+    """Load `graph`, or in its place a model over the same data. Its large files are hashed beside onnxruntime's own
+    work; no verdict, no session.
+    """
     check = _ContentCheck(graph.data)
     graph.model.check_content()  # first, and small: a damaged graph never reaches the native library
     try:
-        session = Session(graph, engine, _native_session(graph, engine, optimise))
+        session = Session(graph, engine, _native_session(graph, engine, optimise, maybe_model))
     except MossnanoError:
         check.finish()  # damaged data explains the failure better than onnxruntime does
         raise
@@ -182,24 +191,31 @@ def native_value(array: NDArray[Any]) -> Any:
     return import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
-def _native_session(graph: Graph, engine: Engine, optimise: bool) -> Any:
+def device_value(array: NDArray[Any], provider: str) -> Any:
+    """A copy of the array where a provider's graphs keep what goes from run to run."""
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(array, DEVICES.get(provider, "cpu"))
+
+
+def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: bytes | None) -> Any:
     onnxruntime = import_onnxruntime()
     wanted = PROVIDERS[engine.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise BundleError(f"provider {engine.provider!r} is not in this onnxruntime; {_available_providers()}")
+    missing = _missing_libraries() if engine.provider == "cuda" else ""
     # onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
     # even within the hub's cache. Then the data is handed over in memory, which takes a copy of it while it loads.
+    # A model that is no file has no folder, and takes it so, too.
     linked = any(file.path.is_symlink() for file in graph.data)
     maybe_failure = None
-    for data_in_memory in (False, True) if linked else (False,):
+    for data_in_memory in (True,) if maybe_model else (False, True) if linked else (False,):
         try:
-            native = _create(onnxruntime, graph, engine, optimise, data_in_memory)
+            native = _create(onnxruntime, graph, engine, optimise, data_in_memory, maybe_model)
         except Exception as error:  # noqa: BLE001 - its exceptions have no common root but this
             maybe_failure = maybe_failure or error
             continue
         if wanted not in native.get_providers():
             raise BundleError(
-                f"provider {engine.provider!r} was asked for, but did not start; {_available_providers()}"
+                f"provider {engine.provider!r} was asked for, but did not start{missing}; {_available_providers()}"
             )
         return native
     assert maybe_failure is not None
@@ -208,20 +224,22 @@ def _native_session(graph: Graph, engine: Engine, optimise: bool) -> Any:
     raise BundleError(f"{graph.path}: onnxruntime cannot load {files}: {_first_line(maybe_failure)}") from maybe_failure
 
 
-def _create(onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool, data_in_memory: bool) -> Any:
+def _create(
+    onnxruntime: Any, graph: Graph, engine: Engine, optimise: bool, data_in_memory: bool, maybe_model: bytes | None
+) -> Any:
     options = _session_options(onnxruntime, engine)
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # The CPU takes the operators that another provider does not have.
-    providers = list(dict.fromkeys([PROVIDERS[engine.provider], PROVIDERS["cpu"]]))
+    providers = {PROVIDERS[name]: OPTIONS.get(name, {}) for name in (engine.provider, "cpu")}
     with contextlib.ExitStack() as open_files:
         if data_in_memory:
             files = [open_files.enter_context(file.path.open("rb")) for file in graph.data]
             mapped = [open_files.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
             names = [file.path.name for file in graph.data]
             options.add_external_initializers_from_files_in_memory(names, mapped, [len(data) for data in mapped])
-        path = open_files.enter_context(_path_as_text(graph.path))
-        return onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
+        model = maybe_model or open_files.enter_context(_path_as_text(graph.path))
+        return onnxruntime.InferenceSession(model, options, providers=[*providers.items()], enable_fallback=0)
 
 
 @contextlib.contextmanager
@@ -237,6 +255,19 @@ def _path_as_text(path: Path) -> Iterator[str]:
             os.close(folder)
     else:
         yield str(path)
+
+
+@cache
+def _missing_libraries() -> str:
+    """Load what CUDA's provider rests on, out of the packages that pip puts beside onnxruntime: by itself it looks for
+    them in the system only. Returns words about those that are nowhere.
+    """
+    maybe_load = getattr(import_onnxruntime(), "preload_dlls", None)  # since 1.21
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        if maybe_load is not None:
+            maybe_load()
+    names = [Path(path).name for path in MISSING_LIBRARY.findall(said.getvalue())]
+    return f", for want of {', '.join(names)}: pip install 'onnxruntime-gpu[cuda,cudnn]'" if names else ""
 
 
 def _session_options(onnxruntime: Any, engine: Engine) -> Any:

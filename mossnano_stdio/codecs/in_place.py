@@ -16,8 +16,7 @@ Rules of this room:
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from mossnano_stdio.codecs.contract import FLOAT32, INT32
 from mossnano_stdio.codecs.engine import (
     Array,
+    BindRun,
     Engine,
     Session,
     TensorSpec,
@@ -37,14 +37,10 @@ from mossnano_stdio.codecs.engine import (
     translated_errors,
 )
 from mossnano_stdio.codecs.probe import attention_support
-from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec
-from mossnano_stdio.errors import UsageError
+from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec, context_frames, ring_specs
 from mossnano_stdio.weights import Graph, StateSpec
-from mossnano_stdio.weights.checked_json import Entry
 
 log = logging.getLogger("mossnano")
-
-BindRun = Callable[[int, int], Mapping[str, NDArray[Any]]]  # first and end frame of a run -> arrays by their names
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,7 @@ class InPlaceGraph:
         """`inputs` and `outputs`: what the graph has beside its transformers and its states; `rounded_frames`: see
         RingSpec.
         """
-        if engine.provider != "cpu":
-            other = f"; `--graph official` runs on {engine.provider!r}" if graph.name.startswith("fast") else ""
-            raise UsageError(f"{graph.path}: runs on provider 'cpu' only{other}")
-        self.specs = tuple(_ring_specs(graph, rounded_frames))
+        self.specs = tuple(ring_specs(graph, rounded_frames))
         support = attention_support() if self.specs else "in place"
         if support == "none":
             raise UnfitRuntimeError(f"{graph.path}: {_unfit_runtime()}")
@@ -88,11 +81,7 @@ class InPlaceGraph:
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
         """How far each layer looks back."""
-        return tuple(
-            frames
-            for spec in self.specs
-            for frames in [math.ceil(spec.context_tokens / spec.tokens_per_frame)] * spec.layers
-        )
+        return context_frames(self.specs)
 
     def open_stream(self) -> InPlaceStream:
         return InPlaceStream(self)
@@ -189,33 +178,6 @@ class _States:
     def restore(self, copies: Sequence[Array]) -> None:
         for array, copy in zip(self._now, copies, strict=True):
             array[...] = copy
-
-
-def _ring_specs(graph: Graph, rounded_frames: int) -> Iterator[RingSpec]:
-    """What `mossnano.json` says of the graph's transformers."""
-    first_layer = 0
-    for number, entry in enumerate(Entry(dict(graph.facts), f"{graph.path}: facts").at("transformers").items()):
-        ring_dim = entry.at("ring_dim").whole(least=2)
-        spec = RingSpec(
-            number=number,
-            first_layer=first_layer,
-            layers=entry.at("layers").whole(least=1),
-            heads=entry.at("heads").whole(least=1),
-            ring_dim=ring_dim,
-            context_tokens=entry.at("context_tokens").whole(least=1),
-            tokens_per_frame=entry.at("tokens_per_frame").whole(least=1),
-            angles=_angles(entry.at("angles"), ring_dim // 2),
-            rounded_frames=rounded_frames,
-        )
-        yield spec
-        first_layer += spec.layers
-
-
-def _angles(entry: Entry, pairs: int) -> tuple[float, ...]:
-    angles = entry.value
-    if not isinstance(angles, list) or len(angles) != pairs or not all(isinstance(angle, float) for angle in angles):
-        raise entry.wrong(f"a list of {pairs} numbers")
-    return tuple(angles)
 
 
 def _contract(specs: tuple[RingSpec, ...]) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

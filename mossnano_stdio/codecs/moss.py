@@ -17,11 +17,12 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mossnano_stdio.codecs.carried import CarriedGraph
 from mossnano_stdio.codecs.contract import (
     FLOAT32,
     INT32,
@@ -34,7 +35,7 @@ from mossnano_stdio.codecs.contract import (
     joined,
 )
 from mossnano_stdio.codecs.engine import Engine, TensorSpec, UnfitRuntimeError, open_session
-from mossnano_stdio.codecs.in_place import InPlaceGraph, InPlaceState
+from mossnano_stdio.codecs.in_place import InPlaceGraph
 from mossnano_stdio.codecs.precisions import INT8, check_has_int8, int8_name
 from mossnano_stdio.codecs.stepping import GraphState, run_step
 from mossnano_stdio.errors import BundleError, UsageError
@@ -81,7 +82,7 @@ def load_runtime(
         if not bundle.has_graph("fast"):
             raise BundleError(f"{bundle.folder}: has no fast graph; `mossnano build` makes one")
         return FastRuntime(bundle, engine)
-    if graph is None and engine.provider == "cpu" and "fast" in bundle.graphs:
+    if graph is None and "fast" in bundle.graphs:
         try:
             return FastRuntime(bundle, engine)
         except UnfitRuntimeError as error:
@@ -89,7 +90,7 @@ def load_runtime(
                 raise
             log.warning("%s; the official graph runs instead", error)
     if "decode_step" not in bundle.graphs:
-        what = "official graph, which alone runs elsewhere than on the CPU" if "fast" in bundle.graphs else "decoder"
+        what = "official graph" if "fast" in bundle.graphs else "decoder"
         raise BundleError(f"{bundle.folder}: has no {what}; `mossnano build` makes one of a checkpoint")
     return OfficialRuntime(bundle, engine)
 
@@ -216,15 +217,20 @@ class InPlaceRuntime:
         self.bundle = bundle
         self.engine = engine
         self.format = bundle.format
+        if precision == INT8 and engine.provider != "cpu":
+            raise UsageError(
+                f"{bundle.folder}: its int8 graph runs on provider 'cpu' only; on {engine.provider!r} leave int8 out"
+            )
         graph = bundle.graph(int8_name(self.graph_name) if precision == INT8 else self.graph_name)
         self.path = graph.path
         self.precision = graph.precision
-        self.in_place = InPlaceGraph(graph, engine, inputs, outputs, self.rounded_frames)
+        stack = InPlaceGraph if engine.provider == "cpu" else CarriedGraph
+        self.stack = stack(graph, engine, inputs, outputs, self.rounded_frames)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
         """How far each layer looks back."""
-        return self.in_place.layer_context_frames
+        return self.stack.layer_context_frames
 
 
 class DecodeRowsRuntime(InPlaceRuntime):
@@ -276,7 +282,7 @@ class InPlaceSteps:
     def __init__(self, runtime: InPlaceRuntime) -> None:
         self.runtime = runtime
         self.format = runtime.format
-        self._stream = runtime.in_place.open_stream()
+        self._stream = runtime.stack.open_stream()
 
     @property
     def next_frame(self) -> int:
@@ -286,10 +292,10 @@ class InPlaceSteps:
         """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
         self._stream.reset(start_frame)
 
-    def snapshot(self) -> InPlaceState:
+    def snapshot(self) -> Any:
         return self._stream.snapshot()
 
-    def restore(self, state: InPlaceState) -> None:
+    def restore(self, state: Any) -> None:
         self._stream.restore(state)
 
 

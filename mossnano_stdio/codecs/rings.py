@@ -17,7 +17,7 @@ Rules of this room:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.engine import native_value
+from mossnano_stdio.weights import Graph
+from mossnano_stdio.weights.checked_json import Entry
 
 Floats = NDArray[np.float32]
 
@@ -87,6 +89,40 @@ class RingSpec:
         if position >= self.rounded_frames * self.tokens_per_frame:
             angles -= np.rint(angles / math.tau) * math.tau
         return angles.astype(np.float32)
+
+
+def ring_specs(graph: Graph, rounded_frames: int) -> Iterator[RingSpec]:
+    """What `mossnano.json` says of the graph's transformers."""
+    first_layer = 0
+    for number, entry in enumerate(Entry(dict(graph.facts), f"{graph.path}: facts").at("transformers").items()):
+        ring_dim = entry.at("ring_dim").whole(least=2)
+        spec = RingSpec(
+            number=number,
+            first_layer=first_layer,
+            layers=entry.at("layers").whole(least=1),
+            heads=entry.at("heads").whole(least=1),
+            ring_dim=ring_dim,
+            context_tokens=entry.at("context_tokens").whole(least=1),
+            tokens_per_frame=entry.at("tokens_per_frame").whole(least=1),
+            angles=_angles(entry.at("angles"), ring_dim // 2),
+            rounded_frames=rounded_frames,
+        )
+        yield spec
+        first_layer += spec.layers
+
+
+def _angles(entry: Entry, pairs: int) -> tuple[float, ...]:
+    angles = entry.value
+    if not isinstance(angles, list) or len(angles) != pairs or not all(isinstance(angle, float) for angle in angles):
+        raise entry.wrong(f"a list of {pairs} numbers")
+    return tuple(angles)
+
+
+def context_frames(specs: Sequence[RingSpec]) -> tuple[int, ...]:
+    """How far each layer looks back."""
+    return tuple(
+        frames for spec in specs for frames in [math.ceil(spec.context_tokens / spec.tokens_per_frame)] * spec.layers
+    )
 
 
 class Rings:

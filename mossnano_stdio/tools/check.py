@@ -50,8 +50,6 @@ TOLERATED_STEPS = 1.0
 TOLERATED_LOSS_DB = 3.0
 TOLERATED_AGREEMENT = 0.999  # rows that are equally near within float rounding may be taken for each other
 
-ON_THE_CPU_ONLY = ("fast", "fast_int8", "decode_step_int8", "encode_step")
-
 Audio = NDArray[np.float32]
 
 
@@ -157,7 +155,7 @@ class _Graphs:
         for name, load in self._loaders().items():
             if not self._bundle.has_graph(name):
                 continue
-            if name in ON_THE_CPU_ONLY and self._provider != "cpu":
+            if self._bundle.graphs[name].precision == codecs.INT8 and self._provider != "cpu":
                 yield Row("absent", "graph", name, f"runs on the CPU only, not on {self._provider!r}")
                 continue
             try:
