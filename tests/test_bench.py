@@ -24,9 +24,11 @@ from mossnano_stdio import cli
 from mossnano_stdio.build.arithmetic import bytes_per_step, decoding_macs
 from mossnano_stdio.build.bundle import build_standin, save_bundle
 from mossnano_stdio.build.checkpoint import load_checkpoint
+from mossnano_stdio.codecs.carried import CarriedStream
+from mossnano_stdio.codecs.engine import PROVIDERS
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools import bench as bench_tool
-from mossnano_stdio.tools.bench import voices
+from mossnano_stdio.tools.bench import ELSEWHERE, voices
 from mossnano_stdio.tools.bench.estimate import Estimate, Pace
 from mossnano_stdio.tools.bench.sides import GraphBench, Side, sides_of
 from mossnano_stdio.tools.bench.worker import LoopStream
@@ -94,6 +96,27 @@ def test_one_graph_is_measured_alone_and_beside_others(tmp_path: Path, tiny_bund
     assert set(json.loads(outcome.out)["threads"]["1"]["steps_ms"]["1"]) == {"fast graph"}
     sides = sides_of(load_bundle(tmp_path), [load_bundle(tiny_bundle)])
     assert [(side.name, side.kind) for side in sides] == [("fast graph", "fast"), ("bundle, official", "official")]
+
+
+def test_a_provider_is_measured_beside_the_cpu(
+    built_bundle: Path, mimi_standin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(ELSEWHERE) == PROVIDERS.keys() - {"cpu"}
+    for folder, names in (
+        (built_bundle, ["official loop", "our runtime, official graph", "fast graph", "fast graph, coreml"]),
+        (mimi_standin, ["our runtime", "our runtime, coreml"]),
+    ):
+        sides = sides_of(load_bundle(folder), maybe_provider="coreml")
+        assert [side.name for side in sides] == names
+        outcome = call_tool("bench", "--weights", folder, "--provider", "coreml", "--steps", "--threads", "1")
+        assert outcome.status == ExitStatus.NO_WEIGHTS
+        assert "provider 'coreml' is not in this onnxruntime" in outcome.error_line
+        monkeypatch.setitem(PROVIDERS, "coreml", PROVIDERS["cpu"])  # pretended: it computes on the CPU
+        for kind in (sides[-1].kind, "encode@coreml"):
+            worker = RealWorker(kind, str(folder), 1, 8, 1024, 0, load_bundle(folder).format.frame_samples)
+            assert isinstance(worker.streams[0]._stream, CarriedStream)
+            assert len(worker.steps(chunk_frames=2, steps=3)) == 3
+        monkeypatch.undo()
 
 
 def test_one_side_of_a_codec_is_measured_alone(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from mossnano_stdio.codecs.encodec import (
     SegmentRuntime,
     refuse_segments,
 )
-from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, default_threads
+from mossnano_stdio.codecs.engine import PROVIDERS, Engine, UnfitRuntimeError, check_provider, default_threads
 from mossnano_stdio.codecs.moss import GraphName
 from mossnano_stdio.codecs.precisions import INT8, PRECISIONS, PrecisionName, int8_name
 from mossnano_stdio.errors import BundleError, UsageError
@@ -54,6 +54,7 @@ __all__ = [
     "SegmentEncoder",
     "SegmentRuntime",
     "UnfitRuntimeError",
+    "check_provider",
     "default_threads",
     "family_of",
     "int8_name",

@@ -126,6 +126,12 @@ def default_threads() -> int:
     return min(MAX_DEFAULT_THREADS, usable)
 
 
+def check_provider(name: str) -> None:
+    """Is it in this onnxruntime?"""
+    if PROVIDERS[name] not in import_onnxruntime().get_available_providers():
+        raise BundleError(f"provider {name!r} is not in this onnxruntime; {_available_providers()}")
+
+
 def open_session(graph: Graph, engine: Engine, *, optimise: bool = True, maybe_model: bytes | None = None) -> Session:
     """Load `graph`, or in its place a model over the same data. Its large files are hashed beside onnxruntime's own
     work; no verdict, no session.
@@ -198,9 +204,8 @@ def device_value(array: NDArray[Any], provider: str) -> Any:
 
 def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: bytes | None) -> Any:
     onnxruntime = import_onnxruntime()
+    check_provider(engine.provider)
     wanted = PROVIDERS[engine.provider]
-    if wanted not in onnxruntime.get_available_providers():
-        raise BundleError(f"provider {engine.provider!r} is not in this onnxruntime; {_available_providers()}")
     missing = _missing_libraries() if engine.provider == "cuda" else ""
     # onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
     # even within the hub's cache. Then the data is handed over in memory, which takes a copy of it while it loads.

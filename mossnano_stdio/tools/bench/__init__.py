@@ -4,6 +4,7 @@
   mossnano bench --weights DIR --against OTHER  another weights folder beside it
   mossnano bench --weights DIR --peer moshi     of Mimi: PyPI's moshi, or rustymimi, or both, beside it, out of the
                                                 environment that --peer-python names
+  mossnano bench --weights DIR --provider cuda  our runtime on a GPU beside those
   mossnano bench --weights DIR --steps          of all that the steps only: minutes instead of many
   mossnano bench --weights DIR --process        mossnano-stdio against a bare loop over the same graph
   mossnano bench --weights DIR --streams 1,4,16 so many streams in one process, against a process for each
@@ -49,6 +50,7 @@ DEFAULT_CHUNKS = "1,2,4,8,17,23"
 DEFAULT_THREADS = "1,2"
 DEFAULT_TURNS = 7
 PEERS = ("moshi", "rustymimi")
+ELSEWHERE = ("cuda", "tensorrt", "coreml", "directml", "openvino")  # as codecs has them, which --help does not import
 LIMITS_SECONDS = 5.0  # what measuring the machine was seen to take, for one number of threads
 
 START_TITLES = {
@@ -76,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-checkpoint", metavar="FILE", type=Path, help="what the peers read (the one in the weights folder)"
     )
+    parser.add_argument("--provider", choices=ELSEWHERE, help="our runtime there beside the one on the CPU")
     parser.add_argument(
         "--quantizers", type=whole_number(1, 1000), metavar="N", help="codes of each frame that are decoded (all)"
     )
@@ -166,17 +169,21 @@ def _measure(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         raise UsageError("--cpu-time is for steps; add --steps or --encode")
     if args.seconds and not args.streams:
         raise UsageError("--seconds is how long streams are played; add --streams")
-    if (args.bits or args.process or args.streams) and (args.peer or args.quantizers):
-        raise UsageError("--peer and --quantizers are for graphs; leave --bits, --process and --streams out")
+    if (args.bits or args.process or args.streams) and (args.peer or args.quantizers or args.provider):
+        raise UsageError(
+            "--peer, --quantizers and --provider are for graphs; leave --bits, --process and --streams out"
+        )
     if args.bits:
         from mossnano_stdio.tools.bench.bits import bits_figures
 
         _say("packing an hour of codes some times takes a few seconds")
         figures["bits"] = bits_figures()
         return
-    from mossnano_stdio.codecs import refuse_segments
+    from mossnano_stdio.codecs import check_provider, refuse_segments
     from mossnano_stdio.weights import find_weights, load_bundle
 
+    if args.provider:
+        check_provider(args.provider)
     bundle = load_bundle(find_weights(args.weights))
     refuse_segments(bundle)
     if args.process:
@@ -222,13 +229,14 @@ def _measure_graphs(
         bench.streams(threads, found)
 
     peers = peer_sides(bundle, args.peer, args.peer_python or sys.executable, args.peer_checkpoint, encodes=False)
-    _measure_sides(bundle, sides_of(bundle, against, peers), args, measure, figures, has_limits=not args.steps)
+    sides = sides_of(bundle, against, peers, args.provider)
+    _measure_sides(bundle, sides, args, measure, figures, has_limits=not args.steps)
 
 
 def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[str, Any]) -> None:
     from mossnano_stdio.codecs import stepping_graphs
     from mossnano_stdio.tools.bench.peers import peer_sides
-    from mossnano_stdio.tools.bench.sides import Side, float32_side
+    from mossnano_stdio.tools.bench.sides import Side, float32_side, on_provider
 
     if not bundle.has_graph("encode_step"):
         raise BundleError(f"{bundle.folder}: has no streaming encoder to measure; `mossnano build` makes one")
@@ -238,6 +246,8 @@ def _measure_encoding(bundle: Bundle, args: argparse.Namespace, figures: dict[st
     if not sides and any(map(bundle.has_graph, stepping_graphs(bundle))):
         sides.append(replace(float32_side(bundle), name="decoding"))
     sides.append(Side("encoding", "encode", bundle.folder))
+    if args.provider:
+        sides.append(on_provider(sides[-1], args.provider))
 
     def measure(bench: GraphBench, threads: int, found: dict[str, Any]) -> None:
         bench.steps(threads, args.chunks, found, cpu_time=args.cpu_time)

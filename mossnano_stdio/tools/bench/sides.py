@@ -85,9 +85,18 @@ def float32_side(bundle: Bundle) -> Side:
     return [side for side in decoding_sides(bundle) if not side.kind.endswith(INT8_SUFFIX)][-1]
 
 
-def sides_of(bundle: Bundle, against: Sequence[Bundle] = (), peers: Sequence[Side] = ()) -> list[Side]:
+def on_provider(side: Side, provider: str) -> Side:
+    """The same elsewhere than on the CPU."""
+    return replace(side, name=f"{side.name}, {provider}", kind=f"{side.kind}@{provider}")
+
+
+def sides_of(
+    bundle: Bundle, against: Sequence[Bundle] = (), peers: Sequence[Side] = (), maybe_provider: str | None = None
+) -> list[Side]:
     """All sides; the others are measured against the first."""
     sides = [*peers, *decoding_sides(bundle)]
+    if maybe_provider is not None:
+        sides.append(on_provider(float32_side(bundle), maybe_provider))
     for other in against:
         kind = float32_side(other).kind
         taken = {side.name for side in sides}

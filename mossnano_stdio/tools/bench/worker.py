@@ -18,7 +18,7 @@ Rules of this room:
 - SIDE `loop` is the official way and uses nothing of ours: a session with its defaults, `session.run` with a dict of
   numpy state. This file is run, not imported from the package, so that `loop` pays for its own imports only.
 - SIDE `official`, `fast` and `only` are our runtime on a graph that decodes, `fast-int8` and `only-int8` the same in
-  int8, `encode` is our streaming encoder.
+  int8, `encode` is our streaming encoder. Behind an "@" there may be a provider other than the CPU's.
 - SIDE `moshi`, `rustymimi`, `moshi-encode` and `rustymimi-encode` are other programs that run Mimi, by the Python of an
   environment that has them, as their users call them: numpy in, numpy out. WEIGHTS is the checkpoint then.
 - QUANTIZERS 0 means as many as the weights have; a peer has to be told.
@@ -100,7 +100,7 @@ class LoopStream:
 class OurSide:
     """Our runtime: one session for all streams."""
 
-    def __init__(self, folder: str, threads: int, graph: str, quantizers: int) -> None:
+    def __init__(self, folder: str, threads: int, graph: str, quantizers: int, provider: str = "cpu") -> None:
         from mossnano_stdio.codecs import load_encoder_runtime, load_runtime
         from mossnano_stdio.weights import load_bundle
 
@@ -109,11 +109,13 @@ class OurSide:
         self.encodes = graph == "encode"
         self.channels = bundle.format.channels
         if graph == "encode":
-            self.new: Callable[[], Any] = load_encoder_runtime(bundle, threads=threads).new_encoder
+            self.new: Callable[[], Any] = load_encoder_runtime(bundle, provider=provider, threads=threads).new_encoder
         else:
             name, _, precision = graph.partition("-")
             maybe_graph = None if name == "only" else name
-            runtime = load_runtime(bundle, threads=threads, graph=maybe_graph, precision=precision or None)
+            runtime = load_runtime(
+                bundle, provider=provider, threads=threads, graph=maybe_graph, precision=precision or None
+            )
             self.new = runtime.new_decoder
 
     def open(self, number: int) -> Any:
@@ -198,7 +200,8 @@ def side_of(name: str, weights: str, threads: int, quantizers: int) -> AnySide:
         case "loop":
             return LoopSide(weights, threads)
         case _:
-            return OurSide(weights, threads, name, quantizers)
+            graph, _, provider = name.partition("@")
+            return OurSide(weights, threads, graph, quantizers, provider or "cpu")
 
 
 def input_for(side: AnySide, frames: int, codebook_size: int, frame_samples: int) -> Any:
