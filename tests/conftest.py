@@ -8,7 +8,6 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +42,7 @@ WAYS_TO_RUN_SKIPPED = {
     r"pulseaudio|libasound2-plugins": "apt-get install pulseaudio pulseaudio-utils libasound2-plugins",
     r"namespaces cannot": "run it as root, or where users may make namespaces",
     r"the extra|could not import": "pip install --editable '.[test]'",
+    r"no other provider": "where there is a GPU, pip install 'onnxruntime-gpu[cuda,cudnn]' in the place of onnxruntime",
     r"two CPUs": "let it use two CPUs (see taskset)",
     r"no git checkout": "run it in a git clone",
 }
@@ -81,7 +81,9 @@ def way_to_run(reason: str) -> str:
 
 def skip_if_nothing_can_be_built() -> None:
     """What is built is tried at once, and the fast graph needs more than the oldest onnxruntime that we run with."""
-    major, minor, *_ = version("onnxruntime").split(".")
+    from mossnano_stdio.codecs.engine import import_onnxruntime
+
+    major, minor, *_ = import_onnxruntime().__version__.split(".")  # whichever package it comes from
     if (int(major), int(minor)) < (1, 24):
         pytest.skip("building needs onnxruntime 1.24 or later")
 

@@ -1,7 +1,7 @@
 """Elsewhere than on the CPU: codecs/plain_attention.py and codecs/carried.py, and what users are told.
 
-Each codec gives the goldens there too. That is tried on each provider that this onnxruntime has, and on one that is
-pretended: it computes on the CPU, but is treated as any other.
+Each codec gives the goldens there too. That is tried on each provider that starts here, and on one that is pretended:
+it computes on the CPU, but is treated as any other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import builtins
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mossnano_stdio.codecs import engine
 from mossnano_stdio.codecs.carried import CarriedGraph
 from mossnano_stdio.codecs.engine import UnfitRuntimeError
 from mossnano_stdio.codecs.moss import FastRuntime, StreamEncoder
+from mossnano_stdio.codecs.probe import PROBE_PATH
 from mossnano_stdio.errors import BundleError, DecodeError, UsageError
 from mossnano_stdio.pcm import to_pcm16
 from mossnano_stdio.protocol import Kind, Message
@@ -44,11 +46,20 @@ LONG_FRAMES = 72  # seven times the longest context
 PRETENDED = "coreml"
 
 
+@cache
 def providers_here() -> list[str]:
+    """Those that are built in and whose drivers are there."""
     import onnxruntime
 
-    available = onnxruntime.get_available_providers()
-    return [name for name, native in engine.PROVIDERS.items() if native in available and name != "cpu"]
+    def starts(native: str) -> bool:
+        session = onnxruntime.InferenceSession(str(PROBE_PATH), providers=[native, "CPUExecutionProvider"])
+        return native in session.get_providers()
+
+    available = set(onnxruntime.get_available_providers())
+    if available & {"CUDAExecutionProvider"}:
+        engine._missing_libraries()
+    others = {name: native for name, native in engine.PROVIDERS.items() if native in available and name != "cpu"}
+    return [name for name, native in others.items() if starts(native)]
 
 
 @pytest.fixture(scope="module", params=[PRETENDED, *providers_here()])
