@@ -70,6 +70,12 @@ def test_threads_spin_for_moments_only_unless_asked_to() -> None:
     assert engine._spinning(Engine.of(), "1.26.0")["intra_op.spin_duration_us"] == "10"
 
 
+def test_providers_are_told_to_be_exact_and_modest() -> None:
+    assert engine._provider_options(Engine.of("cuda")) == {"use_tf32": "0"}
+    assert engine._provider_options(Engine.of("openvino", threads=3)) == {"num_of_threads": "3"}
+    assert engine._provider_options(Engine.of()) == {}
+
+
 def test_default_threads_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for usable, expected in ((1, 1), (3, 3), (64, 4)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, usable=usable: range(usable), raising=False)

@@ -351,7 +351,7 @@ def test_libraries_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch)
     def preload_dlls() -> None:
         print("Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file")
         print("Failed to load C:\\cuda\\cudart64_13.dll: it is none")
-        print("Please follow https://example.org")
+        print("Please follow the page about it")
 
     monkeypatch.setattr(onnxruntime, "preload_dlls", preload_dlls, raising=False)
     engine._missing_libraries.cache_clear()

@@ -41,8 +41,6 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 DEVICES = {"cuda": "cuda"}  # whose memory states stay in; of all others they come back to the CPU's
-# By itself CUDA rounds what it multiplies to 10 bits of mantissa (TF32), and leaves 62 dB of 120.
-OPTIONS = {"cuda": {"use_tf32": "0"}}
 MAX_DEFAULT_THREADS = 4  # more do not help graphs of this size
 MAX_THREADS = 1024
 
@@ -236,7 +234,7 @@ def _create(
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # The CPU takes the operators that another provider does not have.
-    providers = {PROVIDERS[name]: OPTIONS.get(name, {}) for name in (engine.provider, "cpu")}
+    providers = {PROVIDERS[engine.provider]: _provider_options(engine), PROVIDERS["cpu"]: {}}
     with contextlib.ExitStack() as open_files:
         if data_in_memory:
             files = [open_files.enter_context(file.path.open("rb")) for file in graph.data]
@@ -273,6 +271,16 @@ def _missing_libraries() -> str:
             maybe_load()
     names = [Path(path).name for path in MISSING_LIBRARY.findall(said.getvalue())]
     return f", for want of {', '.join(names)}: pip install 'onnxruntime-gpu[cuda,cudnn]'" if names else ""
+
+
+def _provider_options(engine: Engine) -> dict[str, str]:
+    match engine.provider:
+        case "cuda":  # by itself it rounds what it multiplies to 10 bits of mantissa (TF32), and leaves 62 dB of 120
+            return {"use_tf32": "0"}
+        case "openvino":  # by itself it takes all CPUs, whatever the session was told
+            return {"num_of_threads": str(engine.threads)}
+        case _:
+            return {}
 
 
 def _session_options(onnxruntime: Any, engine: Engine) -> Any:
