@@ -7,7 +7,9 @@ it computes on the CPU, but is treated as any other.
 from __future__ import annotations
 
 import builtins
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -259,6 +261,22 @@ def test_goldens_of_other_codecs(provider: str, tmp_path: Path, name: str) -> No
         found = encoded_in_chunks(encoder, golden("wave"), chunk_frames)
         assert len(found) == len(golden("wave")) // bundle.format.frame_samples
         assert np.array_equal(found, golden("encoded")[: len(found)])
+
+
+def test_tokens_that_see_only_themselves(provider: str, tmp_path: Path) -> None:
+    """The first transformer's context is 1 token, so that it has nothing to remember."""
+    skip_if_nothing_can_be_built()
+    checkpoint = Path(shutil.copytree(REFERENCES / "moss-24k", tmp_path / "checkpoint", copy_function=shutil.copyfile))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["causal_transformer_context_duration"] = 0.08
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    build_from_checkpoint(checkpoint, tmp_path, sides="decode", graphs="fast")
+    runtime = codecs.load_runtime(load_bundle(tmp_path), provider=provider, threads=1)
+    assert runtime.layer_context_frames == (1,) * 6
+    weights = load_checkpoint(checkpoint).maybe_decoder
+    assert weights is not None
+    codes = np.load(REFERENCES / "moss-24k" / "codes.npy").astype(np.uint16)[:12]
+    assert furthest(in_chunks(runtime.new_decoder(), codes, 5), oracle.decode(weights, codes)) < TOLERANCE
 
 
 def test_goldens_of_encodec(provider: str, encodec24_bundle: Path) -> None:

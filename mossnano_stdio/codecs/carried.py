@@ -29,7 +29,7 @@ from mossnano_stdio.codecs.engine import (
     open_session,
     translated_errors,
 )
-from mossnano_stdio.codecs.plain_attention import HIDDEN, past_shapes, turns_shapes, with_plain_attention
+from mossnano_stdio.codecs.plain_attention import HIDDEN, past_shapes, past_tokens, turns_shapes, with_plain_attention
 from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, RingSpec, context_frames, ring_specs
 from mossnano_stdio.weights import Graph, StateSpec
 
@@ -130,17 +130,18 @@ class CarriedStream:
         position, seen, tokens = (n * spec.tokens_per_frame for n in (self.next_frame, self.seen_frames, frames))
         angles = spec.angles_at(position, tokens)
         names = [name for name, _ in turns_shapes(spec)]
-        past = min(seen, spec.needed_tokens)
-        yield from zip(names, (np.cos(angles), np.sin(angles), _mask(spec.needed_tokens, past, tokens)), strict=True)
+        seen_past = min(seen, spec.needed_tokens)
+        mask = _mask(past_tokens(spec), seen_past, tokens, spec.context_tokens)
+        yield from zip(names, (np.cos(angles), np.sin(angles), mask), strict=True)
 
 
 @lru_cache(maxsize=64)  # once a context is full, it stays the same
-def _mask(slots: int, past: int, tokens: int) -> Floats:
+def _mask(slots: int, past: int, tokens: int, context_tokens: int) -> Floats:
     """[tokens, slots + tokens]: 0 where a token sees another. Of the slots before the new tokens, the last `past` have
     been written.
     """
     token, other = np.arange(slots, slots + tokens)[:, np.newaxis], np.arange(slots + tokens)
-    is_seen = (other <= token) & (other >= token - slots) & (other >= slots - past)
+    is_seen = (other <= token) & (other > token - context_tokens) & (other >= slots - past)
     return np.where(is_seen, 0, HIDDEN).astype(np.float32)
 
 

@@ -86,9 +86,16 @@ def turns_shapes(spec: RingSpec) -> list[tuple[str, tuple[int | None, ...]]]:
     ]
 
 
+def past_tokens(spec: RingSpec) -> int:
+    """How many its layers remember. Where a token sees only itself it is one all the same, which the mask hides: not
+    every provider takes a tensor of nothing.
+    """
+    return max(1, spec.needed_tokens)
+
+
 def past_shapes(spec: RingSpec, suffix: str = "") -> list[tuple[str, tuple[int, ...]]]:
     """What its layers remember."""
-    shape = (1, spec.heads, spec.needed_tokens, spec.ring_dim)
+    shape = (1, spec.heads, past_tokens(spec), spec.ring_dim)
     layers = range(spec.first_layer, spec.first_layer + spec.layers)
     return [(f"{kind}{suffix}_{layer}", shape) for layer in layers for kind in ("keys", "values")]
 
@@ -105,7 +112,7 @@ def _constants(specs: Sequence[RingSpec]) -> dict[str, list[int]]:
     for spec in specs:
         constants[f"plain.apart_{spec.number}"] = [-1, 3, spec.heads, spec.ring_dim]
         constants[f"plain.together_{spec.number}"] = [1, -1, spec.heads * spec.ring_dim]
-        constants[f"plain.past_{spec.number}"] = [-spec.needed_tokens]
+        constants[f"plain.past_{spec.number}"] = [-past_tokens(spec)]
     return constants
 
 
