@@ -144,6 +144,14 @@ def test_a_reset_forgets_everything(runtime: FastRuntime, codes: Codes, audio: S
     assert furthest(in_chunks(decoder, codes, 3), audio) < TOLERANCE
 
 
+def test_a_stream_begins_without_any_work(runtime: FastRuntime, codes: Codes) -> None:
+    decoder, other = runtime.new_decoder(), runtime.new_decoder()
+    decoder.step(codes[:7])
+    decoder.reset(3)
+    begun = zip(decoder.snapshot().tensors, other.snapshot().tensors, strict=True)
+    assert all(tensor is shared and not tensor.numpy().any() for tensor, shared in begun)
+
+
 def test_going_back_to_a_snapshot(runtime: FastRuntime, codes: Codes, audio: Sound) -> None:
     decoder, other = runtime.new_decoder(), runtime.new_decoder()
     decoder.step(codes[:9])

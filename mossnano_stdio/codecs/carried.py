@@ -63,6 +63,8 @@ class CarriedGraph:
         turns = {name: TensorSpec(shape, FLOAT32) for spec in self.specs for name, shape in turns_shapes(spec)}
         self.states = (*graph.states, *_pasts(self.specs))
         check_contract(self.session, {**inputs, **turns}, outputs, self.states)
+        # One for all streams, as nothing writes to it: the 24 kHz model would upload 170 MB at each reset.
+        self.initial = tuple(device_value(state.initial_value(), engine.provider) for state in self.states)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
@@ -100,7 +102,7 @@ class CarriedStream:
     def reset(self, start_frame: int = 0) -> None:
         """Forget everything. The next frame is the stream's first, or stands at `start_frame` of it."""
         self._first_frame = self.next_frame = start_frame
-        self._tensors = tuple(device_value(state.initial_value(), self._provider) for state in self._stack.states)
+        self._tensors = self._stack.initial
 
     def snapshot(self) -> CarriedState:
         return CarriedState(self._first_frame, self.next_frame, self._tensors)
