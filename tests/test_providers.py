@@ -153,14 +153,16 @@ def test_a_stream_begins_without_any_work(runtime: FastRuntime, codes: Codes) ->
 
 
 def test_going_back_to_a_snapshot(runtime: FastRuntime, codes: Codes, audio: Sound) -> None:
+    """It also knows where its stream began: fewer frames were seen than the place says, and than a context has."""
     decoder, other = runtime.new_decoder(), runtime.new_decoder()
-    decoder.step(codes[:9])
+    decoder.reset(100)
+    decoder.step(codes[:3])
     snapshot = decoder.snapshot()
-    decoder.step(codes[9:20])
+    decoder.step(codes[3:20])
     for either in (decoder, other):
         either.restore(snapshot)
-        assert either.next_frame == 9
-        found = in_chunks(either, codes[9:], 4)
+        assert either.next_frame == 103
+        found = in_chunks(either, codes[3:], 4)
         assert furthest(found, audio[-len(found) :]) < TOLERANCE
 
 
@@ -322,7 +324,7 @@ def test_int8_stays_on_the_cpu(bundle: Bundle, provider: str) -> None:
 
 
 def test_without_onnx_the_official_graph_runs(
-    bundle: Bundle, provider: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Bundle, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     genuine = builtins.__import__
 
@@ -338,6 +340,12 @@ def test_without_onnx_the_official_graph_runs(
     assert caplog.text.count("takes onnx, and that is not installed: pip install onnx; ") == 2
     with pytest.raises(UnfitRuntimeError, match="pip install onnx"):
         codecs.load_runtime(bundle, provider=provider, graph="fast")
+    for file in bundle.folder.glob("*"):
+        if file.name.startswith("mossnano") or file.suffix == ".json":  # the official graphs were left out
+            shutil.copyfile(file, tmp_path / file.name)
+    for load in (codecs.load_runtime, codecs.load_encoder):
+        with pytest.raises(UnfitRuntimeError, match="pip install onnx"):
+            load(load_bundle(tmp_path), provider=provider)
 
 
 def test_graphs_that_cannot_be_rewritten(provider: str, built_bundle: Path, tmp_path: Path) -> None:
@@ -348,7 +356,7 @@ def test_graphs_that_cannot_be_rewritten(provider: str, built_bundle: Path, tmp_
     attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     model.graph.node.remove(attention)
     for content, complaint in (
-        (path.read_bytes()[:-1] + b"?", "was damaged or changed"),
+        (b"?" + path.read_bytes()[1:], "was damaged or changed"),
         (b"no graph", "is no ONNX graph"),
         (model.SerializeToString(), "has 1 layers less than its facts say"),
     ):

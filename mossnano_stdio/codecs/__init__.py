@@ -208,6 +208,8 @@ def load_encoder(bundle: Bundle, *, provider: str = "cpu", threads: int | None =
         try:
             return load_encoder_runtime(bundle, provider=provider, threads=threads)
         except UnfitRuntimeError as error:
+            if not bundle.has_graph("encode"):
+                raise
             log.warning("%s; recordings are encoded as a whole instead", error)
     refuse_segments(bundle)
     if not bundle.has_graph("encode"):

@@ -86,7 +86,7 @@ def load_runtime(
         try:
             return FastRuntime(bundle, engine)
         except UnfitRuntimeError as error:
-            if "decode_step" not in bundle.graphs:
+            if not bundle.has_graph("decode_step"):
                 raise
             log.warning("%s; the official graph runs instead", error)
     if "decode_step" not in bundle.graphs:
