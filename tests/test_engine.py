@@ -107,9 +107,29 @@ def test_a_provider_that_does_not_start_is_refused(
         "InferenceSession",
         lambda path, options, providers, enable_fallback: genuine(path, options, providers=["CPUExecutionProvider"]),
     )
-    with pytest.raises(BundleError, match="provider 'cuda' was asked for, but did not start"):
-        codecs.load_runtime(load_bundle(tiny_bundle), provider="cuda")
+    monkeypatch.setattr(engine, "_missing_libraries", lambda: ", for want of libexample")
+    for provider, reason in (
+        ("cuda", ", for want of libexample"),
+        ("tensorrt", ", for want of libexample"),
+        ("coreml", ""),
+    ):
+        with pytest.raises(BundleError, match=f"provider '{provider}' was asked for, but did not start{reason}; this"):
+            codecs.load_runtime(load_bundle(tiny_bundle), provider=provider)
     assert capfd.readouterr().out == ""
+
+
+def test_a_graph_that_a_provider_cannot_load_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of both is to blame, only onnxruntime knows."""
+    import onnxruntime
+
+    def fail(*_: object, **_options: object) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(engine.PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    for provider, where in (("cpu", ""), ("openvino", " on provider 'openvino'")):
+        with pytest.raises(BundleError, match=f"cannot load it with [a-z_.]+{where}: no such operator$"):
+            codecs.load_runtime(load_bundle(tiny_bundle), provider=provider)
 
 
 def test_a_fast_graph_that_is_not_there_is_refused(tiny_bundle: Path) -> None:

@@ -40,6 +40,7 @@ PROVIDERS = {
     "directml": "DmlExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+RESTS_ON_CUDA = ("cuda", "tensorrt")
 DEVICES = {"cuda": "cuda"}  # whose memory states stay in; of all others they come back to the CPU's
 MAX_DEFAULT_THREADS = 4  # more do not help graphs of this size
 MAX_THREADS = 1024
@@ -204,7 +205,7 @@ def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: b
     onnxruntime = import_onnxruntime()
     check_provider(engine.provider)
     wanted = PROVIDERS[engine.provider]
-    missing = _missing_libraries() if engine.provider == "cuda" else ""
+    missing = _missing_libraries() if engine.provider in RESTS_ON_CUDA else ""
     # onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
     # even within the hub's cache. Then the data is handed over in memory, which takes a copy of it while it loads.
     # A model that is no file has no folder, and takes it so, too.
@@ -218,13 +219,17 @@ def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: b
             continue
         if wanted not in native.get_providers():
             raise BundleError(
-                f"provider {engine.provider!r} was asked for, but did not start{missing}; {_available_providers()}"
+                f"provider {engine.provider!r} was asked for, but did not start{missing}; this onnxruntime has it, and "
+                "has written to stderr what it misses: a library, a driver or a device"
             )
         return native
     assert maybe_failure is not None
     _raise_if_memory(maybe_failure)
     files = " with ".join(["it", *(file.path.name for file in graph.data)])
-    raise BundleError(f"{graph.path}: onnxruntime cannot load {files}: {_first_line(maybe_failure)}") from maybe_failure
+    where = "" if engine.provider == "cpu" else f" on provider {engine.provider!r}"
+    raise BundleError(
+        f"{graph.path}: onnxruntime cannot load {files}{where}: {_first_line(maybe_failure)}"
+    ) from maybe_failure
 
 
 def _create(
@@ -262,7 +267,7 @@ def _path_as_text(path: Path) -> Iterator[str]:
 
 @cache
 def _missing_libraries() -> str:
-    """Load what CUDA's provider rests on, out of the packages that pip puts beside onnxruntime: by itself it looks for
+    """Load what CUDA's providers rest on, out of the packages that pip puts beside onnxruntime: by itself it looks for
     them in the system only. Returns words about those that are nowhere.
     """
     maybe_load = getattr(import_onnxruntime(), "preload_dlls", None)  # since 1.21
