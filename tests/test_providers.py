@@ -34,6 +34,7 @@ from mossnano_stdio.errors import BundleError, DecodeError, UsageError
 from mossnano_stdio.pcm import to_pcm16
 from mossnano_stdio.protocol import Kind, Message
 from mossnano_stdio.tokens import Codes, pack_frames
+from mossnano_stdio.tools.check import _Graphs
 from mossnano_stdio.weights import Bundle, load_bundle
 from tests import oracle
 from tests.child import PROCESS, encoded, run
@@ -314,6 +315,18 @@ def test_segments_of_encodec(provider: str, encodec48_bundle: Path) -> None:
     assert furthest(*sounds) < TOLERANCE
 
 
+def test_states_stay_on_the_device(
+    bundle: Bundle, runtime: FastRuntime, provider: str, codes: Codes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named where a stream begins and where a run ends; one that onnxruntime does not know fails there."""
+    assert engine.DEVICES == {"cuda": "cuda"}
+    monkeypatch.setitem(engine.DEVICES, provider, "nowhere")
+    with pytest.raises(DecodeError, match="the graph failed: Unsupported device type: nowhere"):
+        runtime.new_decoder().step(codes[:1])
+    with pytest.raises(DecodeError, match="the graph failed: Unsupported device type: nowhere"):
+        codecs.load_runtime(bundle, provider=provider)
+
+
 # --- what users are told ------------------------------------------------------------------------------------------
 
 
@@ -377,6 +390,16 @@ def test_check_decodes_and_encodes_with_every_graph(provider: str, built_bundle:
     assert b"absent" not in outcome.out
     assert b"ok       sound  fast, chunks of 23" in outcome.out
     assert b"ok       sound  encode_step, chunks of 23" in outcome.out
+
+
+def test_check_leaves_int8_to_the_cpu(bundle: Bundle, provider: str) -> None:
+    both = {name: bundle.graphs[name] for name in ("fast", "encode_step")}
+    graphs = _Graphs(
+        replace(bundle, graphs={**both, "fast_int8": replace(both["fast"], precision="int8")}), provider, 1
+    )
+    verdicts = {row.name: (row.verdict, row.detail) for row in graphs.check()}
+    assert verdicts["fast_int8"] == ("absent", f"runs on the CPU only, not on {provider!r}")
+    assert {name: verdicts[name][0] for name in both} == {"fast": "ok", "encode_step": "ok"}
 
 
 def test_libraries_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

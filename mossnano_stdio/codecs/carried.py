@@ -64,7 +64,8 @@ class CarriedGraph:
         self.states = (*graph.states, *_pasts(self.specs))
         check_contract(self.session, {**inputs, **turns}, outputs, self.states)
         # One for all streams, as nothing writes to it: the 24 kHz model would upload 170 MB at each reset.
-        self.initial = tuple(device_value(state.initial_value(), engine.provider) for state in self.states)
+        with translated_errors(graph):  # a device may have no room left for it
+            self.initial = tuple(device_value(state.initial_value(), engine.provider) for state in self.states)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
