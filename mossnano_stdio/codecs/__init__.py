@@ -5,7 +5,8 @@ Rules of this room:
 - `load_runtime` loads a graph once; `runtime.new_decoder()` gives as many streams over it as are needed.
 - A family of codecs is one file, moss.py for one. It offers what `Family` says, and is found by asking each.
 - What no family has to itself: engine.py makes onnxruntime sessions, contract.py checks what goes in and comes out,
-  stepping.py runs a graph with named states, in_place.py one whose rings are written in place, whole.py whole files.
+  stepping.py runs a graph with named states, in_place.py one whose rings are written in place, carried.py the same one
+  elsewhere than on the CPU, whole.py whole files.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from mossnano_stdio.codecs.engine import Array, Engine, TensorSpec, check_contra
 from mossnano_stdio.codecs.moss import (
     DecodeRowsRuntime,
     FastDecoder,
-    InPlaceRuntime,
+    OwnGraphRuntime,
     StreamEncoder,
     StreamEncoderRuntime,
     table_rows,
@@ -113,7 +113,7 @@ class EncodecEncoderRuntime(StreamEncoderRuntime):
         return EncodecEncoder(self)
 
 
-def _first_chunk_frames(runtime: InPlaceRuntime) -> int:
+def _first_chunk_frames(runtime: OwnGraphRuntime) -> int:
     graph = runtime.bundle.graphs[runtime.graph_name]
     # Not more than one run takes: the first run mirrors what it is given.
     return Entry(dict(graph.facts), f"{graph.path}: facts").at("first_chunk_frames").whole(1, MAX_RUN_FRAMES)

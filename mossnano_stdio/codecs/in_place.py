@@ -1,4 +1,4 @@
-"""Graphs of our own that step: one session for all streams, keys and values written in place.
+"""Graphs of our own on the CPU: one session for all streams, keys and values written in place.
 
 build/transformers.py has the contract of the part that all of them have: transformers in a row. What else a graph
 remembers are its states, small tensors that `mossnano.json` names.

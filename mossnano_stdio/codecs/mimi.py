@@ -1,6 +1,6 @@
 """Mimi: a transformer between two convolutional stacks, at 12.5 frames/s.
 
-Both graphs are our own (build/mimi_steps.py has their contracts), and what differs from MOSS's in-place graphs are only
+Both graphs are our own (build/mimi_steps.py has their contracts), and what differs from MOSS's graphs of ours are only
 the names, and that convolutions remember columns, too. Those are states of the graph.
 
 Rules of this room:

@@ -1,7 +1,8 @@
 """MOSS-Audio-Tokenizer: transformers over frames of codes, each with a window, and nothing else that remembers.
 
 Its published `decode_step` is stepped with its states by name. The graphs that we build from the same weights step
-their rings in place: `fast` decodes, `encode_step` encodes (build/ has their contracts).
+their rings in place on the CPU, and carry them along elsewhere: `fast` decodes, `encode_step` encodes (build/ has their
+contracts).
 
 Rules of this room:
 
@@ -200,7 +201,7 @@ class OfficialDecoder:
 # --- ours --------------------------------------------------------------------------------------------------------
 
 
-class InPlaceRuntime:
+class OwnGraphRuntime:
     """A loaded graph of ours, shared by the decoders, or encoders, that it makes."""
 
     graph_name: str
@@ -233,7 +234,7 @@ class InPlaceRuntime:
         return self.stack.layer_context_frames
 
 
-class DecodeRowsRuntime(InPlaceRuntime):
+class DecodeRowsRuntime(OwnGraphRuntime):
     """A graph that decodes."""
 
     decodes_prefix = True
@@ -257,7 +258,7 @@ class FastRuntime(DecodeRowsRuntime):
     graph_name = "fast"
 
 
-class StreamEncoderRuntime(InPlaceRuntime):
+class StreamEncoderRuntime(OwnGraphRuntime):
     """The graph that encodes (build/encode_step.py has its contract)."""
 
     graph_name = "encode_step"
@@ -276,10 +277,10 @@ class StreamEncoderRuntime(InPlaceRuntime):
         return StreamEncoder(self)
 
 
-class InPlaceSteps:
+class OwnGraphSteps:
     """One stream over such a graph, chunk after chunk as if they came at once."""
 
-    def __init__(self, runtime: InPlaceRuntime) -> None:
+    def __init__(self, runtime: OwnGraphRuntime) -> None:
         self.runtime = runtime
         self.format = runtime.format
         self._stream = runtime.stack.open_stream()
@@ -299,7 +300,7 @@ class InPlaceSteps:
         self._stream.restore(state)
 
 
-class FastDecoder(InPlaceSteps):
+class FastDecoder(OwnGraphSteps):
     """Frames in, samples out."""
 
     decodes_prefix = True
@@ -326,7 +327,7 @@ def table_rows(codes: Codes, codec: CodecFormat) -> NDArray[np.int32]:
     return rows
 
 
-class StreamEncoder(InPlaceSteps):
+class StreamEncoder(OwnGraphSteps):
     """Samples in, frames out."""
 
     def step(self, audio: NDArray[np.float32]) -> Codes:
