@@ -361,6 +361,20 @@ def test_without_onnx_the_official_graph_runs(
             load(load_bundle(tmp_path), provider=provider)
 
 
+def test_an_older_onnxruntime_runs_the_official_graph(
+    bundle: Bundle, provider: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import onnxruntime
+
+    monkeypatch.delattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory")
+    with caplog.at_level(logging.WARNING, "mossnano"):
+        assert codecs.load_runtime(bundle, provider=provider).graph_name == "official"
+        assert not isinstance(codecs.load_encoder(bundle, provider=provider), codecs.EncoderRuntime)
+    assert caplog.text.count("does not take; 1.24 and later do; ") == 2
+    with pytest.raises(UnfitRuntimeError, match=f"on provider {provider!r} its weights are handed over in memory"):
+        codecs.load_runtime(bundle, provider=provider, graph="fast")
+
+
 def test_graphs_that_cannot_be_rewritten(provider: str, built_bundle: Path, tmp_path: Path) -> None:
     for file in built_bundle.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

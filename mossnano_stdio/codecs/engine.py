@@ -48,6 +48,7 @@ MAX_THREADS = 1024
 SPIN_US = 10
 BOUNDED_SPINNING_SINCE = (1, 26)  # of onnxruntime
 
+DATA_IN_MEMORY = "add_external_initializers_from_files_in_memory"  # of session options, since onnxruntime 1.24
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's severities
 MISSING_LIBRARY = re.compile(r"^Failed to load (.+?): ", re.MULTILINE)  # as onnxruntime's preload_dlls prints it
 MEMORY_WORDS = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
@@ -204,6 +205,11 @@ def device_value(array: NDArray[Any], provider: str) -> Any:
 def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: bytes | None) -> Any:
     onnxruntime = import_onnxruntime()
     check_provider(engine.provider)
+    if maybe_model and not hasattr(onnxruntime.SessionOptions, DATA_IN_MEMORY):
+        raise UnfitRuntimeError(
+            f"{graph.path}: on provider {engine.provider!r} its weights are handed over in memory, which onnxruntime "
+            f"{onnxruntime.__version__} does not take; 1.24 and later do"
+        )
     wanted = PROVIDERS[engine.provider]
     missing = _missing_libraries() if engine.provider in RESTS_ON_CUDA else ""
     # onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
@@ -245,7 +251,7 @@ def _create(
             files = [open_files.enter_context(file.path.open("rb")) for file in graph.data]
             mapped = [open_files.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
             names = [file.path.name for file in graph.data]
-            options.add_external_initializers_from_files_in_memory(names, mapped, [len(data) for data in mapped])
+            getattr(options, DATA_IN_MEMORY)(names, mapped, [len(data) for data in mapped])
         model = maybe_model or open_files.enter_context(_path_as_text(graph.path))
         return onnxruntime.InferenceSession(model, options, providers=[*providers.items()], enable_fallback=0)
 
