@@ -152,7 +152,7 @@ class SoundServer:
     def _start_server(self) -> subprocess.Popen[bytes]:
         command = [
             "pulseaudio", "-n", "--daemonize=no", "--use-pid-file=no", "--exit-idle-time=-1", "--disable-shm=yes",
-            "--realtime=no", "--high-priority=no", "-F", str(self.folder / "server.pa"),
+            "--realtime=yes", "--high-priority=yes", "-F", str(self.folder / "server.pa"),
         ]  # fmt: skip
         with (self.folder / "server.log").open("wb") as log:
             server = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)

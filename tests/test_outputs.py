@@ -51,6 +51,7 @@ class FakePlayer:
         self.calls: list[str] = []
         self.pushed: list[bytes] = []
         self.drops: list[bool] = []  # would a push, or the end of a stream, have been broken off?
+        self.kept: list[bool] = []  # what had ended before, at each flush
         self._lost_at = lost_at
 
     def __getattr__(self, name: str) -> Callable[..., bool]:
@@ -60,6 +61,8 @@ class FakePlayer:
             self.calls.append(name)
             if name == "push":
                 self.pushed.append(arguments[0])
+            if name == "flush":
+                self.kept.append(more["keeps_ended"])
             if name in ("push", "end_stream"):
                 self.drops.append(arguments[-1]())
             return True
@@ -82,6 +85,7 @@ def test_the_speaker_plays_ends_and_drops_streams_as_they_do() -> None:
     output.abort()
     output.abort()
     assert player.calls == ["push", "end_stream", "push", "flush", "finish", "abort"]
+    assert player.kept == [False], "plain streams are one voice"
 
 
 def test_the_speaker_mixes_numbered_streams() -> None:
@@ -104,6 +108,7 @@ def test_the_speaker_mixes_numbered_streams() -> None:
     output.finish()
     assert player.pushed == [AUDIO.payload, b"\x11\0\x22\0", AUDIO.payload]
     assert player.calls == ["push", "push", "end_stream", "push", "flush", "finish"]
+    assert player.kept == [True]
 
 
 def test_a_cancel_drops_nothing_of_another_stream_that_is_over_and_still_heard() -> None:

@@ -129,6 +129,7 @@ moves = st.one_of(
     st.tuples(st.just("block"), st.integers(1, 20)),
     st.tuples(st.just("end"), st.just(0)),
     st.tuples(st.just("flush"), st.just(0)),
+    st.tuples(st.just("flush latest"), st.just(0)),
 )
 
 
@@ -155,6 +156,10 @@ def test_whatever_comes_when_all_is_played_in_order_and_every_gap_is_counted(
             case "flush":
                 feed.drop_stream()
                 queue.clear()
+                stream += 1
+            case "flush latest":
+                feed.drop_stream(keeps_ended=True)
+                queue = deque(value for value in queue if value // 100_000 < stream)
                 stream += 1
             case "block":
                 for value in next_block(feed, count):
@@ -288,6 +293,18 @@ def test_a_mark_that_was_dropped_is_not_timed() -> None:
     next_block(feed, 2)
     assert feed.latency_count == 0
     assert feed.mark_answered == feed.mark_at, "the next one may be set"
+
+
+def test_a_drop_that_comes_while_a_block_is_filled_waits_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = make_feed()
+    push(feed, 1, 2, 3, 4, 5)
+    assert next_block(feed, 2) == [1, 2]
+    monkeypatch.setattr(feed, "drop_what_is_not_wanted", lambda: feed.drop_stream(keeps_ended=True))
+    assert next_block(feed, 2) == [0, 0]
+    monkeypatch.undo()
+    push(feed, 6)
+    assert next_block(feed, 2) == [6, 0]
+    assert feed.dropped_samples == 3
 
 
 # --- making it fit -----------------------------------------------------------------------------------------------
@@ -609,6 +626,26 @@ print(json.dumps(player.underruns))
     stale = len(heard) - 30_000
     assert np.array_equal(heard[:stale], first[:stale])
     assert stale < 48_000 * 0.8, "0.5 s had passed, and the device held 0.1 s"
+
+
+@needs_sound_server
+def test_what_ended_before_the_latest_stream_is_heard_although_that_is_flushed(sound_server: SoundServer) -> None:
+    with sound_server.recording() as recording:
+        run_player(
+            sound_server.environment,
+            """
+with Player(48000, 2) as player:
+    player.push(loud_noise(20_000, seed=1).tobytes())
+    player.end_stream()
+    player.push(loud_noise(9_000, seed=2).tobytes())
+    player.flush(keeps_ended=True)
+    player.push(loud_noise(5_000, seed=3).tobytes())
+    player.finish()
+print(json.dumps(player.underruns))
+""",
+        )
+    expected = np.concatenate([loud_noise(20_000, seed=1), loud_noise(5_000, seed=3)])
+    assert np.array_equal(without_silence(recording.samples()), expected)
 
 
 @needs_sound_server

@@ -46,10 +46,12 @@ MAX_DEFAULT_THREADS = 4  # more do not help graphs of this size
 MAX_THREADS = 1024
 
 SPIN_US = 10
-BOUNDED_SPINNING_SINCE = (1, 26)  # of onnxruntime
+# Of onnxruntime.
+BOUNDED_SPINNING_SINCE = (1, 26)
+DATA_FOLDER_SINCE = (1, 21)
 
-DATA_IN_MEMORY = "add_external_initializers_from_files_in_memory"  # of session options, since onnxruntime 1.24
 LOG_ERRORS, LOG_FATAL = 3, 4  # onnxruntime's severities
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 MISSING_LIBRARY = re.compile(r"^Failed to load (.+?): ", re.MULTILINE)  # as onnxruntime's preload_dlls prints it
 MEMORY_WORDS = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
 
@@ -205,19 +207,18 @@ def device_value(array: NDArray[Any], provider: str) -> Any:
 def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: bytes | None) -> Any:
     onnxruntime = import_onnxruntime()
     check_provider(engine.provider)
-    if maybe_model and not hasattr(onnxruntime.SessionOptions, DATA_IN_MEMORY):
-        raise UnfitRuntimeError(
-            f"{graph.path}: on provider {engine.provider!r} its weights are handed over in memory, which onnxruntime "
-            f"{onnxruntime.__version__} does not take; 1.24 and later do"
-        )
     wanted = PROVIDERS[engine.provider]
+    if maybe_model and _numbers(onnxruntime.__version__) < DATA_FOLDER_SINCE:
+        raise UnfitRuntimeError(
+            f"{graph.path}: onnxruntime {onnxruntime.__version__} finds no data of a graph that is rewritten as it is "
+            "loaded; 1.21 and later do, `--graph official` runs with any"
+        )
     missing = _missing_libraries() if engine.provider in RESTS_ON_CUDA else ""
     # onnxruntime refuses external data behind a symlink that leads out of the graph's folder, some versions (1.24.1)
     # even within the hub's cache. Then the data is handed over in memory, which takes a copy of it while it loads.
-    # A model that is no file has no folder, and takes it so, too.
     linked = any(file.path.is_symlink() for file in graph.data)
     maybe_failure = None
-    for data_in_memory in (True,) if maybe_model else (False, True) if linked else (False,):
+    for data_in_memory in (False, True) if linked else (False,):
         try:
             native = _create(onnxruntime, graph, engine, optimise, data_in_memory, maybe_model)
         except Exception as error:  # noqa: BLE001 - its exceptions have no common root but this
@@ -251,9 +252,13 @@ def _create(
             files = [open_files.enter_context(file.path.open("rb")) for file in graph.data]
             mapped = [open_files.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) for file in files]
             names = [file.path.name for file in graph.data]
-            getattr(options, DATA_IN_MEMORY)(names, mapped, [len(data) for data in mapped])
-        model = maybe_model or open_files.enter_context(_path_as_text(graph.path))
-        return onnxruntime.InferenceSession(model, options, providers=[*providers.items()], enable_fallback=0)
+            options.add_external_initializers_from_files_in_memory(names, mapped, [len(data) for data in mapped])
+        path = open_files.enter_context(_path_as_text(graph.path))
+        if maybe_model:  # which has no folder in which its data would be looked for
+            options.add_session_config_entry(DATA_FOLDER, str(Path(path).parent))
+        return onnxruntime.InferenceSession(
+            maybe_model or path, options, providers=[*providers.items()], enable_fallback=0
+        )
 
 
 @contextlib.contextmanager
@@ -309,6 +314,11 @@ def _session_options(onnxruntime: Any, engine: Engine) -> Any:
     return options
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    """Its first two: (1, 26) of 1.26.0."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def _spinning(engine: Engine, version: str) -> dict[str, str]:
     """How threads wait for their next part of the work.
 
@@ -317,7 +327,7 @@ def _spinning(engine: Engine, version: str) -> dict[str, str]:
     """
     if engine.spin:
         return {"intra_op.allow_spinning": "1"}
-    if tuple(map(int, version.split(".")[:2])) < BOUNDED_SPINNING_SINCE:
+    if _numbers(version) < BOUNDED_SPINNING_SINCE:
         return {"intra_op.allow_spinning": "0"}
     return {
         "intra_op.allow_spinning": "1",

@@ -42,6 +42,9 @@ class Feed:
         self.ended_at = 0  # everything before this position belongs to streams that are whole
         self._ends: deque[int] = deque()  # where the streams end that are not played out; the callback removes them
         self._drop_until = 0  # everything before this position is to be dropped
+        self._drops: deque[tuple[int, int]] = (
+            deque()
+        )  # from, until: behind what is still heard; the callback removes them
         self.stopping = False
         self.aborting = False
         self.mark_at = -1  # the position whose way to the speaker is to be timed
@@ -73,9 +76,14 @@ class Feed:
             self._ends.append(self.ring.written)
             self.ended_at = self.ring.written
 
-    def drop_stream(self) -> None:
-        """Drop what was written and not yet played, and begin a new stream. The pushing side calls this."""
-        self._drop_until = self.ring.written
+    def drop_stream(self, keeps_ended: bool = False) -> None:
+        """Drop what was written and not yet played, or of that only what follows the last end, and begin a new stream.
+        The pushing side calls this.
+        """
+        if keeps_ended:
+            self._drops.append((self.ended_at, self.ring.written))
+        else:
+            self._drop_until = self.ring.written
         self.end_stream()
 
     def is_ready(self) -> bool:
@@ -111,7 +119,10 @@ class Feed:
 
     def drop_what_is_not_wanted(self) -> None:
         """Skip what `drop_stream` marked. The callback calls this; before it runs, the pushing side does."""
-        unwanted = self._drop_until - self.ring.read
+        until = max(self.ring.read, self._drop_until)
+        while self._drops and self._drops[0][0] <= until:
+            until = max(until, self._drops.popleft()[1])
+        unwanted = until - self.ring.read
         if unwanted > 0:
             self.ring.read += unwanted
             self.dropped_samples += unwanted
@@ -132,7 +143,8 @@ class Feed:
         if self.waiting and not self._end_wait():
             return 0
         start = self.ring.read
-        count = self.ring.read_into(out)
+        until = self._drops[0][0] if self._drops else start + len(out)
+        count = self.ring.read_into(out[: max(0, until - start)])
         if count < len(out):
             self.waiting = True
             self._dry_inside = self.ended_at < self.ring.read

@@ -128,11 +128,13 @@ class Player:
         self._start_when_ready()
         return True
 
-    def flush(self) -> None:
-        """Drop what is queued. The device plays what it has taken already, then silence."""
+    def flush(self, keeps_ended: bool = False) -> None:
+        """Drop what is queued, or of that only what was pushed since the last `end_stream`. The device plays what it
+        has taken already, then silence.
+        """
         self._refuse_if_finished()
         self._converter.reset()
-        self._feed.drop_stream()
+        self._feed.drop_stream(keeps_ended)
         if self._maybe_started_at is None:
             self._feed.drop_what_is_not_wanted()
 

@@ -146,7 +146,8 @@ class SpeakerOutput(Output):
         else:
             self._push(player, self._mixer.finish(maybe_number))
         if self._mixer.is_idle and is_cancelled and is_all:
-            player.flush()  # what it holds is of this stream only
+            # What it holds is of this stream only, or of others before it. Those that are plain are the same voice.
+            player.flush(keeps_ended=maybe_number is not None)
         elif self._mixer.is_idle:
             player.end_stream(self._should_drop)
 

@@ -106,8 +106,8 @@ def _play(source: Source, args: argparse.Namespace) -> int:
                 match event:
                     case Pcm(pcm, since):
                         player.push(pcm, since=since)
-                    case EndOfStream(is_cancelled=True):
-                        player.flush()
+                    case EndOfStream(is_cancelled=True, keeps_ended=keeps_ended):
+                        player.flush(keeps_ended)
                     case EndOfStream():
                         player.end_stream()
                     case MossnanoError():

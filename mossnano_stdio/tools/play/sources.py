@@ -63,6 +63,7 @@ class EndOfStream:
     """The end of a stream, whole or cancelled."""
 
     is_cancelled: bool
+    keeps_ended: bool = False  # what was played before it is another voice
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,8 @@ class _Answers:
             yield Pcm(pcm, since)
         if self._mixer.is_idle:
             # Of what was cancelled the player drops what it holds, unless sound of other streams would go with it.
-            yield EndOfStream(is_cancelled and is_all)
+            is_dropped = is_cancelled and is_all
+            yield EndOfStream(is_dropped, keeps_ended=is_dropped and number is not None)
 
 
 def _said_error(message: Message, maybe_number: int | None = None) -> InputError:
