@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +101,12 @@ def test_one_graph_is_measured_alone_and_beside_others(tmp_path: Path, tiny_bund
 def test_a_provider_is_measured_beside_the_cpu(
     built_bundle: Path, mimi_standin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measured: list[list[str]] = []
+
+    def note_sides(_: object, sides: Sequence[Side], *_rest: object, has_limits: bool) -> None:
+        assert not has_limits
+        measured.append([side.name for side in sides])
+
     assert set(ELSEWHERE) == PROVIDERS.keys() - {"cpu"}
     for folder, names in (
         (built_bundle, ["official loop", "our runtime, official graph", "fast graph", "fast graph, coreml"]),
@@ -116,7 +122,14 @@ def test_a_provider_is_measured_beside_the_cpu(
             worker = RealWorker(kind, str(folder), 1, 8, 1024, 0, load_bundle(folder).format.frame_samples)
             assert isinstance(worker.streams[0]._stream, CarriedStream)
             assert len(worker.steps(chunk_frames=2, steps=3)) == 3
+        monkeypatch.setattr(bench_tool, "_measure_sides", note_sides)
+        assert call_tool("bench", "--weights", folder, "--encode", "--provider", "coreml").status == 0
+        assert measured.pop() == ["decoding", "encoding", "encoding, coreml"]
         monkeypatch.undo()
+    for what in (["--bits"], ["--process"], ["--streams", "1"]):
+        outcome = call_tool("bench", "--weights", built_bundle, "--provider", "coreml", *what)
+        assert outcome.status == ExitStatus.USAGE
+        assert "--provider are for graphs; leave --bits, --process and --streams out" in outcome.error_line
 
 
 def test_one_side_of_a_codec_is_measured_alone(tmp_path: Path) -> None:

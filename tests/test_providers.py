@@ -411,6 +411,14 @@ def test_graphs_that_cannot_be_rewritten(provider: str, built_bundle: Path, tmp_
             codecs.load_runtime(bundle, provider=provider)
 
 
+def test_a_graph_with_more_layers_than_its_facts_say(bundle: Bundle, provider: str) -> None:
+    graph = bundle.graphs["fast"]
+    first, *others = graph.facts["transformers"]
+    fewer = replace(graph, facts={**graph.facts, "transformers": [{**first, "layers": first["layers"] - 1}, *others]})
+    with pytest.raises(BundleError, match=r"fast\.onnx: onnxruntime cannot load it"):
+        codecs.load_runtime(replace(bundle, graphs={**bundle.graphs, "fast": fewer}), provider=provider)
+
+
 def test_check_decodes_and_encodes_with_every_graph(provider: str, built_bundle: Path) -> None:
     outcome = call_tool("check", built_bundle, "--provider", provider)
     assert outcome.status == 0, outcome.out
