@@ -631,6 +631,8 @@ class OtherPeer:
         }
         if self.broken == "HANDSHAKE does not say the threads":
             del fields["threads"]
+        if self.broken == "three first frames wait, it says":
+            fields["first_chunk_frames"] = 3
         return fields
 
     def put_handshake(self) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from mossnano_stdio.errors import ExitStatus
 from mossnano_stdio.tools.conformance.table import CASES, Case, Status, Verdict, try_cases
-from tests.child import DEMO, ROOT, double
+from tests.child import DEMO, PROCESS, ROOT, double
+from tests.conftest import skip_if_nothing_can_be_built
 from tests.tool import Outcome, call_tool
 
 OTHER_PEER = [sys.executable, "-I", "-S", str(Path(__file__).with_name("other_peer.py"))]
@@ -25,6 +26,21 @@ NOT_FOR_THE_DEMO = {
     "artifacts-with-a-code-out-of-range-are-bad",
     "artifacts-with-bits-in-the-padding-are-bad",
 }
+
+OF_THE_FIRST_CHUNK = [
+    "framing-lost-after-a-stream",
+    "tokens-lone-frame-is-answered",
+    "tokens-ramp-up",
+    "tokens-before-bad-ones-are-heard",
+    "pings-come-after-the-audio-before-them",
+    "artifacts-inside-a-token-stream-are-out-of-place",
+    "cancelling-drops-an-open-stream",
+    "cancelling-keeps-pings-and-settings",
+    "settings-fix-the-chunk",
+    "settings-give-the-ramp-back",
+    "numbered-get-what-was-granted",
+    "numbered-are-bounded-alone",
+]
 
 NOT_FOR_WINDOWS = {"endings-by-sigterm", "endings-by-sigint"} if sys.platform == "win32" else set()  # no signals
 
@@ -64,6 +80,7 @@ BREAKAGES = {
         "errors-say-what-they-must",
     ],
     "unknown kinds end a stream": ["framing-unknown-kinds-in-a-stream"],
+    "three first frames wait, it says": ["tokens-lone-frame-is-answered", "tokens-ramp-up"],
     "a lone frame waits for a second": ["tokens-lone-frame-is-answered", "settings-give-the-ramp-back"],
     "an empty AUDIO before END": ["tokens-come-back-as-whole-frames"],
     "chunks begin with 4": ["tokens-ramp-up", "cancelling-drops-an-open-stream"],
@@ -235,6 +252,16 @@ def test_our_process_passes_with_the_ramp_of_large_weights(second_frames: int) -
     names = ["tokens-ramp-up", "cancelling-drops-an-open-stream", "settings-give-the-ramp-back"]
     command = double({"ramp_second_frames": second_frames})
     assert what_went_wrong(try_on(command, [CASE_NAMED[name] for name in names])) == []
+
+
+def test_our_process_passes_with_a_codec_whose_first_frames_wait(tmp_path: Path) -> None:
+    skip_if_nothing_can_be_built()
+    from mossnano_stdio.build.bundle import build_standin
+
+    build_standin(tmp_path, "tiny", 0, model="encodec-24k", trial=False)
+    cases = [CASE_NAMED[name] for name in OF_THE_FIRST_CHUNK]
+    verdicts = try_on([*PROCESS, "--weights", str(tmp_path)], cases)
+    assert [verdict.status for verdict in verdicts] == [Status.PASSED] * len(cases), what_went_wrong(verdicts)
 
 
 def test_our_process_passes_where_messages_may_be_longer_than_answers() -> None:

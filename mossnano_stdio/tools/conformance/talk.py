@@ -20,12 +20,15 @@ _SHOWN_CHARACTERS: Final = 200
 
 
 class Talk:
-    """Sends messages and checks the answers. All it knows of the codec is in `format`."""
+    """Sends messages and checks the answers. All it knows of the codec is in `format`, and how many frames a stream's
+    first chunk waits for.
+    """
 
     def __init__(self, peer: Peer, handshake: Mapping[str, Any]) -> None:
         self.peer = peer
         self.handshake = dict(handshake)
         self.format = format_in(handshake)
+        self.first_frames = first_chunk_frames_in(handshake)
         self._fences = 0
 
     # --- what there is to say --------------------------------------------------------------------
@@ -257,6 +260,14 @@ def describe(message: Message) -> str:
         case _:
             text = message.payload.decode("utf-8", "replace")
             return f"{name} {text[:_SHOWN_CHARACTERS]}" + "..." * (len(text) > _SHOWN_CHARACTERS)
+
+
+def first_chunk_frames_in(handshake: Mapping[str, Any]) -> int:
+    """1 where it does not say."""
+    value = handshake.get("first_chunk_frames", 1)
+    if type(value) is not int or value < 1:
+        raise DepartureError("a HANDSHAKE whose first_chunk_frames, if there is one, is above 0", json.dumps(value))
+    return value
 
 
 def format_in(handshake: Mapping[str, Any]) -> CodecFormat:

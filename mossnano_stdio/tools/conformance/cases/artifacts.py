@@ -137,14 +137,15 @@ def after_bad_ones_are_new(talk: Talk) -> None:
 
 def inside_a_token_stream_are_out_of_place(talk: Talk) -> None:
     """ARTIFACT inside a token stream is out_of_place, and the stream goes on."""
-    talk.settle(chunk_frames=2)
-    frames = talk.frames(4)
+    chunk = max(2, talk.first_frames)
+    talk.settle(chunk_frames=chunk)
+    frames = talk.frames(2 * chunk)
     pcm = talk.decode(frames)
     artifact = Message(Kind.ARTIFACT, talk.artifact(frames))
-    talk.say(talk.tokens(frames[:3]), artifact, talk.tokens(frames[3:]), END)
-    first = talk.expect_audio(2 * talk.format.frame_samples, "a chunk of two frames")
+    talk.say(talk.tokens(frames[: chunk + 1]), artifact, talk.tokens(frames[chunk + 1 :]), END)
+    first = talk.expect_audio(chunk * talk.format.frame_samples, f"a chunk of {chunk} frames")
     talk.expect_error("out_of_place")
-    rest, _ = talk.expect_end("END of 4 frames", samples=4 * talk.format.frame_samples)
+    rest, _ = talk.expect_end(f"END of {2 * chunk} frames", samples=2 * chunk * talk.format.frame_samples)
     expect_equal_pcm(first + rest, pcm, "a stream with an ARTIFACT in it as one without")
 
 

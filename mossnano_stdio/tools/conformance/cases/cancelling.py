@@ -40,7 +40,7 @@ def drops_an_open_stream(talk: Talk) -> None:
     frames = talk.frames(6)
     pcm = talk.decode(frames)
     talk.say(talk.tokens(talk.frames(20, seed=1)))
-    talk.expect_audio(talk.format.frame_samples, "the first chunk")
+    talk.expect_audio(talk.first_frames * talk.format.frame_samples, "the first chunk")
     talk.say(Message(Kind.CANCEL, b"now"), talk.tokens(frames), END)
     end = _expect_cancelled(talk, "now")
     expect(end.get("stream") == 1, "END with stream 1, the one that was dropped", end)
@@ -82,16 +82,17 @@ def overtakes_what_waits(talk: Talk) -> None:
 def keeps_pings_and_settings(talk: Talk) -> None:
     """PINGs before CANCEL are echoed and SETTINGS before it take effect, then comes the END."""
     _fill_the_output(talk)
-    talk.say(Message(Kind.PING, b"1"), END, json_message(Kind.SETTINGS, {"chunk_frames": 3}))
+    chunk = max(3, talk.first_frames)
+    talk.say(Message(Kind.PING, b"1"), END, json_message(Kind.SETTINGS, {"chunk_frames": chunk}))
     talk.say(talk.tokens(talk.frames(8)), Message(Kind.PING, b"2"), Message(Kind.CANCEL, b"c"))
     time.sleep(_NOTICED_SECONDS)
     talk.audio_until(Kind.PING, "the echo of the PING before END")
     settled = talk.expect_handshake()
-    expect(settled.get("chunk_frames") == 3, "HANDSHAKE with chunk_frames 3", settled)
+    expect(settled.get("chunk_frames") == chunk, f"HANDSHAKE with chunk_frames {chunk}", settled)
     talk.expect_ping(b"2", "the echo of the PING in a stream that is dropped")
     talk.expect_end("END of CANCEL", cancelled=True, echo="c")
-    talk.say(talk.tokens(talk.frames(3)))
-    talk.expect_audio(3 * talk.format.frame_samples, "one chunk of three frames")
+    talk.say(talk.tokens(talk.frames(chunk)))
+    talk.expect_audio(chunk * talk.format.frame_samples, f"one chunk of {chunk} frames")
 
 
 def inside_an_artifact(talk: Talk) -> None:

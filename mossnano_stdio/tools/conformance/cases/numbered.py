@@ -112,14 +112,16 @@ def get_what_was_granted(talk: Talk) -> None:
     """No sample is sent that CREDIT has not granted; more credit brings more, and a smaller one takes none back."""
     voices = _Voices(talk)
     one = talk.format.frame_samples
+    first = talk.first_frames * one
     # The most urgent: whatever it owes goes before all but the first chunk of the plain streams beside it.
-    voices.say(1, json_message(Kind.SETTINGS, {"window_samples": one, "chunk_frames": None, "urgency": 0}))
-    voices.say(1, talk.tokens(talk.frames(4)), END)
-    for granted, samples in ((one, one), (3 * one, 3 * one), (2 * one, 3 * one)):
+    voices.say(1, json_message(Kind.SETTINGS, {"window_samples": first, "chunk_frames": None, "urgency": 0}))
+    voices.say(1, talk.tokens(talk.frames(talk.first_frames + 3)), END)
+    for granted, samples in ((first, first), (first + 2 * one, first + 2 * one), (first + one, first + 2 * one)):
         voices.say(1, Message(Kind.CREDIT, granted.to_bytes(8, "little")))
         voices.expect_no_more_than(1, samples)
-    voices.say(1, Message(Kind.CREDIT, (4 * one).to_bytes(8, "little")))
-    expect(voices.until_end_of(1).get("samples") == 4 * one, f"END of {4 * one} samples", voices.ends[1])
+    all_of_it = first + 3 * one
+    voices.say(1, Message(Kind.CREDIT, all_of_it.to_bytes(8, "little")))
+    expect(voices.until_end_of(1).get("samples") == all_of_it, f"END of {all_of_it} samples", voices.ends[1])
 
 
 def refuse_windows_that_never_move(talk: Talk) -> None:
@@ -138,10 +140,10 @@ def refuse_windows_that_never_move(talk: Talk) -> None:
 def are_bounded_alone(talk: Talk) -> None:
     """Where more than 1 MiB of tokens waits for credit, that stream goes bad with backlog_full, and no other."""
     voices = _Voices(talk)
-    one = talk.format.frame_samples
+    first = talk.first_frames * talk.format.frame_samples
     frames = max(1, 30_000 // talk.format.frame_bytes)
     piece = talk.tokens(talk.frames(frames))
-    voices.say(1, json_message(Kind.SETTINGS, {"window_samples": one, "chunk_frames": None}))
+    voices.say(1, json_message(Kind.SETTINGS, {"window_samples": first, "chunk_frames": None}))
     voices.say(2, talk.tokens(talk.frames(1)))
     for _ in range((1 << 20) // len(piece.payload) + 2):
         voices.say(1, piece)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mossnano_stdio.protocol import Kind, Message
 from mossnano_stdio.tools.conformance.talk import END, Talk, describe, expect
 
@@ -16,13 +18,14 @@ def are_echoed(talk: Talk) -> None:
 def come_after_the_audio_before_them(talk: Talk) -> None:
     """The echo comes after all audio that was due before the PING, and before any of later frames."""
     talk.use_ramp()
-    frames = talk.frames(9)
-    talk.say(talk.tokens(frames[:5]), Message(Kind.PING, b"1"), talk.tokens(frames[5:]), Message(Kind.PING, b"2"), END)
-    talk.expect_audio(5 * talk.format.frame_samples, "5 frames before the first PING")
+    early = max(5, talk.first_frames)
+    before, after = np.split(talk.frames(early + 4), [early])
+    talk.say(talk.tokens(before), Message(Kind.PING, b"1"), talk.tokens(after), Message(Kind.PING, b"2"), END)
+    talk.expect_audio(early * talk.format.frame_samples, f"{early} frames before the first PING")
     talk.expect_ping(b"1")
     talk.expect_audio(4 * talk.format.frame_samples, "4 frames before the second PING")
     talk.expect_ping(b"2")
-    talk.expect_end("END of 9 frames")
+    talk.expect_end(f"END of {early + 4} frames")
 
 
 def come_after_the_end_before_them(talk: Talk) -> None:

@@ -13,18 +13,20 @@ _MOST_CHUNK_FRAMES: Final = 1000
 
 def fix_the_chunk(talk: Talk) -> None:
     """With chunk_frames, frames wait until so many are there, or END; PING does not hurry them."""
-    settled = talk.settle(chunk_frames=3)
-    expect(settled.get("chunk_frames") == 3, "HANDSHAKE with chunk_frames 3", settled)
-    expect(settled.get("max_chunk_frames") == 3, "HANDSHAKE with max_chunk_frames 3", settled)
-    frames = talk.frames(7)
-    talk.say(talk.tokens(frames[:2]))
-    talk.expect_nothing("two frames wait for a third")
-    talk.say(talk.tokens(frames[2:]))
-    talk.expect_audio(6 * talk.format.frame_samples, "two chunks of three frames")
-    talk.expect_nothing("the seventh frame waits")
+    chunk = max(3, talk.first_frames)
+    settled = talk.settle(chunk_frames=chunk)
+    expect(settled.get("chunk_frames") == chunk, f"HANDSHAKE with chunk_frames {chunk}", settled)
+    expect(settled.get("max_chunk_frames") == chunk, f"HANDSHAKE with max_chunk_frames {chunk}", settled)
+    count = 2 * chunk + 1
+    frames = talk.frames(count)
+    talk.say(talk.tokens(frames[: chunk - 1]))
+    talk.expect_nothing("frames wait for one more")
+    talk.say(talk.tokens(frames[chunk - 1 :]))
+    talk.expect_audio(2 * chunk * talk.format.frame_samples, f"two chunks of {chunk} frames")
+    talk.expect_nothing("the last frame waits")
     talk.say(END)
     talk.expect_audio(talk.format.frame_samples, "what is left at END")
-    talk.expect_end("END of 7 frames", samples=7 * talk.format.frame_samples)
+    talk.expect_end(f"END of {count} frames", samples=count * talk.format.frame_samples)
 
 
 def give_the_ramp_back(talk: Talk) -> None:
@@ -32,8 +34,8 @@ def give_the_ramp_back(talk: Talk) -> None:
     talk.settle(chunk_frames=4)
     settled = talk.settle(chunk_frames=None)
     expect(settled.get("chunk_frames", 0) is None, "HANDSHAKE with chunk_frames null", settled)
-    talk.say(talk.tokens(talk.frames(1)))
-    talk.expect_audio(talk.format.frame_samples, "one frame, and no more input")
+    talk.say(talk.tokens(talk.frames(talk.first_frames)))
+    talk.expect_audio(talk.first_frames * talk.format.frame_samples, "the first chunk, and no more input")
 
 
 def stay_for_later_streams(talk: Talk) -> None:

@@ -9,9 +9,16 @@ from mossnano_stdio.tools.conformance.talk import END, Talk, describe, expect, e
 
 
 def lone_frame_is_answered(talk: Talk) -> None:
-    """With the ramp, a lone frame gets its PCM at once, while the input stays open."""
+    """With the ramp, a lone frame gets its PCM at once, while the input stays open; but the first ones wait for as many
+    as HANDSHAKE has as first_chunk_frames."""
     talk.use_ramp()
-    for frame in talk.frames(3):
+    *waiting, last = talk.frames(talk.first_frames)
+    for frame in waiting:
+        talk.say(talk.tokens(frame[np.newaxis]))
+        talk.expect_nothing("the first frames wait for each other")
+    talk.say(talk.tokens(last[np.newaxis]))
+    talk.expect_audio(talk.first_frames * talk.format.frame_samples, "the first chunk, and no more input")
+    for frame in talk.frames(2, seed=1):
         talk.say(talk.tokens(frame[np.newaxis]))
         talk.expect_audio(talk.format.frame_samples, "one frame, and no more input")
 
@@ -29,21 +36,24 @@ def come_back_as_whole_frames(talk: Talk) -> None:
 
 
 def ramp_up(talk: Talk) -> None:
-    """With the ramp, chunks of what waits have 1 frame, then 2 or more, then twice as many, up to max_chunk_frames."""
+    """With the ramp, chunks of what waits have 1 frame, then 2 or more, then twice as many, up to max_chunk_frames; the
+    first one has at least first_chunk_frames."""
     now = talk.settle(chunk_frames=None)
-    talk.say(talk.tokens(talk.frames(11)), END)
-    left, chunk = 11, 1
+    after_first = 10
+    count = talk.first_frames + after_first
+    talk.say(talk.tokens(talk.frames(count)), END)
+    left, chunk = count, talk.first_frames
     while left:
-        chunk = min(chunk, now["max_chunk_frames"], left)
+        chunk = chunk if left == count else min(chunk, now["max_chunk_frames"], left)
         message = talk.next(f"AUDIO of a chunk of {chunk} frames")
-        if left == 10:  # the second chunk, which of large weights may be any longer one
+        if left == after_first:  # the second chunk, which of large weights may be any longer one
             chunk = max(chunk, min(len(message.payload) // talk.format.frame_pcm_bytes, now["max_chunk_frames"]))
         chunk_bytes = chunk * talk.format.frame_pcm_bytes
         first_bytes = min(chunk_bytes, now["max_audio_bytes"])
         expect(len(message.payload) == first_bytes, f"AUDIO of a chunk of {chunk} frames", describe(message))
         talk.expect_audio((chunk_bytes - first_bytes) // talk.sample_bytes, f"the rest of a chunk of {chunk} frames")
-        left, chunk = left - chunk, 2 * chunk
-    talk.expect_end("END of 11 frames", samples=11 * talk.format.frame_samples)
+        left, chunk = left - chunk, 2 if left == count else 2 * chunk
+    talk.expect_end(f"END of {count} frames", samples=count * talk.format.frame_samples)
 
 
 def may_be_split_over_messages(talk: Talk) -> None:
@@ -108,11 +118,12 @@ def after_bad_ones_are_skipped(talk: Talk) -> None:
 def before_bad_ones_are_heard(talk: Talk) -> None:
     """What was decoded before a bad payload counts, and the ERROR and the END name the stream."""
     talk.use_ramp()
-    talk.say(talk.tokens(talk.frames(2)))
-    talk.expect_audio(2 * talk.format.frame_samples, "two frames")
+    samples = max(2, talk.first_frames) * talk.format.frame_samples
+    talk.say(talk.tokens(talk.frames(max(2, talk.first_frames))))
+    talk.expect_audio(samples, "the frames before")
     talk.say(talk.bad_tokens(), END)
     error = talk.expect_error("bad_tokens")
-    _, end = talk.expect_end("END of the bad stream", samples=2 * talk.format.frame_samples, errors=1)
+    _, end = talk.expect_end("END of the bad stream", samples=samples, errors=1)
     expect(error.get("stream") == end.get("stream"), f"an ERROR of stream {end.get('stream')}", error)
 
 
