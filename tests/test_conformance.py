@@ -264,6 +264,13 @@ def test_our_process_passes_with_a_codec_whose_first_frames_wait(tmp_path: Path)
     assert [verdict.status for verdict in verdicts] == [Status.PASSED] * len(cases), what_went_wrong(verdicts)
 
 
+def test_codes_alone_are_not_tried_where_segments_are_decoded(encodec48_bundle: Path) -> None:
+    names = ("tokens-that-are-empty-open-a-stream", "tokens-lone-frame-is-answered", "pings-are-echoed")
+    verdicts = try_on([*PROCESS, "--weights", str(encodec48_bundle)], [CASE_NAMED[name] for name in names])
+    assert [verdict.status for verdict in verdicts] == [Status.NOT_APPLICABLE] * 2 + [Status.PASSED]
+    assert verdicts[0].seen.startswith("it decodes segments")
+
+
 def test_our_process_passes_where_messages_may_be_longer_than_answers() -> None:
     (verdict,) = try_on(double({}, "--max-message-bytes", "2000000"), [CASE_NAMED["framing-longest-message"]])
     assert (verdict.status, verdict.seen) == (Status.PASSED, "")

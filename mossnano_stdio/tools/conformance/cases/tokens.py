@@ -76,7 +76,7 @@ def are_what_is_heard(talk: Talk) -> None:
 
 def that_are_empty_open_a_stream(talk: Talk) -> None:
     """An empty TOKENS is legal: it opens a stream of no frames."""
-    talk.say(Message(Kind.TOKENS), END)
+    talk.say(talk.tokens(talk.frames(0)), END)
     pcm, _ = talk.expect_end("END of a stream of no frames", samples=0, cancelled=False)
     expect(pcm == b"", "no AUDIO", f"{len(pcm)} bytes")
 
