@@ -378,7 +378,7 @@ def test_without_onnx_the_official_graph_runs(
 
 
 def test_an_old_onnxruntime_runs_the_official_graph(
-    bundle: Bundle, provider: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bundle: Bundle, mimi_standin: Path, provider: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import onnxruntime
 
@@ -386,6 +386,10 @@ def test_an_old_onnxruntime_runs_the_official_graph(
     with caplog.at_level(logging.WARNING, "mossnano"):
         assert codecs.load_runtime(bundle, provider=provider).graph_name == "official"
     assert "onnxruntime 1.20.1 finds no data of a graph that is rewritten" in caplog.text
+    with pytest.raises(UnfitRuntimeError, match=r"1.21 and later do, `--graph official` runs with any$"):
+        codecs.load_runtime(bundle, provider=provider, graph="fast")
+    with pytest.raises(UnfitRuntimeError, match=r"1.21 and later do$"):  # Mimi has no other
+        codecs.load_runtime(load_bundle(mimi_standin), provider=provider)
 
 
 def test_graphs_that_cannot_be_rewritten(provider: str, built_bundle: Path, tmp_path: Path) -> None:

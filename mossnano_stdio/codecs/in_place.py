@@ -33,6 +33,7 @@ from mossnano_stdio.codecs.engine import (
     check_contract,
     import_onnxruntime,
     native_value,
+    official_instead,
     open_session,
     translated_errors,
 )
@@ -70,7 +71,10 @@ class InPlaceGraph:
         self.specs = tuple(ring_specs(graph, rounded_frames))
         support = attention_support() if self.specs else "in place"
         if support == "none":
-            raise UnfitRuntimeError(f"{graph.path}: {_unfit_runtime()}")
+            raise UnfitRuntimeError(
+                f"{graph.path}: onnxruntime {import_onnxruntime().__version__} does not attend as this graph needs it; "
+                f"1.24 and later do{official_instead(graph)}"
+            )
         if support == "by copies":
             log.warning("this onnxruntime does not write in place: keys and values are copied in every run")
         self.in_place = support == "in place"
@@ -193,10 +197,3 @@ def _contract(specs: tuple[RingSpec, ...]) -> tuple[dict[str, TensorSpec], dict[
             inputs |= {f"{kind}_{layer}": ring for kind in ("keys", "values")}
             outputs |= {f"{kind}_out_{layer}": ring for kind in ("keys", "values")}
     return inputs, outputs
-
-
-def _unfit_runtime() -> str:
-    return (
-        f"onnxruntime {import_onnxruntime().__version__} does not attend as this graph needs it; "
-        f"1.24 and later do, `--graph official` runs with any"
-    )
