@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from mossnano_stdio.codecs.contract import FLOAT32
 from mossnano_stdio.codecs.engine import (
-    DEVICES,
     BindRun,
     Engine,
     TensorSpec,
@@ -30,7 +29,7 @@ from mossnano_stdio.codecs.engine import (
     translated_errors,
 )
 from mossnano_stdio.codecs.plain_attention import HIDDEN, past_shapes, past_tokens, turns_shapes, with_plain_attention
-from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, RingSpec, context_frames, ring_specs
+from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, RingSpec, ring_specs
 from mossnano_stdio.weights import Graph, StateSpec
 
 
@@ -65,12 +64,7 @@ class CarriedGraph:
         check_contract(self.session, {**inputs, **turns}, outputs, self.states)
         # One for all streams, as nothing writes to it: the 24 kHz model would upload 170 MB at each reset.
         with translated_errors(graph):  # a device may have no room left for it
-            self.initial = tuple(device_value(state.initial_value(), engine.provider) for state in self.states)
-
-    @property
-    def layer_context_frames(self) -> tuple[int, ...]:
-        """How far each layer looks back."""
-        return context_frames(self.specs)
+            self.initial = tuple(device_value(state.initial_value(), engine.device) for state in self.states)
 
     def open_stream(self) -> CarriedStream:
         return CarriedStream(self)
@@ -81,7 +75,6 @@ class CarriedStream:
 
     def __init__(self, stack: CarriedGraph) -> None:
         self._stack = stack
-        self._provider = stack.session.engine.provider
         self.reset()
 
     @property
@@ -113,18 +106,18 @@ class CarriedStream:
 
     def _run(self, frames: int, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
         """At most MAX_RUN_FRAMES at once."""
-        states = self._stack.states
+        session, states = self._stack.session, self._stack.states
         turns = {name: array for spec in self._stack.specs for name, array in self._turns(spec, frames)}
-        with translated_errors(self._stack.session.graph):
-            binding = self._stack.session.native.io_binding()
+        with translated_errors(session.graph):
+            binding = session.native.io_binding()
             for name, array in {**inputs, **turns}.items():
                 binding.bind_ortvalue_input(name, native_value(array))
             for state, tensor in zip(states, self._tensors, strict=True):
                 binding.bind_ortvalue_input(state.input_name, tensor)
-                binding.bind_output(state.output_name, DEVICES.get(self._provider, "cpu"))  # which gives it new memory
+                binding.bind_output(state.output_name, session.engine.device)  # which gives it new memory
             for name, array in outputs.items():
                 binding.bind_ortvalue_output(name, native_value(array))
-            self._stack.session.native.run_with_iobinding(binding)
+            session.native.run_with_iobinding(binding)
             self._tensors = tuple(binding.get_outputs()[: len(states)])
         self.next_frame += frames
 

@@ -89,6 +89,11 @@ class Engine:
             raise UsageError(f"{threads!r} threads, allowed is a whole number from 1 to {MAX_THREADS}")
         return cls(provider, default_threads() if threads is None else int(threads), spin)
 
+    @property
+    def device(self) -> str:
+        """In whose memory graphs leave what the next run takes."""
+        return DEVICES.get(self.provider, "cpu")
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -204,9 +209,9 @@ def native_value(array: NDArray[Any]) -> Any:
     return import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
 
-def device_value(array: NDArray[Any], provider: str) -> Any:
-    """A copy of the array where a provider's graphs keep what goes from run to run."""
-    return import_onnxruntime().OrtValue.ortvalue_from_numpy(array, DEVICES.get(provider, "cpu"))
+def device_value(array: NDArray[Any], device: str) -> Any:
+    """A copy of the array in a device's memory."""
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(array, device)
 
 
 def _native_session(graph: Graph, engine: Engine, optimise: bool, maybe_model: bytes | None) -> Any:

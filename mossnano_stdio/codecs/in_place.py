@@ -38,7 +38,7 @@ from mossnano_stdio.codecs.engine import (
     translated_errors,
 )
 from mossnano_stdio.codecs.probe import attention_support
-from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec, context_frames, ring_specs
+from mossnano_stdio.codecs.rings import MAX_RUN_FRAMES, Floats, Rings, RingSpec, ring_specs
 from mossnano_stdio.weights import Graph, StateSpec
 
 log = logging.getLogger("mossnano")
@@ -81,11 +81,6 @@ class InPlaceGraph:
         self.session: Session = open_session(graph, engine, optimise=False)
         ring_inputs, ring_outputs = _contract(self.specs)
         check_contract(self.session, {**inputs, **ring_inputs}, {**outputs, **ring_outputs}, graph.states)
-
-    @property
-    def layer_context_frames(self) -> tuple[int, ...]:
-        """How far each layer looks back."""
-        return context_frames(self.specs)
 
     def open_stream(self) -> InPlaceStream:
         return InPlaceStream(self)

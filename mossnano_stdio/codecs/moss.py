@@ -18,12 +18,11 @@ import logging
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mossnano_stdio.codecs.carried import CarriedGraph
 from mossnano_stdio.codecs.contract import (
     FLOAT32,
     INT32,
@@ -38,10 +37,14 @@ from mossnano_stdio.codecs.contract import (
 from mossnano_stdio.codecs.engine import Engine, TensorSpec, UnfitRuntimeError, open_session
 from mossnano_stdio.codecs.in_place import InPlaceGraph
 from mossnano_stdio.codecs.precisions import INT8, check_has_int8, int8_name
+from mossnano_stdio.codecs.rings import context_frames
 from mossnano_stdio.codecs.stepping import GraphState, run_step
 from mossnano_stdio.errors import BundleError, UsageError
 from mossnano_stdio.tokens import CodecFormat, Codes
 from mossnano_stdio.weights import Bundle
+
+if TYPE_CHECKING:
+    from mossnano_stdio.codecs.carried import CarriedGraph
 
 ROUNDED_FRAMES = 1000  # 80 s, in which the official graph's float32 positions cost less than a 16-bit step
 MAX_RUN_FRAMES = 8  # more frames in one run cost more per frame, not less
@@ -225,13 +228,19 @@ class OwnGraphRuntime:
         graph = bundle.graph(int8_name(self.graph_name) if precision == INT8 else self.graph_name)
         self.path = graph.path
         self.precision = graph.precision
-        stack = InPlaceGraph if engine.provider == "cpu" else CarriedGraph
-        self.stack = stack(graph, engine, inputs, outputs, self.rounded_frames)
+        parts = (graph, engine, inputs, outputs, self.rounded_frames)
+        self.stack: InPlaceGraph | CarriedGraph
+        if engine.provider == "cpu":
+            self.stack = InPlaceGraph(*parts)
+        else:
+            from mossnano_stdio.codecs.carried import CarriedGraph  # milliseconds that no start on the CPU needs
+
+            self.stack = CarriedGraph(*parts)
 
     @property
     def layer_context_frames(self) -> tuple[int, ...]:
         """How far each layer looks back."""
-        return self.stack.layer_context_frames
+        return context_frames(self.stack.specs)
 
 
 class DecodeRowsRuntime(OwnGraphRuntime):
