@@ -42,9 +42,8 @@ class Feed:
         self.ended_at = 0  # everything before this position belongs to streams that are whole
         self._ends: deque[int] = deque()  # where the streams end that are not played out; the callback removes them
         self._drop_until = 0  # everything before this position is to be dropped
-        self._drops: deque[tuple[int, int]] = (
-            deque()
-        )  # from, until: behind what is still heard; the callback removes them
+        # From, until: what is to be dropped behind what is still heard. The callback removes them.
+        self._drops: deque[tuple[int, int]] = deque()
         self.stopping = False
         self.aborting = False
         self.mark_at = -1  # the position whose way to the speaker is to be timed

@@ -35,9 +35,9 @@ class Talk:
 
     def frames(self, count: int, seed: int = 0) -> Codes:
         """Frames that any decoder of this format takes, the same for the same seed."""
-        # Not numpy's numbers: a frozen folder does without that part of it, 3 MB.
         if "segment_frames" in self.handshake:
             not_applicable("it decodes segments, each with a scale, and these cases have frames of codes alone")
+        # Not numpy's numbers: a frozen folder does without that part of it, 3 MB.
         codes = random.Random(seed).choices(range(self.format.codebook_size), k=count * self.format.quantizers)
         return np.array(codes, np.uint16).reshape(count, self.format.quantizers)
 
