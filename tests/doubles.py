@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,3 +192,18 @@ def close(connection: Connection, maybe_fault: MossnanoError | None = None) -> I
     while connection.due_lanes():
         yield from advance(connection)
     yield from connection.close(maybe_fault)
+
+
+class FailingNative:
+    """onnxruntime's session in front, which fails in one of its next runs when that is done."""
+
+    def __init__(self, native: Any, fails_in_run: int) -> None:
+        self.io_binding = native.io_binding
+        self._native = native
+        self._runs_left = fails_in_run
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self._native.run_with_iobinding(binding)
+        self._runs_left -= 1
+        if not self._runs_left:
+            raise RuntimeError("as it was told to")

@@ -23,6 +23,7 @@ from mossnano_stdio.errors import BundleError, DecodeError, TokenError
 from mossnano_stdio.tokens import Codes
 from mossnano_stdio.weights import Bundle, load_bundle
 from tests import oracle
+from tests.doubles import FailingNative
 from tests.oracle import Sound, furthest, in_chunks
 
 TOLERANCE = 1e-5
@@ -241,18 +242,6 @@ def test_a_step_that_fails_leaves_the_decoder_where_it_was(
     assert decoder.next_frame == 41
     found, expected = (in_chunks(either, long_codes[41:], 8) for either in (decoder, undisturbed))
     assert furthest(found, expected) < TOLERANCE
-
-
-class FailingNative:
-    def __init__(self, native: Any, fails_in_run: int) -> None:
-        self._native = native
-        self._runs_left = fails_in_run
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        self._native.run_with_iobinding(binding)
-        self._runs_left -= 1
-        if not self._runs_left:
-            raise RuntimeError("as it was told to")
 
 
 def test_every_ring_is_heard(runtime: FastRuntime, codes: Codes) -> None:

@@ -39,6 +39,7 @@ from mossnano_stdio.weights import Bundle, load_bundle
 from tests import oracle
 from tests.child import PROCESS, encoded, run
 from tests.conftest import needs_symlinks, skip_if_nothing_can_be_built
+from tests.doubles import FailingNative
 from tests.oracle import Sound, furthest, in_chunks
 from tests.tool import call_tool
 
@@ -182,21 +183,6 @@ def test_a_step_that_fails_leaves_the_decoder_where_it_was(
     assert decoder.next_frame == 41
     found, expected = (in_chunks(either, long_codes[41:], 8) for either in (decoder, undisturbed))
     assert furthest(found, expected) < TOLERANCE
-
-
-class FailingNative:
-    def __init__(self, native: Any, fails_in_run: int) -> None:
-        self._native = native
-        self._runs_left = fails_in_run
-
-    def io_binding(self) -> Any:
-        return self._native.io_binding()
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        self._native.run_with_iobinding(binding)
-        self._runs_left -= 1
-        if not self._runs_left:
-            raise RuntimeError("as it was told to")
 
 
 def test_every_piece_of_the_state_is_heard(runtime: FastRuntime, codes: Codes) -> None:
